@@ -1,0 +1,24 @@
+import signal
+
+from django.core.management.base import BaseCommand, CommandError
+
+from emails.relay import Relay
+
+
+class Command(BaseCommand):
+    help = "Publishes due deliveries to the broker until it is stopped (SIGTERM or SIGINT)."
+
+    def add_arguments(self, parser) -> None:
+        parser.add_argument("--once", action="store_true", help="publish what is due now and exit")
+
+    def handle(self, *, once: bool, **_) -> None:
+        relay = Relay()
+        if once:
+            try:
+                relay.run_once()
+            except Exception as error:
+                raise CommandError(f"not published: {error}") from error
+            return
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: relay.stop())
+        relay.run()

@@ -1,0 +1,312 @@
+"""Settings, all of them from environment variables. README.md lists them."""
+
+import logging
+from email.utils import parseaddr
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import environ
+from celery.schedules import crontab
+from django.core.exceptions import ImproperlyConfigured, ValidationError
+from django.core.validators import validate_email
+from kombu import Exchange, Queue
+
+from mailroom.tls import VerifiedTLS
+
+BASE_DIR = Path(__file__).resolve().parent.parent
+env = environ.Env()
+
+
+def wrong(name: str, expected: str) -> ImproperlyConfigured:
+    """The error for a bad value. It leaves the value out: many of them hold a password."""
+    return ImproperlyConfigured(f"environment variable {name}: expected {expected}")
+
+
+def boolean(name: str, default: bool) -> bool:
+    # django-environ reads every word that it doesn't know as false.
+    match env.str(name, str(default)).lower():
+        case "true" | "yes" | "on" | "1":
+            return True
+        case "false" | "no" | "off" | "0":
+            return False
+    raise wrong(name, "true or false")
+
+
+def number(name: str, default: float, minimum: float = 1):
+    kind = type(default)
+    try:
+        value = kind(env.str(name, str(default)))
+    except ValueError:
+        raise wrong(name, "a number") from None
+    if not minimum <= value < float("inf"):
+        raise wrong(name, f"a number, {minimum} or more")
+    return value
+
+
+def url(name: str, default: str, parse, schemes: tuple[str, ...]):
+    value = env.str(name, default)
+    expected = f"a URL that starts with {', '.join(f'{scheme}://' for scheme in schemes)}"
+    if value.partition("://")[0] not in schemes:
+        raise wrong(name, expected)
+    try:
+        return parse(value)
+    except (ValueError, ImproperlyConfigured):
+        raise wrong(name, expected) from None
+
+
+def address(name: str, value: str) -> str:
+    try:
+        validate_email(parseaddr(value)[1])
+    except ValidationError:
+        raise wrong(name, "email addresses") from None
+    return value
+
+
+# --- Django -----------------------------------------------------------------------------------
+
+DEBUG = boolean("DEBUG", False)
+SECRET_KEY = env.str("SECRET_KEY", "insecure-key-for-development" if DEBUG else "")
+if not SECRET_KEY:
+    raise ImproperlyConfigured("environment variable SECRET_KEY: required unless DEBUG is true")
+
+ALLOWED_HOSTS = env.list("ALLOWED_HOSTS", default=[])
+CSRF_TRUSTED_ORIGINS = env.list("CSRF_TRUSTED_ORIGINS", default=[])
+
+INSTALLED_APPS = [
+    "whitenoise.runserver_nostatic",
+    "django.contrib.admin",
+    "django.contrib.auth",
+    "django.contrib.contenttypes",
+    "django.contrib.sessions",
+    "django.contrib.messages",
+    "django.contrib.staticfiles",
+    "ninja",  # serves the API documentation's scripts from here instead of from a CDN
+    "emails",
+]
+
+MIDDLEWARE = [
+    "django.middleware.security.SecurityMiddleware",
+    "whitenoise.middleware.WhiteNoiseMiddleware",
+    "mailroom.middleware.content_security_policy",
+    "django.contrib.sessions.middleware.SessionMiddleware",
+    "django.middleware.common.CommonMiddleware",
+    "django.middleware.csrf.CsrfViewMiddleware",
+    "django.contrib.auth.middleware.AuthenticationMiddleware",
+    "django.contrib.messages.middleware.MessageMiddleware",
+    "django.middleware.clickjacking.XFrameOptionsMiddleware",
+]
+
+ROOT_URLCONF = "mailroom.urls"
+WSGI_APPLICATION = "mailroom.wsgi.application"
+LOGIN_URL = "login"
+LOGIN_REDIRECT_URL = "home"
+LOGOUT_REDIRECT_URL = "login"
+
+TEMPLATES = [
+    {
+        "BACKEND": "django.template.backends.django.DjangoTemplates",
+        "APP_DIRS": True,
+        "OPTIONS": {
+            "context_processors": [
+                "django.template.context_processors.request",
+                "django.contrib.auth.context_processors.auth",
+                "django.contrib.messages.context_processors.messages",
+            ],
+        },
+    },
+]
+
+USE_TZ = True
+TIME_ZONE = "UTC"
+LANGUAGE_CODE = "en-gb"
+DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
+
+AUTH_PASSWORD_VALIDATORS = [
+    {"NAME": f"django.contrib.auth.password_validation.{name}"}
+    for name in ("MinimumLengthValidator", "CommonPasswordValidator", "NumericPasswordValidator")
+]
+
+STATIC_URL = "/static/"
+STATIC_ROOT = Path(env.str("STATIC_ROOT", str(BASE_DIR / "staticfiles")))
+STORAGES = {
+    "default": {"BACKEND": "django.core.files.storage.FileSystemStorage"},
+    "staticfiles": {
+        "BACKEND": "django.contrib.staticfiles.storage.StaticFilesStorage"
+        if DEBUG
+        else "whitenoise.storage.CompressedManifestStaticFilesStorage"
+    },
+}
+
+# --- Transport security -----------------------------------------------------------------------
+
+# Off only where the site is served over plain HTTP: a sandbox, a test.
+HTTPS_ONLY = boolean("HTTPS_ONLY", not DEBUG)
+SECURE_SSL_REDIRECT = SESSION_COOKIE_SECURE = CSRF_COOKIE_SECURE = HTTPS_ONLY
+SECURE_HSTS_SECONDS = 30 * 86400 if HTTPS_ONLY else 0
+# Probes come over plain HTTP from the same machine.
+SECURE_REDIRECT_EXEMPT = [r"^healthz$"]
+# Whether sibling hosts of the domain speak HTTPS (includeSubDomains, preload) isn't known here.
+SILENCED_SYSTEM_CHECKS = ["security.W005", "security.W021"]
+
+# --- Database ---------------------------------------------------------------------------------
+
+DATABASE = url(
+    "DATABASE_URL",
+    f"sqlite:///{BASE_DIR / 'db.sqlite3'}",
+    env.db_url_config,
+    ("sqlite", "postgres", "postgresql"),
+)
+if DATABASE["ENGINE"].endswith("sqlite3"):
+    # Web, relay and workers write to one file: readers must not block the writer, and a writer
+    # must wait for its turn at BEGIN, as SQLite refuses to wait once a transaction has read.
+    DATABASE["OPTIONS"] = {
+        "init_command": "PRAGMA journal_mode=WAL",
+        "timeout": 20,
+        "transaction_mode": "IMMEDIATE",
+    }
+else:
+    DATABASE.setdefault("CONN_MAX_AGE", 60)
+    DATABASE["CONN_HEALTH_CHECKS"] = True
+    DATABASE.setdefault("OPTIONS", {}).setdefault("connect_timeout", 5)
+DATABASES = {"default": DATABASE}
+
+# --- Email ------------------------------------------------------------------------------------
+
+SMTP = url(
+    "EMAIL_URL",
+    "smtp://localhost:25",
+    env.email_url_config,
+    ("smtp", "smtp+tls", "smtp+ssl", "consolemail"),
+)
+EMAIL_BACKEND = SMTP["EMAIL_BACKEND"]
+EMAIL_HOST = SMTP["EMAIL_HOST"]
+EMAIL_USE_TLS = SMTP.get("EMAIL_USE_TLS", False)
+EMAIL_USE_SSL = SMTP.get("EMAIL_USE_SSL", False)
+EMAIL_PORT = SMTP["EMAIL_PORT"] or (465 if EMAIL_USE_SSL else 587 if EMAIL_USE_TLS else 25)
+EMAIL_HOST_USER = SMTP["EMAIL_HOST_USER"]
+EMAIL_HOST_PASSWORD = SMTP["EMAIL_HOST_PASSWORD"]
+EMAIL_TIMEOUT = number("EMAIL_TIMEOUT", 10)
+
+DEFAULT_FROM_EMAIL = address(
+    "DEFAULT_FROM_EMAIL", env.str("DEFAULT_FROM_EMAIL", "mailroom@localhost")
+)
+ALLOWED_SENDERS = [entry.lower() for entry in env.list("ALLOWED_SENDERS", default=[])]
+for entry in ALLOWED_SENDERS:
+    address("ALLOWED_SENDERS", f"any{entry}" if entry.startswith("@") else entry)
+MAX_RECIPIENTS = number("MAX_RECIPIENTS", 50)
+RETENTION_DAYS = number("RETENTION_DAYS", 30)
+RELAY_POLL_SECONDS = number("RELAY_POLL_SECONDS", 1.0, minimum=0.05)
+
+# --- Celery -----------------------------------------------------------------------------------
+
+
+def broker_urls(value: str) -> str:
+    """Checks `value`, one URL or several with `;` between them: the nodes of a cluster."""
+    for node in value.split(";"):
+        parts = urlsplit(node)
+        if parts.scheme not in ("amqp", "amqps") or not parts.hostname or parts.port == 0:
+            raise ValueError
+    return value
+
+
+CELERY_BROKER_URL = url(
+    "BROKER_URL", "amqp://guest:guest@127.0.0.1:5672//", broker_urls, ("amqp", "amqps")
+)
+
+if CELERY_BROKER_URL.startswith("amqps"):
+    BROKER_CA_FILE = env.str("BROKER_CA_FILE", "")
+    CELERY_BROKER_USE_SSL = VerifiedTLS(**({"ca_certs": BROKER_CA_FILE} if BROKER_CA_FILE else {}))
+
+# A topic exchange, because with a direct one Celery holds back delayed messages in the worker.
+EXCHANGE = Exchange("mailroom", type="topic")
+
+
+def quorum_queue(name: str) -> Queue:
+    # No argument but the type: a queue can't be declared again with others. Limits and
+    # dead-lettering belong in the broker's policies. A queue that must differ gets a new version.
+    return Queue(name, EXCHANGE, routing_key=name, queue_arguments={"x-queue-type": "quorum"})
+
+
+CELERY_TASK_QUEUES = [quorum_queue(name) for name in ("mail.v1", "mail.dead.v1", "maintenance.v1")]
+CELERY_TASK_ROUTES = {
+    "emails.tasks.deliver": {"queue": "mail.v1"},
+    "emails.tasks.purge": {"queue": "maintenance.v1"},
+}
+CELERY_TASK_DEFAULT_QUEUE = CELERY_TASK_DEFAULT_ROUTING_KEY = "mail.v1"
+CELERY_TASK_DEFAULT_EXCHANGE = EXCHANGE.name
+CELERY_TASK_DEFAULT_EXCHANGE_TYPE = EXCHANGE.type
+CELERY_TASK_CREATE_MISSING_QUEUES = False
+CELERY_WORKER_DETECT_QUORUM_QUEUES = True
+CELERY_BROKER_NATIVE_DELAYED_DELIVERY_QUEUE_TYPE = "classic"
+
+# The state of a job is its row, so nothing reads results.
+CELERY_TASK_IGNORE_RESULT = True
+CELERY_TASK_SERIALIZER = CELERY_RESULT_SERIALIZER = "json"
+CELERY_ACCEPT_CONTENT = ["json"]
+
+# A message is gone only after its task ended; the claim on the row makes a second copy harmless.
+CELERY_TASK_ACKS_LATE = True
+CELERY_TASK_REJECT_ON_WORKER_LOST = True
+CELERY_WORKER_CANCEL_LONG_RUNNING_TASKS_ON_CONNECTION_LOSS = False
+CELERY_WORKER_PREFETCH_MULTIPLIER = 1
+CELERY_WORKER_MAX_TASKS_PER_CHILD = 2000
+CELERY_WORKER_SEND_TASK_EVENTS = True
+
+# Seconds. The lease of a delivery outlives the hard limit: when it ends, the task is dead.
+CELERY_TASK_TIME_LIMIT = number("TASK_TIME_LIMIT", 120, minimum=6)
+CELERY_TASK_SOFT_TIME_LIMIT = CELERY_TASK_TIME_LIMIT * 5 // 6
+SENDING_LEASE_SECONDS = CELERY_TASK_TIME_LIMIT * 5 // 4
+
+# Workers outlive any outage of the broker. Publishing must end in bounded time even when the
+# broker has stopped reading (memory or disk alarm), and must not repeat itself: each try that
+# timed out may have left a copy.
+CELERY_BROKER_CONNECTION_RETRY_ON_STARTUP = True
+CELERY_BROKER_CONNECTION_MAX_RETRIES = None
+CELERY_BROKER_CONNECTION_TIMEOUT = 4
+CELERY_BROKER_HEARTBEAT = 30
+CELERY_BROKER_POOL_LIMIT = 4
+CELERY_BROKER_POOL_ACQUIRE_TIMEOUT = 5
+CELERY_BROKER_TRANSPORT_OPTIONS = {
+    "confirm_publish": True,
+    "read_timeout": 5,
+    "write_timeout": 5,
+    "max_retries": 1,
+    "interval_start": 0,
+    "interval_step": 0.2,
+    "interval_max": 0.5,
+}
+CELERY_TASK_PUBLISH_RETRY = False
+
+# An exclusive control queue makes a worker exit when it reconnects before the broker noticed
+# that its old connection is gone; RabbitMQ 4.3 refuses one that is neither exclusive nor durable.
+CELERY_CONTROL_QUEUE_EXCLUSIVE = False
+CELERY_CONTROL_QUEUE_DURABLE = True
+CELERY_EVENT_QUEUE_EXCLUSIVE = True
+
+CELERY_BEAT_SCHEDULE = {
+    "purge": {"task": "emails.tasks.purge", "schedule": crontab(minute=17)},
+}
+
+# --- Logging ----------------------------------------------------------------------------------
+
+LOG_LEVEL = env.str("LOG_LEVEL", "INFO").upper()
+if LOG_LEVEL not in logging.getLevelNamesMapping():
+    raise wrong("LOG_LEVEL", "DEBUG, INFO, WARNING, ERROR or CRITICAL")
+
+LOGGING = {
+    "version": 1,
+    "disable_existing_loggers": False,
+    "formatters": {
+        "line": {
+            "()": "mailroom.log.OneLineFormatter",
+            "format": "%(asctime)s %(levelname)s %(name)s: %(message)s",
+        },
+    },
+    "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line"}},
+    "root": {"handlers": ["stderr"], "level": LOG_LEVEL},
+    # Django's own configuration mails errors to ADMINS and colours the development server's lines.
+    "loggers": {
+        "django": {"handlers": [], "propagate": True},
+        "django.server": {"handlers": [], "propagate": True},
+    },
+}

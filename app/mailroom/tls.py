@@ -1,0 +1,12 @@
+class VerifiedTLS(dict):
+    """TLS options that check a broker's certificate against the host name of its own URL.
+
+    Kombu does so while it reads None as `server_hostname`, but writes the name it used back into
+    the options, and would then expect the first node's name from every other node.
+    """
+
+    def __init__(self, **options) -> None:
+        super().__init__(server_hostname=None, **options)
+
+    def __getitem__(self, key):
+        return None if key == "server_hostname" else super().__getitem__(key)

@@ -1,0 +1,88 @@
+import asyncio
+import socket
+import threading
+
+import pytest
+from aiosmtpd.controller import Controller
+
+from emails import services
+from emails.models import ApiKey
+
+KEY = "a-key-of-the-tests-0123456789abcdef"
+
+
+class Mailbox:
+    """An SMTP server on a loopback port: keeps what it takes, answers as it is told.
+
+    `reply` is the answer to the message itself, `recipient_reply` the one to its recipient. While
+    `gate` is cleared it lets every message wait.
+    """
+
+    def __init__(self) -> None:
+        self.reply = "250 taken"
+        self.recipient_reply = "250 fine"
+        self.messages = []
+        self.waiting = threading.Event()
+        self.gate = threading.Event()
+        self.gate.set()
+
+    async def handle_RCPT(self, server, session, envelope, address, options):
+        if self.recipient_reply.startswith("250"):
+            envelope.rcpt_tos.append(address)
+        return self.recipient_reply
+
+    async def handle_DATA(self, server, session, envelope):
+        self.waiting.set()
+        while not self.gate.is_set():
+            await asyncio.sleep(0.05)
+        if self.reply.startswith("250"):
+            self.messages.append(envelope)
+        return self.reply
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+@pytest.fixture(autouse=True)
+def real_smtp(settings):
+    """Django's test set-up replaces the backend by one that only remembers."""
+    settings.EMAIL_BACKEND = "django.core.mail.backends.smtp.EmailBackend"
+
+
+@pytest.fixture
+def mailbox(settings):
+    box = Mailbox()
+    settings.EMAIL_HOST, settings.EMAIL_PORT = "127.0.0.1", free_port()
+    server = Controller(box, hostname=settings.EMAIL_HOST, port=settings.EMAIL_PORT)
+    server.start()
+    yield box
+    box.gate.set()
+    server.stop()
+
+
+@pytest.fixture
+def user(django_user_model):
+    return django_user_model.objects.create_user("alice", password="secret")
+
+
+@pytest.fixture
+def api_key(user):
+    return ApiKey.objects.create(owner=user, name="tests", digest=ApiKey.hash(KEY))
+
+
+@pytest.fixture
+def accept(user):
+    """Accepts an email with the given differences from a good one."""
+
+    def accept(**fields):
+        good = {"subject": "Hello", "text": "Body", "recipients": ["bob@example.org"]}
+        return services.accept(user, **good | fields)
+
+    return accept
+
+
+@pytest.fixture
+def delivery(accept):
+    return accept().deliveries.get()

@@ -1,0 +1,27 @@
+"""The project's settings with an environment of their own, whatever the developer's shell holds."""
+
+import os
+
+os.environ.update(
+    DEBUG="false",
+    SECRET_KEY="only-for-tests",
+    ALLOWED_HOSTS="testserver,localhost",
+    HTTPS_ONLY="false",
+    DATABASE_URL=os.environ.get("TEST_DATABASE_URL", "sqlite://:memory:"),
+    BROKER_URL="amqp://guest:guest@127.0.0.1:1//",  # nobody listens there
+    EMAIL_URL="smtp://127.0.0.1:1",
+    EMAIL_TIMEOUT="2",
+    DEFAULT_FROM_EMAIL="Mailroom <mailroom@example.org>",
+    ALLOWED_SENDERS="news@example.com,@example.net",
+    MAX_RECIPIENTS="3",
+    LOG_LEVEL="INFO",
+)
+for name in ("STATIC_ROOT", "TASK_TIME_LIMIT", "RETENTION_DAYS", "RELAY_POLL_SECONDS"):
+    os.environ.pop(name, None)
+
+from mailroom.settings import *  # noqa: E402, F403
+
+STORAGES["staticfiles"]["BACKEND"] = "django.contrib.staticfiles.storage.StaticFilesStorage"  # noqa: F405
+MIDDLEWARE.remove("whitenoise.middleware.WhiteNoiseMiddleware")  # noqa: F405
+PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]
+LOGGING["loggers"]["mail.log"] = {"level": "ERROR"}  # noqa: F405 - aiosmtpd repeats the dialogue

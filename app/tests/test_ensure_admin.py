@@ -1,0 +1,85 @@
+import io
+import json
+
+import pytest
+from django.core.management import CommandError, call_command
+
+from emails.models import ApiKey
+
+pytestmark = pytest.mark.django_db
+
+WANTED = {"username": "root", "password": "first secret", "email": "root@example.org"}
+KEY = "0123456789abcdef0123456789abcdef"
+
+
+@pytest.fixture
+def ensure(monkeypatch, capsys):
+    def ensure(wanted) -> str:
+        text = wanted if isinstance(wanted, str) else json.dumps(wanted)
+        monkeypatch.setattr("sys.stdin", io.StringIO(text))
+        call_command("ensure_admin")
+        output = capsys.readouterr().out
+        assert output.count("\n") == 1
+        return output.split()[0]
+
+    return ensure
+
+
+def test_creates_then_changes_nothing(ensure, django_user_model):
+    wanted = WANTED | {"api_key": KEY}
+    assert ensure(wanted) == "created"
+    user = django_user_model.objects.get(username="root")
+    assert user.is_superuser and user.is_staff and user.email == "root@example.org"
+    assert user.check_password("first secret")
+    assert ApiKey.authenticate(KEY).owner == user
+    password = user.password
+    assert ensure(wanted) == "unchanged"
+    user.refresh_from_db()
+    assert user.password == password
+
+
+@pytest.mark.parametrize(
+    "change", [{"password": "second secret"}, {"email": "new@example.org"}, {"api_key": KEY[::-1]}]
+)
+def test_updates_what_differs(ensure, change):
+    wanted = WANTED | {"api_key": KEY}
+    ensure(wanted)
+    assert ensure(wanted | change) == "updated"
+    assert ensure(wanted | change) == "unchanged"
+
+
+def test_a_new_api_key_ends_the_old_one(ensure):
+    ensure(WANTED | {"api_key": KEY})
+    ensure(WANTED | {"api_key": KEY[::-1]})
+    assert ApiKey.authenticate(KEY) is None
+    assert ApiKey.authenticate(KEY[::-1]) is not None
+
+
+def test_repairs_what_was_changed_by_hand(ensure, django_user_model):
+    ensure(WANTED | {"api_key": KEY})
+    django_user_model.objects.update(is_active=False)
+    ApiKey.objects.update(revoked=True)
+    assert ensure(WANTED | {"api_key": KEY}) == "updated"
+    assert ApiKey.authenticate(KEY) is not None
+
+
+@pytest.mark.parametrize(
+    ("wanted", "problem"),
+    [
+        ("{secret", "not JSON"),
+        ("[]", "not a JSON object"),
+        ({"username": "root"}, "missing: password"),
+        (WANTED | {"password": ""}, "password: expected"),
+        (WANTED | {"password": 5}, "password: expected"),
+        (WANTED | {"passwort": "secret"}, "only api_key, email, password, username"),
+        (WANTED | {"api_key": "short secret"}, "api_key: expected 32"),
+    ],
+)
+def test_says_what_is_wrong_in_one_line_without_the_secret(
+    ensure, django_user_model, wanted, problem
+):
+    with pytest.raises(CommandError, match=problem) as caught:
+        ensure(wanted)
+    assert "\n" not in str(caught.value)
+    assert "secret" not in str(caught.value)
+    assert not django_user_model.objects.exists()

@@ -1,0 +1,272 @@
+"""The whole chain: web server, relay, worker and broker as processes of their own."""
+
+import json
+import os
+import secrets
+import signal
+import socket
+import socketserver
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from urllib.error import URLError
+from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
+
+import pytest
+from kombu import Connection
+
+from mailroom.celery import app
+from tests.conftest import KEY, free_port
+
+BROKER_URL = os.environ.get("TEST_BROKER_URL", "")
+NOBODY = "amqp://guest:guest@127.0.0.1:1//"
+APP = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+EMAIL = {"subject": "Through it all", "text": "Body", "to": ["bob@example.org"]}
+
+pytestmark = [
+    pytest.mark.broker,
+    pytest.mark.skipif(not BROKER_URL, reason="TEST_BROKER_URL names no broker"),
+]
+
+
+def eventually(check, timeout: float = 30):
+    """The first true answer of `check`; fails when there is none within `timeout` seconds."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        if answer := check():
+            return answer
+        time.sleep(0.1)
+    raise AssertionError(f"not within {timeout} seconds: {check.__name__}")
+
+
+class System:
+    def __init__(self, directory: Path, smtp_port: int) -> None:
+        self.port = free_port()
+        self.directory = directory
+        self.env = {
+            "PATH": os.environ["PATH"],
+            "SECRET_KEY": secrets.token_urlsafe(50),
+            "HTTPS_ONLY": "false",
+            "ALLOWED_HOSTS": "127.0.0.1",
+            "DATABASE_URL": f"sqlite:///{directory / 'db.sqlite3'}",
+            "BROKER_URL": BROKER_URL,
+            "EMAIL_URL": f"smtp://127.0.0.1:{smtp_port}",
+            "RELAY_POLL_SECONDS": "0.1",
+            # The lease of a delivery follows from it, and a test waits for its end.
+            "TASK_TIME_LIMIT": "6",
+        }
+        self.manage("migrate", "-v0")
+        admin = {"username": "root", "password": "secret", "api_key": KEY}
+        self.manage("ensure_admin", input=json.dumps(admin))
+
+    def manage(self, *arguments: str, **options) -> None:
+        command = [sys.executable, "manage.py", *arguments]
+        subprocess.run(command, cwd=APP, env=self.env, text=True, check=True, **options)
+
+    @contextmanager
+    def process(self, *command: str, **variables: str):
+        """A process and whatever it starts, killed at the end; its output goes to the test's."""
+        log = self.directory / f"{Path(command[0]).name}-{secrets.token_hex(4)}.log"
+        with log.open("w") as output:
+            process = subprocess.Popen(
+                command,
+                cwd=APP,
+                env=self.env | variables,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+        process.log = log
+        try:
+            yield process
+        finally:
+            kill(process)
+            print(f"--- {' '.join(command)}\n{log.read_text()}")
+
+    def relay(self, **variables: str):
+        return self.process(sys.executable, "manage.py", "relay", **variables)
+
+    @contextmanager
+    def worker(self):
+        options = ("-Q", "mail.v1", "-n", f"{secrets.token_hex(4)}@%h", "-c", "2")
+        with self.process(str(BIN / "celery"), "-A", "mailroom", "worker", *options) as process:
+
+            def ready():
+                assert process.poll() is None, process.log.read_text()
+                return "ready." in process.log.read_text()
+
+            eventually(ready)
+            yield process
+
+    @contextmanager
+    def web(self):
+        bind = f"127.0.0.1:{self.port}"
+        command = (str(BIN / "gunicorn"), "--no-control-socket", "-b", bind)
+        with self.process(*command, "mailroom.wsgi:application") as process:
+
+            def answers():
+                try:
+                    return self.request("/healthz")
+                except URLError:
+                    return None
+
+            eventually(answers)
+            yield process
+
+    def request(self, path: str, data: dict | None = None) -> dict:
+        request = Request(
+            f"http://127.0.0.1:{self.port}{path}",
+            data=json.dumps(data).encode() if data else None,
+            headers={"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"},
+        )
+        with urlopen(request, timeout=5) as response:
+            return json.load(response) | {"status": response.status}
+
+    def post(self) -> str:
+        accepted = self.request("/api/emails", EMAIL)
+        assert accepted["status"] == 202
+        return accepted["id"]
+
+    def recipient(self, email_id: str) -> dict:
+        return self.request(f"/api/emails/{email_id}")["recipients"][0]
+
+    def wait_for(self, email_id: str, state: str) -> dict:
+        def reached():
+            recipient = self.recipient(email_id)
+            return recipient if recipient["state"] == state else None
+
+        return eventually(reached)
+
+
+class Wire(socketserver.ThreadingTCPServer):
+    """Passes bytes on to the broker until it is cut: then it takes them and they are gone."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), None)
+        self.cut = False
+        url = urlsplit(BROKER_URL)
+        self.broker = (url.hostname, url.port or 5672)
+        self.url = url._replace(
+            netloc=f"{url.username}:{url.password}@127.0.0.1:{self.server_address[1]}"
+        ).geturl()
+
+    def finish_request(self, request, client_address) -> None:
+        with socket.create_connection(self.broker) as upstream:
+            back = threading.Thread(target=self.copy, args=(upstream, request), daemon=True)
+            back.start()
+            self.copy(request, upstream)
+
+    def copy(self, source: socket.socket, target: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(65536):
+                if not self.cut:
+                    target.sendall(data)
+
+    @contextmanager
+    def running(self):
+        with self:
+            threading.Thread(target=self.serve_forever, daemon=True).start()
+            yield self
+            self.shutdown()
+
+
+def kill(process: subprocess.Popen) -> None:
+    """Kills a process with its children, as a power cut would."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.fixture
+def system(tmp_path, mailbox, settings):
+    system = System(tmp_path, settings.EMAIL_PORT)
+    with Connection(BROKER_URL) as connection:  # row ids of another test's database mean nothing
+        for queue in app.amqp.queues.values():
+            bound = queue.bind(connection.default_channel)
+            bound.declare()
+            bound.purge()
+    with system.web():
+        yield system
+
+
+def test_an_email_posted_is_delivered(system, mailbox):
+    with system.relay(), system.worker():
+        recipient = system.wait_for(system.post(), "sent")
+    assert recipient["attempts"] == 1
+    (message,) = mailbox.messages
+    assert message.rcpt_tos == ["bob@example.org"]
+    assert b"Subject: Through it all" in message.content
+
+
+def test_an_email_accepted_without_a_broker_is_delivered_when_there_is_one(system, mailbox):
+    with system.relay(BROKER_URL=NOBODY) as relay:
+        email_id = system.post()
+        eventually(lambda: "doesn't answer" in relay.log.read_text())
+        assert relay.poll() is None
+        assert system.recipient(email_id)["state"] == "queued"
+    with system.relay(), system.worker():
+        system.wait_for(email_id, "sent")
+    assert len(mailbox.messages) == 1
+
+
+def test_a_broker_that_falls_silent_stops_the_relay_for_seconds_only(system, mailbox):
+    """What a memory alarm or a lost network looks like: the connection is there, no answer comes."""
+    with Wire().running() as wire, system.relay(BROKER_URL=wire.url) as relay, system.worker():
+        system.wait_for(system.post(), "sent")
+        wire.cut = True
+        email_id = system.post()
+        eventually(lambda: "doesn't answer" in relay.log.read_text(), timeout=15)
+        assert system.recipient(email_id)["state"] == "queued"
+        wire.cut = False
+        system.wait_for(email_id, "sent")
+
+
+def test_two_copies_of_a_message_send_once(system, mailbox):
+    """One waits behind the other in the queue, then both meet two free processes."""
+    email_id = system.post()
+    system.manage("relay", "--once")
+    publish = (
+        "from emails.models import Delivery; from emails.tasks import deliver;"
+        "deliver.delay(Delivery.objects.get().pk)"
+    )
+    system.manage("shell", "-v0", "-c", publish)
+    mailbox.gate.clear()
+    with system.worker() as worker:
+        eventually(lambda: worker.log.read_text().count("received") == 2)
+        eventually(lambda: "skipped" in worker.log.read_text())
+        mailbox.gate.set()
+        assert system.wait_for(email_id, "sent")["attempts"] == 1
+    assert len(mailbox.messages) == 1
+
+
+def test_an_email_survives_the_death_of_its_worker(system, mailbox):
+    mailbox.gate.clear()
+    with system.relay():
+        email_id = system.post()
+        with system.worker() as worker:
+            assert mailbox.waiting.wait(timeout=10)
+            assert system.recipient(email_id)["state"] == "sending"
+            kill(worker)
+        mailbox.gate.set()
+        mailbox.messages.clear()
+        with system.worker():
+            recipient = system.wait_for(email_id, "sent")
+    assert recipient["attempts"] == 2
+    assert len(mailbox.messages) == 1
+
+
+def test_a_worker_declares_every_queue_and_takes_the_purge(system):
+    with Connection(BROKER_URL) as connection:
+        for queue in app.amqp.queues.values():
+            queue.bind(connection.default_channel).delete()
+    with system.worker():
+        for name in ("mail.dead.v1", "maintenance.v1"):
+            with Connection(BROKER_URL) as connection:
+                app.amqp.queues[name].bind(connection.default_channel).queue_declare(passive=True)

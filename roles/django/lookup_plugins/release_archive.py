@@ -1,0 +1,81 @@
+"""A project folder as an archive that is named after its content."""
+
+from __future__ import annotations
+
+import fnmatch
+import gzip
+import hashlib
+import io
+import os
+import tarfile
+from pathlib import Path
+
+from ansible import constants
+from ansible.errors import AnsibleLookupError
+from ansible.plugins.lookup import LookupBase
+
+DOCUMENTATION = r"""
+name: release_archive
+short_description: A project folder as an archive that is named after its content
+description:
+  - Packs a folder of the controller. Equal content gives equal bytes, whatever the times and owners of the files, so the
+    archive's name tells whether a host has it already.
+options:
+  _terms: {description: The folder., required: true}
+  exclude: {description: "Names to leave out, as shell patterns.", type: list, elements: str, default: []}
+  salt: {description: Text that makes another release of the same content., type: str, default: ""}
+author: The maintainers of this bundle
+"""
+
+RETURN = r"""
+_raw:
+  description: For each folder a dictionary with the release's C(id), 12 hexadecimal digits, and the C(path) of its archive.
+  type: list
+  elements: dict
+"""
+
+
+def files_of(folder, exclude):
+    """Files and symbolic links below a folder, sorted, as paths relative to it."""
+    for directory, names, files in os.walk(folder):
+        names[:] = sorted(name for name in names if not any(fnmatch.fnmatch(name, p) for p in exclude))
+        for name in sorted(files):
+            if not any(fnmatch.fnmatch(name, pattern) for pattern in exclude):
+                yield (Path(directory) / name).relative_to(folder)
+
+
+def pack(folder, exclude):
+    """The folder's tar archive: bytes that depend on names, content and the executable bit alone."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        for path in files_of(folder, exclude):
+            member = archive.gettarinfo(folder / path, arcname=str(path))
+            member.mtime = member.uid = member.gid = 0
+            member.uname = member.gname = ""
+            member.mode = 0o750 if member.mode & 0o100 else 0o640
+            if member.isreg():
+                with open(folder / path, "rb") as file:
+                    archive.addfile(member, file)
+            else:
+                archive.addfile(member)
+    return buffer.getvalue()
+
+
+class LookupModule(LookupBase):
+    def run(self, terms, variables=None, **kwargs):
+        self.set_options(var_options=variables, direct=kwargs)
+        found = []
+        for term in terms:
+            folder = Path(os.path.expanduser(term))
+            if not folder.is_dir():
+                raise AnsibleLookupError(f"{folder} is no folder on the controller.")
+            content = pack(folder, self.get_option("exclude"))
+            digest = hashlib.sha256(content + b"\0" + self.get_option("salt").encode()).hexdigest()[:12]
+            # Ansible's own temporary directory: private to the user, removed when the playbook ends.
+            path = Path(constants.DEFAULT_LOCAL_TMP) / f"release-{digest}.tar.gz"
+            if not path.exists():
+                part = path.with_suffix(f".{os.getpid()}")
+                part.write_bytes(gzip.compress(content, mtime=0))
+                part.rename(path)
+            found.append({"id": digest, "path": str(path)})
+        return found

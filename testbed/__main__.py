@@ -1,0 +1,94 @@
+"""Command line of the testbed: `python -m testbed --help`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from testbed import stack
+from testbed.inventory import MAIL, inventory_directory, read
+from testbed.machine import TestbedError, podman_command
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; return the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except TestbedError as error:
+        print(f"testbed: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("testbed: interrupted; `up` again goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m testbed", description=stack.__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, text: str, run, required: bool = True) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.add_argument("--inventory", metavar="DIR", required=required)
+        sub.set_defaults(run=run)
+        return sub
+
+    command("up", "make the hosts of an inventory be there", _up)
+    sub = command("down", "remove the hosts of an inventory (default: of this clone)", _down, False)
+    sub.add_argument("--all-of-clone", action="store_true", help="say so")
+    command("status", "list the hosts of an inventory (default: of this clone)", _status, False)
+    sub = command("restart", "reboot a host and wait until it answers", _restart)
+    sub.add_argument("host")
+    sub = command("exec", "run a command in a host as root: exec … HOST -- COMMAND", _exec)
+    sub.add_argument("host")
+    sub.add_argument("words", nargs="+", metavar="COMMAND")
+    sub = command("logs", "show the end of a host's journal", _logs)
+    sub.add_argument("host")
+    sub.add_argument("--lines", type=int, default=100)
+    return parser
+
+
+def _up(options: argparse.Namespace) -> None:
+    stack.up(read(inventory_directory(options.inventory)))
+
+
+def _down(options: argparse.Namespace) -> None:
+    if options.inventory and options.all_of_clone:
+        raise TestbedError("either --inventory or --all-of-clone")
+    # The directory itself may be gone already.
+    stack.down(Path(options.inventory).resolve() if options.inventory else None)
+
+
+def _status(options: argparse.Namespace) -> None:
+    stack.status(inventory_directory(options.inventory) if options.inventory else None)
+
+
+def _restart(options: argparse.Namespace) -> None:
+    stack.restart(inventory_directory(options.inventory), options.host)
+
+
+def _exec(options: argparse.Namespace) -> None:
+    container = stack.find(inventory_directory(options.inventory), options.host)
+    terminal = ["--tty"] if sys.stdin.isatty() and sys.stdout.isatty() else []
+    _replace_by_podman("exec", "--interactive", *terminal, container.name, *options.words)
+
+
+def _logs(options: argparse.Namespace) -> None:
+    container = stack.find(inventory_directory(options.inventory), options.host)
+    if container.running and container.host != MAIL:
+        words = ["journalctl", "--no-pager", f"--lines={options.lines}"]
+        _replace_by_podman("exec", container.name, *words)
+    _replace_by_podman("logs", "--tail", str(options.lines), container.name)
+
+
+def _replace_by_podman(*words: str) -> None:
+    """Become a Podman command, so that its streams, signals and exit status are the caller's."""
+    command = [*podman_command(), *words]
+    os.execvp(command[0], command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

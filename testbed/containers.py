@@ -1,0 +1,121 @@
+"""One container, seen and changed through Podman.
+
+What belongs to whom is written on the containers themselves, as labels, so that it is still known
+when the inventory or the whole clone is gone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from testbed import build, machine
+from testbed.inventory import CLONE, MAIL, Host
+from testbed.machine import podman
+
+LABEL = "testbed"  # labels are testbed.clone, testbed.inventory, testbed.host, testbed.definition
+
+
+@dataclass(frozen=True)
+class Container:
+    """A container of the testbed as Podman describes it."""
+
+    name: str
+    host: str
+    stack: str
+    clone: Path
+    inventory: Path
+    definition: dict[str, object]
+    running: bool
+    published: dict[int, int]  # port in the host: port on the machine's loopback
+
+
+def containers() -> list[Container]:
+    """Return all containers of the testbed on this machine, of whichever clone."""
+    done = podman("ps", "--all", "--filter", f"label={LABEL}.host", "--format", "json")
+    return [_container(entry) for entry in json.loads(done.stdout or "[]")]
+
+
+def _container(entry: dict) -> Container:
+    labels = entry["Labels"]
+    published = {}
+    for port in entry.get("Ports") or []:
+        # Podman merges neighbouring ports into one entry.
+        for offset in range(port.get("range") or 1):
+            published[port["container_port"] + offset] = port["host_port"] + offset
+    return Container(
+        name=entry["Names"][0],
+        host=labels[f"{LABEL}.host"],
+        stack=labels[f"{LABEL}.stack"],
+        clone=Path(labels[f"{LABEL}.clone"]),
+        inventory=Path(labels[f"{LABEL}.inventory"]),
+        definition=json.loads(labels[f"{LABEL}.definition"]),
+        running=entry["State"] == "running",
+        published=published,
+    )
+
+
+def definition(host: Host) -> dict[str, object]:
+    """Return what a container is made of; one with another definition has to be made anew."""
+    return {
+        "image": build.image_of(host).reference,
+        "ports": {str(inside): outside for inside, outside in sorted(host.ports.items())},
+        "options": hashlib.sha256(json.dumps(_options(host)).encode()).hexdigest()[:8],
+    }
+
+
+def _options(host: Host) -> list[str]:
+    """Return the `podman run` options that differ by kind of container."""
+    if host.name == MAIL:
+        return ["--systemd=false", *machine.limits()]
+    return machine.host_options()
+
+
+def run_words(stack: str, inventory: Path, host: Host) -> list[str]:
+    """Return the words of the `podman run` that makes `host` of `inventory`."""
+    made_of = definition(host)
+    labels = {
+        "stack": stack,
+        "clone": CLONE,
+        "inventory": inventory,
+        "host": host.name,
+        "definition": json.dumps(made_of),
+    }
+    words = ["run", "--detach", "--name", f"{stack}-{host.name}", "--hostname", host.name]
+    words += ["--network", stack, "--network-alias", host.name]
+    for key, value in labels.items():
+        words += ["--label", f"{LABEL}.{key}={value}"]
+    for inside, outside in sorted(host.ports.items()):
+        words += ["--publish", f"127.0.0.1:{outside or ''}:{inside}"]
+    words += [*_options(host), str(made_of["image"])]
+    return words + ([] if host.name == MAIL else list(machine.INIT))
+
+
+def create_network(stack: str, inventory: Path) -> None:
+    """Make the network of a stack, unless it is there; on it hosts find each other by name."""
+    if podman("network", "exists", stack, check=False).returncode == 0:
+        return
+    labels = {"stack": stack, "clone": CLONE, "inventory": inventory}
+    words = [word for key, v in labels.items() for word in ("--label", f"{LABEL}.{key}={v}")]
+    podman("network", "create", *words, stack)
+
+
+def networks() -> list[tuple[str, Path, Path]]:
+    """Return (stack, clone, inventory) of all networks of the testbed on this machine."""
+    done = podman("network", "ls", "--filter", f"label={LABEL}.stack", "--format", "json")
+    entries = json.loads(done.stdout or "[]")
+    return [
+        (
+            entry["name"],
+            Path(entry["labels"][f"{LABEL}.clone"]),
+            Path(entry["labels"][f"{LABEL}.inventory"]),
+        )
+        for entry in entries
+    ]
+
+
+def remove(name: str) -> None:
+    """Remove a container whatever state it is in, without waiting for its services."""
+    podman("rm", "--force", "--ignore", "--time", "0", "--volumes", name)

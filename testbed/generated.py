@@ -1,0 +1,86 @@
+"""The variables that the testbed writes into an inventory: where its hosts are."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+import yaml
+
+from testbed import machine, ssh
+from testbed.containers import Container
+from testbed.inventory import MAIL, MAIL_SMTP_PORT
+
+HEADER = "# Written by `python -m testbed up`, removed by `down`. Not in git; changes are lost.\n"
+GROUP_FILE = "group_vars/all/90-testbed.yml"
+
+
+def host_file(inventory: Path, host: str) -> Path:
+    """Return the path of the variables of one host."""
+    return inventory / "host_vars" / host / "testbed.yml"
+
+
+def host_variables(container: Container) -> dict[str, object]:
+    """Return how Ansible, testinfra and a person reach a host."""
+    return {
+        "ansible_host": "127.0.0.1",
+        "ansible_port": container.published[22],
+        "ansible_user": ssh.USER,
+        "ansible_become": True,
+        "ansible_ssh_private_key_file": str(ssh.private_key(container.stack)),
+        "ansible_ssh_common_args": ssh.common_arguments(container.stack),
+        "testbed_address": container.host,
+        "testbed_published": _published(container),
+    }
+
+
+def group_variables(mail: Container | None) -> dict[str, object]:
+    """Return what holds for all hosts of an inventory."""
+    variables: dict[str, object] = {
+        "testbed_ca_certificates": [str(path) for path in machine.extra_ca_certificates()]
+    }
+    if mail:
+        variables["testbed_mail_host"] = MAIL
+        variables["testbed_mail_smtp_port"] = MAIL_SMTP_PORT
+        variables["testbed_mail_published"] = _published(mail)
+    return variables
+
+
+def _published(container: Container) -> dict[str, int]:
+    return {str(inside): out for inside, out in sorted(container.published.items()) if inside != 22}
+
+
+def write(inventory: Path, containers: list[Container]) -> list[Path]:
+    """Write the variables (mode 0600); return the files that were not like that before."""
+    mail = next((each for each in containers if each.host == MAIL), None)
+    wanted = {inventory / GROUP_FILE: group_variables(mail)}
+    for container in containers:
+        if container is not mail:
+            wanted[host_file(inventory, container.host)] = host_variables(container)
+    changed = []
+    for path, variables in wanted.items():
+        text = HEADER + yaml.safe_dump(variables, sort_keys=False, width=1000)
+        with contextlib.suppress(FileNotFoundError):
+            if path.read_text() == text:
+                continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Replaced in one step, since Ansible may be reading it.
+        draft = path.with_name(f".{path.name}.{os.getpid()}~")
+        draft.write_text(text)
+        draft.chmod(0o600)
+        draft.replace(path)
+        changed.append(path)
+    return changed
+
+
+def remove(inventory: Path, host: str | None = None) -> None:
+    """Remove the variables of `host`, or all that were written into `inventory`."""
+    files = [inventory / GROUP_FILE, *inventory.glob("host_vars/*/testbed.yml")]
+    for path in files if host is None else [host_file(inventory, host)]:
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()
+        # Directories that were made for it go too, those with something else in them stay.
+        for parent in (path.parent, path.parent.parent):
+            with contextlib.suppress(OSError):
+                parent.rmdir()

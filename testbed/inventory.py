@@ -1,0 +1,149 @@
+"""What an inventory asks of the testbed, and the names that follow from it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from testbed.machine import TestbedError
+
+CLONE = Path(__file__).resolve().parents[1]
+PLATFORMS = Path(__file__).resolve().parent / "images"
+MAIL = "mail"  # the mail catcher's name on the network, and the folder of its image
+MAIL_PLATFORM = "debian13"  # what its image is built upon
+MAIL_SMTP_PORT = 1025
+MAIL_WEB_PORT = 1080
+MAIL_PORTS = {MAIL_WEB_PORT: 0}  # hosts need no published port for SMTP
+
+HOST_NAME = re.compile(r"[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?")
+
+
+@dataclass(frozen=True)
+class Host:
+    """One container to be: `ports` maps its ports to wanted loopback ports, 0 being any."""
+
+    name: str
+    platform: str
+    ports: dict[int, int]
+    base_image: str | None = None
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """The testbed's part of an Ansible inventory."""
+
+    directory: Path
+    hosts: tuple[Host, ...]
+
+    @property
+    def stack(self) -> str:
+        """The prefix of everything that belongs to this inventory in this clone."""
+        return stack_name(CLONE, self.directory)
+
+
+def stack_name(clone: Path, directory: Path) -> str:
+    """Return a name for the inventory `directory` of `clone`, such as tb-1a2b3c-sandbox.
+
+    The hash keeps clones apart; the rest is for people. `molecule/erlang/inventory` is "erlang".
+    """
+    named = directory.parent if directory.name == "inventory" else directory
+    label = re.sub(r"[^a-z0-9]+", "-", named.name.lower()).strip("-")[:30] or "inventory"
+    digest = hashlib.sha256(f"{clone}\0{directory}".encode()).hexdigest()[:6]
+    return f"tb-{digest}-{label}"
+
+
+def inventory_directory(name: str) -> Path:
+    """Return the absolute path of the inventory `name`; it has to be an existing directory."""
+    path = Path(name).resolve()
+    if not path.is_dir():
+        raise TestbedError(
+            f"--inventory {name}: not a directory (the testbed writes variables in it)"
+        )
+    return path
+
+
+def read(directory: Path) -> Inventory:
+    """Read the inventory in `directory` with the ansible-inventory of this Python environment.
+
+    Raises TestbedError when Ansible refuses it or the testbed's variables are wrong.
+    """
+    program = Path(sys.executable).with_name("ansible-inventory")
+    if not program.exists():
+        raise TestbedError(f"{program} not found: run with the project's .venv/bin/python")
+    done = subprocess.run(
+        [str(program), "-i", str(directory), "--list"],
+        text=True,
+        capture_output=True,
+        check=False,
+        cwd=CLONE,
+    )
+    if done.returncode:
+        raise TestbedError(f"ansible-inventory refuses {directory}:\n{done.stderr.strip()}")
+    return parse(directory, json.loads(done.stdout))
+
+
+def parse(directory: Path, listing: dict) -> Inventory:
+    """Turn the output of `ansible-inventory --list` into an Inventory.
+
+    A mail catcher becomes one more host, of platform "mail". Raises TestbedError, naming the
+    variable and the host, for a wrong value or where no host is the testbed's.
+    """
+    hosts = []
+    catchers = set()
+    for name, variables in sorted(listing.get("_meta", {}).get("hostvars", {}).items()):
+        platform = variables.get("testbed_platform")
+        if platform is None:
+            continue
+        if not HOST_NAME.fullmatch(name):
+            raise TestbedError(
+                f"{name}: a testbed host is reached by its name, so only lower-case letters, "
+                "digits, '-' and '.' are possible in it"
+            )
+        if platform not in platforms():
+            raise TestbedError(
+                f"{name}: testbed_platform is {platform!r}, possible: {', '.join(platforms())}"
+            )
+        ports = _ports(name, "testbed_ports", variables.get("testbed_ports") or {})
+        if 22 in ports:
+            raise TestbedError(f"{name}: testbed_ports: SSH (22) is always published; leave it out")
+        hosts.append(Host(name, platform, {22: 0, **ports}, variables.get("testbed_image")))
+        if variables.get("testbed_mail_catcher") is True:
+            wanted = _ports(name, "testbed_mail_ports", variables.get("testbed_mail_ports") or {})
+            catchers.add(tuple(sorted(wanted.items())))
+    if not hosts:
+        raise TestbedError(f"{directory}: no host has the variable testbed_platform")
+    if len(catchers) > 1:
+        raise TestbedError("testbed_mail_ports differs between hosts: set it for the group all")
+    if catchers:
+        if any(host.name == MAIL for host in hosts):
+            raise TestbedError(f"a host is called {MAIL}, the mail catcher's name")
+        ports = {**MAIL_PORTS, **dict(catchers.pop())}
+        # Its image is made of the Debian hosts' one.
+        bases = (host.base_image for host in hosts if host.platform == MAIL_PLATFORM)
+        hosts.append(Host(MAIL, MAIL, ports, next(bases, None)))
+    return Inventory(directory, tuple(hosts))
+
+
+def platforms() -> list[str]:
+    """Return the platforms that hosts can be made of."""
+    found = (path.parent.name for path in PLATFORMS.glob("*/Containerfile"))
+    return sorted(name for name in found if name != MAIL)
+
+
+def _ports(host: str, variable: str, value: object) -> dict[int, int]:
+    """Check a port mapping, whose keys are text when they come through JSON."""
+    try:
+        ports = {int(inside): int(outside) for inside, outside in dict(value).items()}
+    except (TypeError, ValueError):
+        ports = {-1: -1}
+    if not all(1 <= a <= 65535 and 0 <= b <= 65535 for a, b in ports.items()):
+        raise TestbedError(
+            f"{host}: {variable} is {value!r}, wanted is a mapping of ports in the host to ports "
+            "on the machine's loopback, 0 for any free one: {8000: 8000, 15672: 0}"
+        )
+    return ports

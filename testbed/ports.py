@@ -1,0 +1,74 @@
+"""Loopback ports: which ones are wanted, who holds them, what to tell the person about it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import socket
+import subprocess
+from collections.abc import Callable, Iterable
+
+from testbed.inventory import MAIL, Host
+
+
+def variable(host: Host) -> str:
+    """Return the name of the inventory variable that `host`'s ports come from."""
+    return "testbed_mail_ports" if host.name == MAIL else "testbed_ports"
+
+
+def conflicts(
+    hosts: Iterable[Host],
+    held: Callable[[Host, int], bool],
+    holder: Callable[[int], str | None],
+) -> list[str]:
+    """Return one line for each wanted port that cannot be had.
+
+    `held(host, port)` tells whether that host's running container publishes the port already;
+    `holder(port)` names what listens on it, or is None where it is free.
+    """
+    lines = []
+    promised: dict[int, str] = {}
+    for host in hosts:
+        for inside, outside in host.ports.items():
+            if not outside:
+                continue
+            asked = f"{host.name}: {variable(host)} wants port {outside} for {inside}"
+            if outside in promised:
+                lines.append(f"{asked}, which {promised[outside]} wants too")
+            elif not held(host, outside):
+                user = holder(outside)
+                if user:
+                    lines.append(f"{asked}, but {user} uses it; free it or set another (0 = any)")
+            promised.setdefault(outside, host.name)
+    return lines
+
+
+def is_free(port: int) -> bool:
+    """Tell whether nothing listens on `port` of the machine's loopback."""
+    with socket.socket() as probe:
+        # Connections that have just ended do not count.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+def listener(port: int) -> str:
+    """Return what the machine says about the process that listens on `port`."""
+    if shutil.which("ss"):
+        command = ["ss", "-Hltnp", f"sport = :{port}"]
+        pattern = r'\(\("([^"]+)",pid=(\d+)'
+    elif shutil.which("lsof"):
+        command = ["lsof", "-nP", f"-iTCP:{port}", "-sTCP:LISTEN", "-Fcp"]
+        pattern = r"p(?P<pid>\d+)\nc(?P<name>.+)"
+    else:
+        return "another program"
+    found = re.search(
+        pattern, subprocess.run(command, text=True, capture_output=True, check=False).stdout
+    )
+    if not found:
+        return "another program (of another user, it seems)"
+    name = found.groupdict().get("name") or found[1]
+    return f"the program {name} (process {found.groupdict().get('pid') or found[2]})"

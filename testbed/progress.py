@@ -1,0 +1,54 @@
+"""Lines that tell a waiting person what happens, with the seconds since the start."""
+
+from __future__ import annotations
+
+import collections
+import subprocess
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from testbed.machine import TestbedError
+
+_start = time.monotonic()
+
+SILENCE = 5  # seconds; the longest time a running step says nothing
+
+
+def say(who: str, what: str) -> None:
+    """Print one line about `who`."""
+    print(f"[{time.monotonic() - _start:6.1f} s] {who}: {what}", flush=True)
+
+
+def run_long(who: str, what: str, command: Sequence[str], directory: Path | None = None) -> None:
+    """Run `command`, which takes a while, and show now and then how far its output is.
+
+    Raises TestbedError with the end of its output when it fails.
+    """
+    say(who, what)
+    began = time.monotonic()
+    lines: collections.deque[str] = collections.deque(maxlen=20)
+    with subprocess.Popen(
+        command,
+        text=True,
+        errors="replace",
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        cwd=directory,
+    ) as process:
+        reader = threading.Thread(
+            target=lambda: lines.extend(line.rstrip() for line in process.stdout if line.strip())
+        )
+        reader.start()
+        while process.poll() is None:
+            reader.join(timeout=SILENCE)
+            if reader.is_alive():
+                elapsed = time.monotonic() - began
+                say(who, f"{what} ({elapsed:.0f} s): {lines[-1][:70] if lines else '…'}")
+            else:
+                process.wait()
+        reader.join()
+    if process.returncode:
+        raise TestbedError(f"{who}: {what}: failed\n  " + "\n  ".join(lines))

@@ -1,0 +1,315 @@
+"""All containers of one inventory together: brought up, repaired, restarted, taken down."""
+
+from __future__ import annotations
+
+import shutil
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from testbed import build, generated, machine, ports, ssh
+from testbed import containers as podmans
+from testbed.containers import Container
+from testbed.inventory import CLONE, MAIL, MAIL_WEB_PORT, Host, Inventory, stack_name
+from testbed.machine import TestbedError, podman
+from testbed.progress import say
+
+# Seconds that a host gets until it answers. Creation is generous: several may boot on two cores.
+BOOT = 60
+RESTART = 20
+RELOAD = 4
+
+
+def up(inventory: Inventory) -> None:
+    """Make everything that `inventory` wants be there, repairing what is broken.
+
+    Raises TestbedError when a wanted port is taken (before anything is made) or a step fails.
+    """
+    stack = inventory.stack
+    with machine.lock(stack, f"waiting for another process that works on {stack}"):
+        everything = podmans.containers()
+        present = {each.host: each for each in everything if each.stack == stack}
+        _refuse_taken_ports(inventory, present, everything)
+        changed = _remove_surplus(inventory, present)
+        for host in inventory.hosts:
+            container = present.get(host.name)
+            if container is None or container.definition != podmans.definition(host):
+                build.ensure(build.image_of(host))
+        if not all(host.name in present and present[host.name].running for host in inventory.hosts):
+            podmans.create_network(stack, inventory.directory)
+        changed |= _settle_all(inventory, present)
+        current = list(present.values())
+        if changed:
+            current = [each for each in podmans.containers() if each.stack == stack]
+        if not _names_work(current):
+            changed = True
+            _repair_names(current)
+        changed |= bool(generated.write(inventory.directory, current))
+        say(stack, f"{len(current)} up" + ("" if changed else ", nothing to do"))
+
+
+def _refuse_taken_ports(
+    inventory: Inventory, present: dict[str, Container], everything: list[Container]
+) -> None:
+    def held(host: Host, port: int) -> bool:
+        container = present.get(host.name)
+        return bool(container and container.running and port in container.published.values())
+
+    def holder(port: int) -> str | None:
+        if ports.is_free(port):
+            return None
+        for each in everything:
+            if each.running and port in each.published.values():
+                return f"the testbed's {each.host} of {each.inventory}"
+        return ports.listener(port)
+
+    lines = ports.conflicts(inventory.hosts, held, holder)
+    if lines:
+        raise TestbedError("\n".join(lines))
+
+
+def _remove_surplus(inventory: Inventory, present: dict[str, Container]) -> bool:
+    surplus = sorted(present.keys() - {host.name for host in inventory.hosts})
+    for name in surplus:
+        say(name, "no longer in the inventory: removed")
+        podmans.remove(present[name].name)
+        generated.remove(inventory.directory, name)
+    return bool(surplus)
+
+
+def _settle_all(inventory: Inventory, present: dict[str, Container]) -> bool:
+    """Settle all hosts at once; tell whether anything was done, raise all that went wrong."""
+
+    def attempt(host: Host) -> tuple[bool, str]:
+        try:
+            return _settle(inventory, host, present), ""
+        except TestbedError as error:
+            return True, str(error)
+
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        outcomes = list(pool.map(attempt, inventory.hosts))
+    errors = [error for _, error in outcomes if error]
+    if errors:
+        raise TestbedError("\n".join(errors))
+    return any(done for done, _ in outcomes)
+
+
+def _settle(inventory: Inventory, host: Host, present: dict[str, Container]) -> bool:
+    """Make one host be there and answer; tell whether anything had to be done."""
+    container = present.get(host.name)
+    if container is None:
+        _create(inventory, host)
+        return True
+    wanted = podmans.definition(host)
+    if container.definition != wanted:
+        keys = sorted(key for key in wanted if container.definition.get(key) != wanted[key])
+        say(host.name, f"other {' and '.join(keys)} than before: made anew")
+        _create(inventory, host)
+        return True
+    if container.running and _answers(container):
+        return False
+    repairs: list[tuple[str, Callable[[], object], int]] = [
+        ("does not answer: its network is set up again", lambda: _reconnect(container), RELOAD),
+        ("still does not answer: restarted", lambda: _restart(container), RESTART),
+    ]
+    if not container.running:
+        repairs = [("is not running: started", lambda: _start(container), RESTART)]
+    for what, repair, seconds in repairs:
+        say(host.name, what)
+        try:
+            repair()
+        except TestbedError as error:
+            say(host.name, f"in vain: {error}")
+            continue
+        if _wait(container, seconds):
+            return True
+    say(host.name, "is beyond repair: made anew")
+    _create(inventory, host)
+    return True
+
+
+def _create(inventory: Inventory, host: Host) -> None:
+    """Make a container anew and wait until it answers.
+
+    Raises TestbedError, with the end of what it printed, when it does not within BOOT seconds.
+    """
+    stack = inventory.stack
+    name = f"{stack}-{host.name}"
+    words = podmans.run_words(stack, inventory.directory, host)
+    podmans.remove(name)
+    done = podman(*words, check=False)
+    if done.returncode and "address already in use" in done.stderr:
+        # Another process was quicker to take the free port that Podman had chosen.
+        podmans.remove(name)
+        done = podman(*words, check=False)
+    if done.returncode:
+        podmans.remove(name)
+        raise TestbedError(f"{host.name}: podman run failed: {done.stderr.strip()}")
+    say(host.name, "created")
+    container = _inspect(name)
+    _introduce(container)
+    if not _wait(container, BOOT):
+        log = podman("logs", "--tail", "15", name, check=False)
+        raise TestbedError(
+            f"{host.name}: does not answer within {BOOT} s\n{log.stdout}{log.stderr}"
+        )
+    _wait_for_boot(container)
+    say(host.name, "answers on " + _addresses(container))
+
+
+def _inspect(name: str) -> Container:
+    return next(each for each in podmans.containers() if each.name == name)
+
+
+def _addresses(container: Container) -> str:
+    return ", ".join(
+        f"127.0.0.1:{outside}" + (" (SSH)" if inside == 22 else f" ({inside})")
+        for inside, outside in sorted(container.published.items())
+    )
+
+
+def _introduce(container: Container) -> None:
+    """Exchange keys with a host."""
+    if container.host == MAIL:
+        return
+    key = ssh.introduce(container.stack, container.name)
+    with machine.lock(f"{container.stack}-keys", f"{container.host}: waiting for known_hosts"):
+        ssh.pin(container.stack, {**ssh.pinned(container.stack), container.published[22]: key})
+
+
+def _answers(container: Container) -> bool:
+    """Tell whether a container does what it is for: Ansible's way in, or the mail page."""
+    if container.host != MAIL:
+        return ssh.answers(container.stack, container.published[22])
+    try:
+        url = f"http://127.0.0.1:{container.published[MAIL_WEB_PORT]}/api/healthz"
+        with urllib.request.urlopen(url, timeout=3) as reply:
+            return reply.status == 200
+    except (OSError, urllib.error.URLError):
+        return False
+
+
+def _wait(container: Container, seconds: float) -> bool:
+    """Wait until a container answers; tell whether it did within `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not _answers(container):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
+    return True
+
+
+def _wait_for_boot(container: Container) -> None:
+    """Wait until systemd has started everything, and report units that failed."""
+    if container.host == MAIL:
+        return
+    words = ("exec", container.name, "systemctl")
+    state = podman(*words, "is-system-running", "--wait", check=False).stdout.strip()
+    if state != "running":
+        failed = podman(*words, "list-units", "--failed", "--plain", "--no-legend", check=False)
+        units = ", ".join(line.split()[0] for line in failed.stdout.splitlines())
+        say(container.host, f"systemd says {state or 'nothing'} (failed: {units or 'no unit'})")
+
+
+def _start(container: Container) -> None:
+    podman("start", container.name)
+    _introduce(container)
+
+
+def _restart(container: Container) -> None:
+    podman("restart", "--time", "10", container.name)
+    _introduce(container)
+
+
+def _reconnect(container: Container) -> None:
+    podman("network", "reload", container.name)
+    _introduce(container)
+
+
+def _names_work(containers: list[Container]) -> bool:
+    """Tell whether every host finds all others by name."""
+    names = " ".join(each.host for each in containers)
+
+    def finds_others(container: Container) -> bool:
+        return ssh.answers(container.stack, container.published[22], f"getent hosts {names}")
+
+    hosts = [each for each in containers if each.host != MAIL]
+    if len(containers) < 2:
+        return True
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        return all(pool.map(finds_others, hosts))
+
+
+def _repair_names(containers: list[Container]) -> None:
+    """Get the network's name server going again, which is a process that may have died."""
+    stack = containers[0].stack
+    say(stack, "hosts do not find each other by name: the network is set up again")
+    for container in containers:
+        podman("network", "reload", container.name)
+    if _names_work(containers):
+        return
+    say(stack, "still not: all are restarted")
+    for container in containers:
+        _restart(container)
+    for container in containers:
+        _wait(container, RESTART)
+    if not _names_work(containers):
+        raise TestbedError(f"{stack}: hosts do not find each other by name; try down, then up")
+
+
+def find(directory: Path, host: str) -> Container:
+    """Return the container of `host`; raises TestbedError, naming what there is, without one."""
+    stack = stack_name(CLONE, directory)
+    present = {each.host: each for each in podmans.containers() if each.stack == stack}
+    if host not in present:
+        known = ", ".join(sorted(present)) or "nothing"
+        raise TestbedError(f"{host}: not up in {directory} (there is {known})")
+    return present[host]
+
+
+def restart(directory: Path, host: str) -> None:
+    """Reboot a host and wait until it has booted and answers."""
+    container = find(directory, host)
+    podman("restart", "--time", "10", container.name)
+    if not _wait(container, BOOT):
+        raise TestbedError(f"{host}: does not answer within {BOOT} s after its restart")
+    _wait_for_boot(container)
+    say(host, "restarted")
+
+
+def down(directory: Path | None) -> None:
+    """Remove everything of one inventory, or of all inventories of this clone."""
+    only = None if directory is None else stack_name(CLONE, directory)
+    stacks: dict[str, Path] = {} if only is None else {only: directory}
+    for each in podmans.containers():
+        if each.clone == CLONE and only in (None, each.stack):
+            stacks[each.stack] = each.inventory
+    for stack, clone, inventory in podmans.networks():
+        if clone == CLONE and only in (None, stack):
+            stacks[stack] = inventory
+    for stack, inventory in sorted(stacks.items()):
+        with machine.lock(stack, f"waiting for another process that works on {stack}"):
+            _remove_stack(stack, inventory)
+
+
+def _remove_stack(stack: str, inventory: Path) -> None:
+    present = [each for each in podmans.containers() if each.stack == stack]
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        list(pool.map(lambda each: podmans.remove(each.name), present))
+    podman("network", "rm", "--force", stack, check=False)
+    generated.remove(inventory)
+    shutil.rmtree(ssh.directory(stack))
+    names = ", ".join(sorted(each.host for each in present))
+    say(stack, f"removed: {names}" if names else "nothing was up")
+
+
+def status(directory: Path | None) -> None:
+    """Print a line for each container of one inventory, or of this clone."""
+    only = None if directory is None else stack_name(CLONE, directory)
+    for each in sorted(podmans.containers(), key=lambda each: each.name):
+        if each.clone == CLONE and only in (None, each.stack):
+            state = "running" if each.running else "stopped"
+            print(f"{each.name:32} {state}  {_addresses(each)}  {each.inventory}")
