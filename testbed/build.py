@@ -10,6 +10,7 @@ import hashlib
 import json
 import shutil
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,32 +20,56 @@ from testbed.machine import TestbedError, podman
 from testbed.progress import run_long, say
 
 # Raise it when this file makes something else of the same inputs.
-RECIPE = 1
+RECIPE = 2
+
+# Files of apt in a host, as paths under its root.
+SOURCES = "etc/apt/sources.list.d/debian.sources"
+SETTINGS = "etc/apt/apt.conf.d/90testbed"
+AUTHORITIES = "etc/apt/testbed-ca.pem"
+
+NPM = ("npm", "ci", "--omit=dev", "--ignore-scripts", "--no-audit", "--no-fund")
 
 DEBIAN_SUITES = {"debian13": "trixie"}
 
 
 @dataclass(frozen=True)
 class Image:
-    """An image to be: a folder of `images/`, the files added to it, and what it starts from.
-
-    `base` is a published reference, another Image, or None: a root made by mmdebstrap.
-    """
+    """An image to be: a folder of `images/`, files added to it, and what it starts from."""
 
     platform: str
-    base: str | Image | None
+    published: str | None  # a reference to start from; None: from a root that mmdebstrap makes
     added: tuple[tuple[str, str], ...] = ()  # (path in the build directory, text)
+
+    @property
+    def folder(self) -> Path:
+        """Where what the image is made of lies."""
+        return PLATFORMS / self.platform
+
+    @property
+    def root(self) -> str:
+        """The platform whose bare root the image stands on: its own, but for the mail catcher."""
+        return MAIL_PLATFORM if self.platform == MAIL else self.platform
+
+    @property
+    def packages(self) -> list[str]:
+        """The packages of that root."""
+        return (PLATFORMS / self.root / "packages").read_text().split()
+
+    @property
+    def base(self) -> str:
+        """The reference that the image starts from."""
+        if self.published:
+            return self.published
+        inputs = json.dumps([RECIPE, self.root, self.packages, self.added])
+        return _reference(f"{self.root}-base", hashlib.sha256(inputs.encode()))
 
     @property
     def reference(self) -> str:
         """The local name of the image; its tag is the hash of all inputs."""
-        digest = hashlib.sha256()
-        base = self.base.reference if isinstance(self.base, Image) else self.base
-        digest.update(json.dumps([RECIPE, self.platform, base, self.added]).encode())
-        folder = PLATFORMS / self.platform
-        for path in sorted(folder.rglob("*")):
+        digest = hashlib.sha256(json.dumps([RECIPE, self.base, self.added]).encode())
+        for path in sorted(self.folder.rglob("*")):
             if path.is_file():
-                digest.update(f"\0{path.relative_to(folder)}\0".encode() + path.read_bytes())
+                digest.update(f"\0{path.relative_to(self.folder)}\0".encode() + path.read_bytes())
         return _reference(self.platform, digest)
 
 
@@ -54,27 +79,26 @@ def _reference(name: str, digest: hashlib._Hash) -> str:
 
 def image_of(host: Host) -> Image:
     """Return the image that `host` runs, whether it is there yet or not."""
-    if host.platform == MAIL:
-        return Image(MAIL, image_of(Host("", MAIL_PLATFORM, {}, host.base_image)))
-    if host.platform in DEBIAN_SUITES:
-        added = _apt_files(DEBIAN_SUITES[host.platform])
-        return Image(host.platform, host.base_image, added)
-    return Image(host.platform, host.base_image)
+    suite = DEBIAN_SUITES.get(MAIL_PLATFORM if host.platform == MAIL else host.platform)
+    return Image(host.platform, host.base_image, _apt_files(suite) if suite else ())
 
 
-def ensure(image: Image) -> None:
-    """Build `image` and what it stands on, unless it is there.
+def ensure(images: set[Image]) -> None:
+    """Build `images` and what they stand on, at once, as far as they are not there.
 
-    Raises TestbedError when a step of the build fails.
+    Raises TestbedError when a step of a build fails.
     """
-    name = image.platform
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(_ensure, images))
+
+
+def _ensure(image: Image) -> None:
     if _exists(image.reference):
         return
+    name = image.platform
     with machine.lock(f"image-{name}", f"waiting for another process to build the {name} image"):
         if _exists(image.reference):
             return
-        if isinstance(image.base, Image):
-            ensure(image.base)
         with machine.scratch_directory() as directory:
             _build(image, directory)
     say(name, f"image {image.reference} is ready")
@@ -85,65 +109,68 @@ def _exists(reference: str) -> bool:
 
 
 def _build(image: Image, directory: Path) -> None:
-    shutil.copytree(PLATFORMS / image.platform, directory, dirs_exist_ok=True)
+    shutil.copytree(image.folder, directory, dirs_exist_ok=True)
+    (directory / "added").mkdir()
     for name, text in image.added:
-        (directory / name).parent.mkdir(exist_ok=True)
-        (directory / name).write_text(text)
-    if isinstance(image.base, Image):
-        base = image.base.reference
-    elif image.base:
-        base = image.base
-    else:
-        base = _bootstrap(image, directory)
+        path = directory / "added" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    if image.platform == MAIL and shutil.which("npm"):
+        run_long(MAIL, "fetching its packages with npm", NPM, directory)
+    if not image.published:
+        _ensure_root(image)
     if image.platform == MAIL:
-        _fetch_node_modules(directory, base)
+        if not shutil.which("npm"):
+            _run_npm_in_a_container(directory, image.base)
+        _pack_node_modules(directory)
     run_long(
         image.platform,
-        f"building the image on {base}",
+        f"building the image on {image.base}",
         [
             *machine.podman_command(), "build", *machine.build_options(), "--layers=false",
-            "--build-arg", f"BASE={base}", "--tag", image.reference,
+            "--build-arg", f"BASE={image.base}", "--tag", image.reference,
             "--file", str(directory / "Containerfile"), str(directory),
         ],
     )  # fmt: skip
 
 
-def _bootstrap(image: Image, directory: Path) -> str:
-    """Import a minimal Debian root made with mmdebstrap; return its reference."""
-    platform = image.platform
-    packages = (PLATFORMS / platform / "packages").read_text().split()
-    inputs = json.dumps([RECIPE, platform, packages, image.added])
-    base = _reference(f"{platform}-base", hashlib.sha256(inputs.encode()))
-    if _exists(base):
-        return base
-    if platform not in DEBIAN_SUITES:
-        raise TestbedError(f"{platform}: set testbed_image, a base cannot be made here")
-    if not shutil.which("mmdebstrap"):
-        raise TestbedError(
-            "mmdebstrap not found: run testbed/install, or set testbed_image to a published image"
-        )
-    archive = directory.with_suffix(".tar")
+def _ensure_root(image: Image) -> None:
+    """Make the bare root that `image` stands on with mmdebstrap, unless it is there."""
+    root = image.root
+    if root not in DEBIAN_SUITES:
+        raise TestbedError(f"{root}: set testbed_image, a bare root cannot be made here")
+    with machine.lock(f"root-{root}", f"waiting for the root of {root}, which is being made"):
+        if _exists(image.base):
+            return
+        if not shutil.which("mmdebstrap"):
+            raise TestbedError(
+                "mmdebstrap not found: run testbed/install, or set testbed_image "
+                "to a published image"
+            )
+        with machine.scratch_directory() as directory:
+            archive = directory / "root.tar"
+            command = _mmdebstrap(image, directory, archive)
+            run_long(root, "making a bare root with mmdebstrap", command)
+            podman("import", "--quiet", str(archive), image.base)
+
+
+def _mmdebstrap(image: Image, directory: Path, archive: Path) -> list[str]:
+    """Return the command that makes `archive`, having written its sources into `directory`."""
     added = dict(image.added)
-    settings = ["Acquire::Retries 3;", *added.get("apt/settings", "").splitlines()]
-    command = [
-        "mmdebstrap", "--variant=minbase", f"--include={','.join(packages)}",
-        *(f"--aptopt={setting}" for setting in settings if "CaInfo" not in setting),
-        DEBIAN_SUITES[platform], str(archive),
-    ]  # fmt: skip
-    if added.get("apt/sources"):
-        sources = directory / "bootstrap.sources"
-        sources.write_text(added["apt/sources"])
+    settings = ["Acquire::Retries 3;", *added.get(SETTINGS, "").splitlines()]
+    command = ["mmdebstrap", "--variant=minbase", f"--include={','.join(image.packages)}"]
+    # It runs on the machine, which trusts its own authorities anyway.
+    command += [f"--aptopt={setting}" for setting in settings if "CaInfo" not in setting]
+    command += [DEBIAN_SUITES[image.root], str(archive)]
+    if SOURCES in added:
+        sources = directory / "testbed.sources"
+        sources.write_text(added[SOURCES])
         command.append(str(sources))
-    try:
-        run_long(platform, "making a minimal root with mmdebstrap", command)
-        podman("import", "--quiet", str(archive), base)
-    finally:
-        archive.unlink(missing_ok=True)
-    return base
+    return command
 
 
 def _apt_files(suite: str) -> tuple[tuple[str, str], ...]:
-    """Return the apt configuration by which a host reaches what this machine's apt reaches."""
+    """Return the files by which a host's apt reaches what this machine's apt reaches."""
     mirrors = machine.debian_mirrors()
     if "debian" not in mirrors:
         return ()
@@ -155,50 +182,45 @@ def _apt_files(suite: str) -> tuple[tuple[str, str], ...]:
         "Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg\n"
         for url, suites in wanted
     )
-    files = [("apt/sources", sources), ("apt/settings", machine.apt_settings())]
+    settings = machine.apt_settings()
+    files = [(SOURCES, sources)]
     if any(url.startswith("https:") for url, _ in wanted):
         # The image must not trust the machine's own authorities; its apt has to.
-        files[1] = (
-            "apt/settings",
-            files[1][1] + 'Acquire::https::CaInfo "/etc/apt/testbed-ca.pem";\n',
-        )
-        files.append(("apt/ca.pem", machine.ca_bundle()))
-    return tuple(files)
+        settings += f'Acquire::https::CaInfo "/{AUTHORITIES}";\n'
+        files.append((AUTHORITIES, machine.ca_bundle()))
+    return (*files, (SETTINGS, settings))
 
 
-def _fetch_node_modules(directory: Path, base: str) -> None:
-    """Put the mail catcher's locked packages into `directory`.
+def _run_npm_in_a_container(directory: Path, base: str) -> None:
+    """Fetch the mail catcher's packages where the machine has no npm.
 
-    With the machine's npm where there is one; else with Debian's in a container that is thrown
-    away, because npm brings along ten times what the mail catcher needs.
+    In a container that is thrown away, since Debian's npm is ten times what the catcher needs.
     """
-    install = ["npm", "ci", "--omit=dev", "--ignore-scripts", "--no-audit", "--no-fund"]
-    if shutil.which("npm"):
-        run_long(MAIL, "fetching its packages with npm", install, directory)
-    else:
-        _npm_in_a_container(directory, base, install)
-
-    def leave_out(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:
-        return None if entry.name.endswith((".map", ".ts", ".mts", ".cts")) else entry
-
-    # One archive without what only developers read: thousands of small files are slow to copy.
-    with tarfile.open(directory / "node_modules.tar", "w") as archive:
-        archive.add(directory / "node_modules", "node_modules", filter=leave_out)
-
-
-def _npm_in_a_container(directory: Path, base: str, install: list[str]) -> None:
     authorities = "".join(path.read_text() for path in machine.extra_ca_certificates())
     (directory / "authorities.pem").write_text(authorities)
     script = (
-        "apt-get -qq update && apt-get -qq install --no-install-recommends --yes npm >/dev/null && "
-        f"cd /build && NODE_EXTRA_CA_CERTS=/build/authorities.pem {' '.join(install)}"
+        "cp -r /build/added/. / && apt-get -qq update && "
+        "apt-get -qq install --no-install-recommends --yes npm >/dev/null && "
+        f"cd /build && NODE_EXTRA_CA_CERTS=/build/authorities.pem {' '.join(NPM)}"
     )
     run_long(
         MAIL,
         "fetching its packages with npm in a container",
         [
             *machine.podman_command(), "run", "--rm", "--network=host", "--user=0",
-            *machine.limits(),
-            "--volume", f"{directory}:/build:Z", base, "sh", "-c", script,
+            *machine.limits(), "--volume", f"{directory}:/build:Z", base, "sh", "-c", script,
         ],
     )  # fmt: skip
+
+
+def _pack_node_modules(directory: Path) -> None:
+    """Make one archive of the packages, since thousands of small files are slow to copy.
+
+    It leaves out what only developers read, which is half of it.
+    """
+
+    def leave_out(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:
+        return None if entry.name.endswith((".map", ".ts", ".mts", ".cts")) else entry
+
+    with tarfile.open(directory / "node_modules.tar", "w") as archive:
+        archive.add(directory / "node_modules", "node_modules", filter=leave_out)

@@ -96,20 +96,25 @@ def _is_pinned(path: Path) -> bool:
     return path.exists() and path.stat().st_dev == os.stat("/proc/self/ns/mnt").st_dev
 
 
+def _guards() -> Iterator[tuple[Path, list[bytes]]]:
+    """Give (/proc/PID, command line) of the processes that guard Podman's running containers."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # the process may end while we look
+            words = (process / "cmdline").read_bytes().split(b"\0")
+            if words[0].endswith(b"conmon"):
+                yield process, words
+
+
 def _namespace_of_running_hosts() -> str | None:
     """Return /proc/PID/ns/mnt of a process that guards one of our running containers, if any.
 
     Podman's mounts live in that namespace, so hosts that outlived its file stay usable.
     """
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (process / "cmdline").read_bytes().split(b"\0")
-            if not words[0].endswith(b"conmon") or not any(w.startswith(b"tb-") for w in words):
-                continue
-            if _mounts(process.name).get("/sys/fs/cgroup", ("",))[0] == "cgroup2":
+    for process, words in _guards():
+        with contextlib.suppress(OSError):
+            kind = _mounts(process.name).get("/sys/fs/cgroup", ("",))[0]
+            if kind == "cgroup2" and any(word.startswith(b"tb-") for word in words):
                 return f"{process}/ns/mnt"
-        except OSError:
-            continue  # the process ended while we looked
     return None
 
 
@@ -141,14 +146,30 @@ def _namespace() -> Path:
             _run(["mount", "--make-private", str(directory)])
         path.touch()
         alive = _namespace_of_running_hosts()
-        if alive:
-            _run(["mount", "--bind", alive, str(path)])
-        else:
-            _run([
-                "unshare", f"--mount={path}", "--propagation", "private", "sh", "-ec",
-                "umount -R /sys/fs/cgroup; mount -t cgroup2 none /sys/fs/cgroup",
-            ])  # fmt: skip
+        if alive and _run(["mount", "--bind", alive, str(path)], check=False).returncode == 0:
+            return path
+        _pin_new_namespace(path)
     return path
+
+
+def _pin_new_namespace(path: Path) -> None:
+    """Pin a namespace with pure cgroup2 to the file `path`.
+
+    Linux only pins one that it deems younger than the caller's, going by numbers which each
+    processor hands out from a range of its own. So one of the processors will do.
+    """
+    command = ["unshare", f"--mount={path}", "--propagation", "private", "sh", "-ec"]
+    command += ["umount -R /sys/fs/cgroup; mount -t cgroup2 none /sys/fs/cgroup"]
+    processors = os.sched_getaffinity(0)
+    try:
+        for processor in sorted(processors):
+            os.sched_setaffinity(0, {processor})
+            done = _run(command, check=False)
+            if done.returncode == 0:
+                return
+    finally:
+        os.sched_setaffinity(0, processors)
+    raise TestbedError(f"unshare failed: {_last_words(done)}")
 
 
 @functools.cache
@@ -179,14 +200,42 @@ def podman(
     """
     command = [*podman_command(), *words]
     done = _run(command, stdin=stdin, check=False, timeout=timeout)
-    if done.returncode and "libpod_lock" in done.stderr:
-        # Podman's locks live in a tmpfs which is gone while its other state lies on a disk: what
-        # a machine looks like that was restored from an image of its disk.
-        _run([*podman_command(), "system", "renumber"], timeout=timeout)
+    if done.returncode and _forget_previous_boot(done.stderr):
         done = _run(command, stdin=stdin, check=False, timeout=timeout)
     if check and done.returncode:
         raise TestbedError(f"podman {words[0]} failed: {_last_words(done)}")
     return done
+
+
+def start(name: str) -> None:
+    """Start a container that has stopped; raises TestbedError when it cannot be started."""
+    done = podman("start", name, check=False)
+    left_over = re.search(r'container "(\w+)": runc: .*ID already exists', done.stderr)
+    if left_over:
+        # runc's notes too outlive a boot where /run is no tmpfs.
+        _run(["runc", "delete", "--force", left_over[1]], check=False)
+        done = podman("start", name, check=False)
+    if done.returncode:
+        raise TestbedError(f"podman start failed: {_last_words(done)}")
+
+
+def _forget_previous_boot(complaint: str) -> bool:
+    """Let Podman see that the machine was restarted, if `complaint` says that it did not notice.
+
+    Podman takes a file under /run as the sign that nothing was restarted. Where /run is no tmpfs
+    the file outlives a boot, and Podman looks for network namespaces and locks that are gone.
+    Tells whether the command is worth another try.
+    """
+    if not any(sign in complaint for sign in ("unknown FS magic", "libpod_lock", "netns")):
+        return False
+    if any(_guards()):
+        return False  # some container is alive, so it is no restart
+    runtime = os.environ.get("XDG_RUNTIME_DIR", f"/run/user/{os.geteuid()}")
+    sign = Path("/run/libpod/alive" if os.geteuid() == 0 else f"{runtime}/libpod/tmp/alive")
+    if not sign.exists():
+        return False
+    sign.unlink()
+    return True
 
 
 def _run(

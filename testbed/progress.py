@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -18,7 +19,9 @@ SILENCE = 5  # seconds; the longest time a running step says nothing
 
 def say(who: str, what: str) -> None:
     """Print one line about `who`."""
-    print(f"[{time.monotonic() - _start:6.1f} s] {who}: {what}", flush=True)
+    # In one write, because hosts are worked on at the same time.
+    sys.stdout.write(f"[{time.monotonic() - _start:6.1f} s] {who}: {what}\n")
+    sys.stdout.flush()
 
 
 def run_long(who: str, what: str, command: Sequence[str], directory: Path | None = None) -> None:

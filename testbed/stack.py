@@ -34,12 +34,14 @@ def up(inventory: Inventory) -> None:
         present = {each.host: each for each in everything if each.stack == stack}
         _refuse_taken_ports(inventory, present, everything)
         changed = _remove_surplus(inventory, present)
-        for host in inventory.hosts:
-            container = present.get(host.name)
-            if container is None or container.definition != podmans.definition(host):
-                build.ensure(build.image_of(host))
+        build.ensure({
+            build.image_of(host)
+            for host in inventory.hosts
+            if host.name not in present or present[host.name].definition != podmans.definition(host)
+        })  # fmt: skip
         if not all(host.name in present and present[host.name].running for host in inventory.hosts):
             podmans.create_network(stack, inventory.directory)
+        ssh.private_key(stack)  # made once, before the threads ask for it
         changed |= _settle_all(inventory, present)
         current = list(present.values())
         if changed:
@@ -215,7 +217,7 @@ def _wait_for_boot(container: Container) -> None:
 
 
 def _start(container: Container) -> None:
-    podman("start", container.name)
+    machine.start(container.name)
     _introduce(container)
 
 

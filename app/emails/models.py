@@ -46,7 +46,7 @@ class Email(models.Model):
     created_at = models.DateTimeField(default=timezone.now, db_index=True)
 
     class Meta:
-        ordering = ("-id",)
+        ordering = ("-created_at", "-id")
 
     def __str__(self) -> str:
         return str(self.id)

@@ -21,32 +21,43 @@ def page():
     assert executable, "no chromium on the PATH"
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=executable, args=ARGUMENTS)
-        page = browser.new_page()
+        page = browser.new_context().new_page()
         page.set_default_timeout(15_000)
         yield page
         browser.close()
+
+
+def send(page, subject: str) -> None:
+    page.get_by_label("To").fill("bob@example.org")
+    page.get_by_label("Subject").fill(subject)
+    page.get_by_label("Message").fill("Body")
+    page.get_by_role("button", name="Send").click()
 
 
 @pytest.mark.browser
 def test_log_in_send_and_see_it_in_the_list(live_server, user, page):
     complaints = []
     page.on("console", lambda message: complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(error.message))
     page.goto(live_server.url)
     page.get_by_label("Username").fill("alice")
     page.get_by_label("Password").fill("secret")
     page.get_by_role("button", name="Log in").click()
 
-    page.get_by_label("To").fill("bob@example.org")
-    page.get_by_label("Subject").fill("From a browser")
-    page.get_by_label("Message").fill("Body")
-    page.get_by_role("button", name="Send").click()
-
+    send(page, "From a browser")
     expect(page.get_by_role("status")).to_contain_text("Accepted")
     emails = page.locator(".emails > li")
     expect(emails).to_have_count(1)
     expect(emails).to_contain_text("From a browser")
     expect(emails).to_contain_text("bob@example.org")
     expect(emails.locator(".state")).to_have_text("queued")
+
+    other_tab = page.context.new_page()
+    other_tab.goto(live_server.url)
+    page.get_by_label("Subject").fill("Half-written")
+    send(other_tab, "From another tab")
+    expect(emails.first).to_contain_text("From another tab")
+    expect(page.get_by_label("Subject")).to_have_value("Half-written")
 
     page.goto(f"{live_server.url}/api/docs")
     expect(page.get_by_text("Accept an email")).to_be_visible()

@@ -134,14 +134,14 @@ def test_a_silent_broker_holds_the_relay_for_seconds_only(
 
 
 @pytest.mark.parametrize("broker", ["silent", "refusing"])
-def test_sigterm_ends_the_relay_within_two_seconds(tmp_path, silent_broker, broker):
+def test_sigterm_ends_the_relay_within_two_seconds(tmp_path, settings, silent_broker, broker):
     port = silent_broker.getsockname()[1] if broker == "silent" else 1
     env = os.environ | {
         "DJANGO_SETTINGS_MODULE": "mailroom.settings",
         "DATABASE_URL": f"sqlite:///{tmp_path / 'db.sqlite3'}",
         "BROKER_URL": f"amqp://127.0.0.1:{port}//",
     }
-    manage = [sys.executable, "manage.py"]
+    manage = [sys.executable, settings.BASE_DIR / "manage.py"]
     subprocess.run([*manage, "migrate", "-v0"], env=env, check=True)
     accept = (
         "from django.contrib.auth.models import User; from emails import services;"

@@ -20,6 +20,7 @@ def load(**variables) -> subprocess.CompletedProcess:
     """Loads the settings in a process that has only these variables."""
     return subprocess.run(
         [sys.executable, "-c", SHOW],
+        cwd=settings.BASE_DIR,
         env={"PATH": os.environ["PATH"]} | variables,
         capture_output=True,
         text=True,
@@ -78,6 +79,7 @@ def test_https_is_the_default_outside_debug():
 def test_deployment_checks_pass():
     checked = subprocess.run(
         [sys.executable, "manage.py", "check", "--deploy", "--fail-level", "WARNING"],
+        cwd=settings.BASE_DIR,
         env={"PATH": os.environ["PATH"], "ALLOWED_HOSTS": "example.org"}
         | {"SECRET_KEY": "0123456789abcdefghijklmnopqrstuvwxyz-0123456789-ABCDEF"},
         capture_output=True,

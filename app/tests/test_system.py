@@ -11,12 +11,14 @@ import sys
 import threading
 import time
 from contextlib import contextmanager, suppress
+from email import message_from_bytes
 from pathlib import Path
 from urllib.error import URLError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 import pytest
+from django.conf import settings
 from kombu import Connection
 
 from mailroom.celery import app
@@ -24,7 +26,6 @@ from tests.conftest import KEY, free_port
 
 BROKER_URL = os.environ.get("TEST_BROKER_URL", "")
 NOBODY = "amqp://guest:guest@127.0.0.1:1//"
-APP = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 EMAIL = {"subject": "Through it all", "text": "Body", "to": ["bob@example.org"]}
 
@@ -66,7 +67,9 @@ class System:
 
     def manage(self, *arguments: str, **options) -> None:
         command = [sys.executable, "manage.py", *arguments]
-        subprocess.run(command, cwd=APP, env=self.env, text=True, check=True, **options)
+        subprocess.run(
+            command, cwd=settings.BASE_DIR, env=self.env, text=True, check=True, **options
+        )
 
     @contextmanager
     def process(self, *command: str, **variables: str):
@@ -75,7 +78,7 @@ class System:
         with log.open("w") as output:
             process = subprocess.Popen(
                 command,
-                cwd=APP,
+                cwd=settings.BASE_DIR,
                 env=self.env | variables,
                 stdout=output,
                 stderr=output,
@@ -217,7 +220,7 @@ def test_an_email_accepted_without_a_broker_is_delivered_when_there_is_one(syste
 
 
 def test_a_broker_that_falls_silent_stops_the_relay_for_seconds_only(system, mailbox):
-    """What a memory alarm or a lost network looks like: the connection is there, no answer comes."""
+    """As in a memory alarm or behind a lost network: the connection is there, no answer comes."""
     with Wire().running() as wire, system.relay(BROKER_URL=wire.url) as relay, system.worker():
         system.wait_for(system.post(), "sent")
         wire.cut = True
@@ -255,11 +258,12 @@ def test_an_email_survives_the_death_of_its_worker(system, mailbox):
             assert system.recipient(email_id)["state"] == "sending"
             kill(worker)
         mailbox.gate.set()
-        mailbox.messages.clear()
         with system.worker():
             recipient = system.wait_for(email_id, "sent")
     assert recipient["attempts"] == 2
-    assert len(mailbox.messages) == 1
+    # The server may have taken the first one too: its client died before the answer.
+    ids = {message_from_bytes(message.content)["Message-ID"] for message in mailbox.messages}
+    assert ids == {f"<{email_id}.1@localhost>"}
 
 
 def test_a_worker_declares_every_queue_and_takes_the_purge(system):

@@ -9,15 +9,18 @@ from ansible.errors import AnsibleFilterError
 NAME = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*$")
 
 
-def systemd_quote(word):
-    """One word of a command line or assignment, quoted as systemd.syntax(7) and systemd.service(5) ask.
-
-    Specifiers (%) and variables ($) are taken literally: Celery's own `%h` reaches Celery.
-    """
-    text = str(word).replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
+def systemd_quote(value):
+    """A value of a unit file as one word, as systemd.syntax(7) asks; specifiers (%) are taken literally."""
+    text = str(value).replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
+    text = text.replace("\n", "\\n").replace("\t", "\\t")
     if text and re.fullmatch(r"[A-Za-z0-9_@%+=:,./$-]+", text):
         return text
     return f'"{text}"'
+
+
+def systemd_command(words):
+    """A command line of a unit file, as systemd.service(5) asks; variables ($) are taken literally there too."""
+    return " ".join(systemd_quote(word).replace("$", "$$") for word in words)
 
 
 def environment_file(variables):
@@ -45,4 +48,8 @@ def environment_file(variables):
 
 class FilterModule:
     def filters(self):
-        return {"systemd_quote": systemd_quote, "environment_file": environment_file}
+        return {
+            "systemd_quote": systemd_quote,
+            "systemd_command": systemd_command,
+            "environment_file": environment_file,
+        }

@@ -111,7 +111,9 @@ def differences(actual, wanted):
                     "tags": tags,
                     "limits": (old or {}).get("limits") or {},
                     "password_hash": old["password_hash"] if same_password else password_hash(user["password"]),
-                    "hashing_algorithm": old["hashing_algorithm"] if same_password else "rabbit_password_hashing_sha256",
+                    "hashing_algorithm": old["hashing_algorithm"]
+                    if same_password
+                    else "rabbit_password_hashing_sha256",
                 }
             )
             note(
@@ -201,7 +203,9 @@ class Broker:
             check=False,
         )
         if done.returncode:
-            raise Failure(f"The administrator can't be set by rabbitmqctl: {done.stderr.strip() or done.stdout.strip()}")
+            raise Failure(
+                f"The administrator can't be set by rabbitmqctl: {done.stderr.strip() or done.stdout.strip()}"
+            )
 
 
 def run(module):

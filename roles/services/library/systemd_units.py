@@ -228,9 +228,7 @@ class Units:
 
     def enable(self, states):
         disabled = [
-            unit["name"]
-            for unit in self.units
-            if states.get(unit["name"], {}).get("UnitFileState") == "disabled"
+            unit["name"] for unit in self.units if states.get(unit["name"], {}).get("UnitFileState") == "disabled"
         ]
         if disabled:
             self.result["changed"] = True

@@ -1,0 +1,76 @@
+"""Units as the role services leaves them: what the sandbox forbids, seen from inside, and who is stopped and restarted."""
+
+from __future__ import annotations
+
+import json
+
+
+def properties(host, unit, *names):
+    with host.sudo():
+        shown = host.check_output(f"systemctl show --property {','.join(names)} {unit}")
+    return dict(line.split("=", 1) for line in shown.splitlines())
+
+
+def journal(host, unit):
+    with host.sudo():
+        return host.check_output(f"journalctl --output=cat --no-pager --unit {unit}")
+
+
+def look(host):
+    """What the probe printed at its last start."""
+    return json.loads([line for line in journal(host, "example-probe").splitlines() if line.startswith("{")][-1])
+
+
+def test_sandbox_is_in_force_inside_the_unit(host):
+    seen = look(host)
+    assert seen["write /usr"] == "Read-only file system"
+    assert seen["process 1"] is False
+    assert seen["meminfo"] is False
+    assert seen["home"] != "done"
+    assert seen["devices"] == ["null"]
+    assert seen["hostname"] != "done"
+
+
+def test_unit_can_write_where_it_may(host):
+    seen = look(host)
+    assert seen["write /var/lib/example"] == "done"
+    assert seen["write /tmp"] == "done"
+    assert not host.file("/tmp/probe").exists, "its /tmp is its own"
+
+
+def test_values_reach_the_process_as_they_stand_in_the_data(host):
+    assert look(host)["environment"] == {"PERCENT": "100%h", "DOLLAR": "$HOME", "QUOTE": 'say "no"'}
+
+
+def test_service_that_is_no_longer_listed_is_gone(host):
+    state = properties(host, "example-earlier.service", "ActiveState", "LoadState")
+    assert state == {"ActiveState": "inactive", "LoadState": "not-found"}
+    assert "example-earlier" not in host.check_output("ls /etc/systemd/system/example.target.wants")
+
+
+def test_service_of_another_owner_is_left_alone(host):
+    assert host.service("example-other").is_running
+
+
+def test_target_stops_and_starts_all(host, eventually):
+    with host.sudo():
+        host.check_output("systemctl stop example.target")
+        assert not host.service("example-probe").is_running
+        host.check_output("systemctl start example.target")
+    eventually(lambda: host.service("example-probe").is_running)
+
+
+def test_connection_during_a_restart_waits_and_is_served(host):
+    script = (
+        "systemctl stop example-listener.service; "
+        "python3 -c \"import socket; c = socket.create_connection(('127.0.0.1', 7000), 10); print(c.recv(9))\""
+    )
+    with host.sudo():
+        assert "hello" in host.check_output(script)
+
+
+def test_killed_service_comes_back(host, eventually):
+    before = properties(host, "example-probe.service", "MainPID")["MainPID"]
+    with host.sudo():
+        host.check_output(f"kill -KILL {before}")
+    eventually(lambda: properties(host, "example-probe.service", "MainPID")["MainPID"] not in ("0", before))
