@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from testbed import stack
+from testbed import build, stack
 from testbed.inventory import MAIL, inventory_directory, read
 from testbed.machine import TestbedError, podman_command
 
@@ -39,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     command("up", "make the hosts of an inventory be there", _up)
     sub = command("down", "remove the hosts of an inventory (default: of this clone)", _down, False)
     sub.add_argument("--all-of-clone", action="store_true", help="say so")
+    sub.add_argument("--images", action="store_true", help="also remove images nobody uses")
     command("status", "list the hosts of an inventory (default: of this clone)", _status, False)
     sub = command("restart", "reboot a host and wait until it answers", _restart)
     sub.add_argument("host")
@@ -60,6 +61,8 @@ def _down(options: argparse.Namespace) -> None:
         raise TestbedError("either --inventory or --all-of-clone")
     # The directory itself may be gone already.
     stack.down(Path(options.inventory).resolve() if options.inventory else None)
+    if options.images:
+        build.remove_unused()
 
 
 def _status(options: argparse.Namespace) -> None:

@@ -92,6 +92,14 @@ def ensure(images: set[Image]) -> None:
         list(pool.map(_ensure, images))
 
 
+def remove_unused() -> None:
+    """Remove the images, of all clones, that no container runs."""
+    names = ("--filter", "reference=localhost/testbed/*", "--format", "{{.Repository}}:{{.Tag}}")
+    for name in podman("images", *names).stdout.split():
+        if podman("rmi", name, check=False).returncode == 0:
+            say(name, "removed")
+
+
 def _ensure(image: Image) -> None:
     if _exists(image.reference):
         return
@@ -200,6 +208,7 @@ def _run_npm_in_a_container(directory: Path, base: str) -> None:
     (directory / "authorities.pem").write_text(authorities)
     script = (
         "cp -r /build/added/. / && apt-get -qq update && "
+        "DEBIAN_FRONTEND=noninteractive "
         "apt-get -qq install --no-install-recommends --yes npm >/dev/null && "
         f"cd /build && NODE_EXTRA_CA_CERTS=/build/authorities.pem {' '.join(NPM)}"
     )

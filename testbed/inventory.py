@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -81,6 +82,8 @@ def read(directory: Path) -> Inventory:
         capture_output=True,
         check=False,
         cwd=CLONE,
+        # Without it a file that is no YAML is a warning, and all its hosts are missing.
+        env={**os.environ, "ANSIBLE_INVENTORY_UNPARSED_FAILED": "true"},
     )
     if done.returncode:
         raise TestbedError(f"ansible-inventory refuses {directory}:\n{done.stderr.strip()}")

@@ -1,0 +1,136 @@
+"""Workers and beat as the role celery leaves them: what they run, what a stop and a kill do to it."""
+
+from __future__ import annotations
+
+import pytest
+import requests
+
+SLOW_MAIL_SERVER = r'''
+import asyncio, sys
+async def session(reader, writer):
+    async def say(line):
+        writer.write(line.encode() + b"\r\n")
+        await writer.drain()
+    await say("220 slow")
+    while line := await reader.readline():
+        word = line.split()[0].upper() if line.split() else b""
+        if word == b"DATA":
+            await say("354 go on")
+            subject = ""
+            while (line := await reader.readline()) not in (b".\r\n", b""):
+                if line.lower().startswith(b"subject:"):
+                    subject = line.split(b":", 1)[1].strip().decode()
+            print("began", subject, flush=True)
+            await asyncio.sleep(5)
+            print("took", subject, flush=True)
+            await say("250 taken")
+        elif word == b"QUIT":
+            await say("221 bye")
+            break
+        else:
+            await say("250 ok")
+    writer.close()
+async def main():
+    server = await asyncio.start_server(session, "127.0.0.1", 2525)
+    await server.serve_forever()
+asyncio.run(main())
+'''
+
+
+@pytest.fixture(scope="module", autouse=True)
+def mail_server(host):
+    """A real SMTP server that takes five seconds for each mail and prints when it began and when it took one."""
+    with host.sudo():
+        host.run("systemctl stop example-mail")
+        host.check_output("systemd-run --unit=example-mail --setenv=PYTHONUNBUFFERED=1 python3 -c %s", SLOW_MAIL_SERVER)
+    yield
+    with host.sudo():
+        host.run("systemctl stop example-mail")
+
+
+@pytest.fixture
+def mails(host):
+    def said(verb, subject):
+        with host.sudo():
+            journal = host.check_output("journalctl --output=cat --no-pager --unit example-mail")
+        return journal.splitlines().count(f"{verb} {subject}")
+
+    return said
+
+
+@pytest.fixture
+def send(url, variables):
+    headers = {"Authorization": f"Bearer {variables['secret_app_api_key']}"}
+
+    def post(subject):
+        email = {"subject": subject, "text": "Hello.", "to": ["somebody@example.net"]}
+        answer = requests.post(f"{url(8000)}/api/emails", json=email, headers=headers, timeout=5)
+        assert answer.status_code == 202
+        status = f"{url(8000)}/api/emails/{answer.json()['id']}"
+        return lambda: requests.get(status, headers=headers, timeout=5).json()
+
+    return post
+
+
+def shown(host, unit, name):
+    with host.sudo():
+        return host.check_output(f"systemctl show --property {name} --value {unit}")
+
+
+def test_mail_is_sent(send, mails, eventually):
+    status = send("plain")
+    eventually(lambda: status()["state"] == "sent", seconds=60)
+    assert mails("took", "plain") == 1
+
+
+def test_restart_lets_a_running_task_finish(host, send, mails, eventually):
+    status = send("restart")
+    eventually(lambda: mails("began", "restart") == 1)
+    with host.sudo():
+        host.check_output("systemctl restart mailroom-worker@mail")
+    assert mails("took", "restart") == 1, "the restart came back before the task had ended"
+    eventually(lambda: status()["state"] == "sent")
+    assert mails("began", "restart") == 1
+
+
+def test_stop_timeout_is_longer_than_a_task_may_take(host):
+    """Read from what runs: the limit on the worker's command line, the timeout in systemd."""
+    for instance in ("mail", "maintenance"):
+        unit = f"mailroom-worker@{instance}.service"
+        command = shown(host, unit, "ExecStart")
+        limit = int(command.split("--time-limit=")[1].split()[0])
+        timeout = shown(host, unit, "TimeoutStopUSec")
+        with host.sudo():
+            seconds = int(host.check_output(f"systemd-analyze timespan '{timeout}' | awk '/μs:/ {{print $2}}'")) / 1e6
+        assert seconds > limit
+
+
+def test_killed_worker_comes_back_and_its_mail_is_sent(host, send, mails, eventually):
+    status = send("killed")
+    eventually(lambda: mails("began", "killed") == 1)
+    before = shown(host, "mailroom-worker@mail", "MainPID")
+    with host.sudo():
+        host.check_output("systemctl kill --signal=KILL mailroom-worker@mail")
+    eventually(lambda: shown(host, "mailroom-worker@mail", "MainPID") not in ("0", before))
+    # The row stays leased for as long as a task may take, 150 s here; that it is sent after that is shown by the app's tests.
+    assert status()["state"] in ("queued", "sending", "sent")
+
+
+def test_workers_consume_only_their_queues(host):
+    with host.sudo():
+        consumers = host.check_output("rabbitmqctl -q list_consumers -p mailroom queue_name")
+    assert sorted(line for line in consumers.splitlines() if line.endswith(".v1")) == ["mail.v1", "maintenance.v1"]
+
+
+def test_beat_runs_once_and_keeps_its_schedule(host):
+    with host.sudo():
+        assert host.check_output("pgrep --count --full 'celery.*beat'") == "1"
+        assert host.file("/var/lib/mailroom/beat-schedule").user == "mailroom"
+
+
+def test_worker_cannot_write_its_code(host):
+    with host.sudo():
+        pid = shown(host, "mailroom-worker@mail", "MainPID")
+        result = host.run(f"nsenter --mount --target {pid} runuser -u mailroom -- touch /opt/mailroom/current/probe")
+    assert result.rc != 0
+    assert "Read-only file system" in result.stderr

@@ -1,0 +1,99 @@
+"""The application as the role django leaves it, on a host from which no broker can be reached."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import re
+
+import pytest
+import requests
+
+EMAIL = {"subject": "Hello", "text": "Hello.", "to": ["somebody@example.net"]}
+
+
+@pytest.fixture(scope="module")
+def site(url):
+    return url(8000)
+
+
+@pytest.fixture(scope="module")
+def key(variables):
+    return {"Authorization": f"Bearer {variables['secret_app_api_key']}"}
+
+
+def test_email_is_accepted_at_once_without_a_broker(site, key):
+    answer = requests.post(f"{site}/api/emails", json=EMAIL, headers=key, timeout=5)
+    assert answer.status_code == 202
+    assert answer.elapsed.total_seconds() < 2
+    status = requests.get(f"{site}/api/emails/{answer.json()['id']}", headers=key, timeout=5).json()
+    assert status["state"] == "queued"
+
+
+@pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer wrong"}])
+def test_email_without_a_valid_key_is_refused(site, headers):
+    assert requests.post(f"{site}/api/emails", json=EMAIL, headers=headers, timeout=5).status_code == 401
+
+
+def test_sender_that_is_not_allowed_is_refused(site, key):
+    answer = requests.post(f"{site}/api/emails", json={**EMAIL, "from": "boss@elsewhere.test"}, headers=key, timeout=5)
+    assert answer.status_code == 422
+    assert "from" in answer.text
+
+
+def test_page_wants_a_login_and_takes_the_administrators(site, variables):
+    session = requests.Session()
+    assert "/login" in session.get(f"{site}/", timeout=5).url
+    login = session.get(f"{site}/login/", timeout=5)
+    token = re.search(r'name="csrfmiddlewaretoken" value="([^"]+)"', login.text).group(1)
+    form = {"csrfmiddlewaretoken": token, "username": "admin", "password": variables["secret_app_admin_password"]}
+    page = session.post(f"{site}/login/", data=form, headers={"Referer": f"{site}/login/"}, timeout=5)
+    assert page.status_code == 200
+    assert "/login" not in page.url
+
+
+def test_static_files_are_served(site):
+    page = requests.get(f"{site}/login/", timeout=5).text
+    sheet = re.search(r'href="(/static/[^"]+\.css)"', page).group(1)
+    assert requests.get(f"{site}{sheet}", timeout=5).headers["Content-Type"].startswith("text/css")
+
+
+def test_no_request_is_lost_by_a_restart(site, host):
+    def ask(_):
+        return requests.get(f"{site}/healthz", timeout=20).status_code
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        restart = pool.submit(lambda: host.run("sudo systemctl restart mailroom-web.service"))
+        answers = list(pool.map(ask, range(60)))
+        assert restart.result().rc == 0
+    assert answers == [200] * 60
+
+
+def test_relay_outlives_a_broker_that_is_not_there(host):
+    with host.sudo():
+        shown = host.check_output("systemctl show --property ActiveState,NRestarts mailroom-relay.service")
+    assert shown.split() == ["NRestarts=0", "ActiveState=active"] or shown.split() == ["ActiveState=active", "NRestarts=0"]
+
+
+def test_secrets_are_readable_by_the_application_alone(host, variables):
+    assert host.run("cat /etc/mailroom/environment").rc != 0
+    with host.sudo():
+        assert variables["secret_django_key"] in host.check_output("cat /etc/mailroom/environment")
+        seen = host.check_output("systemctl cat 'mailroom*'; ps -e -o args; journalctl --no-pager")
+    for name, secret in variables.items():
+        if name.startswith("secret_") and name != "secret_names":
+            assert secret not in seen, name
+
+
+def test_code_is_read_only_for_the_service(host):
+    """Looked at from inside the running service, as its user."""
+    with host.sudo():
+        pid = host.check_output("systemctl show --property MainPID --value mailroom-web.service")
+        result = host.run(f"nsenter --mount --target {pid} runuser -u mailroom -- touch /opt/mailroom/current/probe")
+    assert result.rc != 0
+    assert "Read-only file system" in result.stderr
+
+
+def test_management_commands_run_as_the_application(host):
+    with host.sudo():
+        assert host.check_output("mailroom-manage shell -c 'import os; print(os.geteuid())' | tail -1") != "0"
+        assert "[ ]" not in host.check_output("mailroom-manage showmigrations")
