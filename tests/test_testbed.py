@@ -11,9 +11,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from testbed import build, containers, generated, inventory, machine, ports, ssh  # noqa: E402
-from testbed.inventory import Host, parse  # noqa: E402
-from testbed.machine import TestbedError  # noqa: E402
+from testbed import build, containers, generated, inventory, machine, ports, ssh
+from testbed.inventory import Host, parse
+from testbed.machine import TestbedError
 
 DIRECTORY = Path("/clone/inventories/sandbox")
 

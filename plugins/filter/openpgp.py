@@ -5,59 +5,76 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import re
 
 from ansible.errors import AnsibleFilterError
 
 PUBLIC_KEY = 6
+ARMOUR = re.compile(
+    r"^-----BEGIN PGP PUBLIC KEY BLOCK-----$(.*?)^-----END PGP PUBLIC KEY BLOCK-----$", re.MULTILINE | re.DOTALL
+)
 
 
-def _binary(text):
-    """The bytes inside the first ASCII armour of a text (RFC 9580, section 6)."""
-    lines = [line.strip() for line in text.splitlines()]
-    try:
-        begin = lines.index("-----BEGIN PGP PUBLIC KEY BLOCK-----")
-        end = lines.index("-----END PGP PUBLIC KEY BLOCK-----", begin)
-    except ValueError:
-        raise AnsibleFilterError("This is no ASCII-armoured OpenPGP public key.") from None
-    body = lines[begin + 1 : end]
-    # Armour headers end at the first empty line; the checksum line begins with "=".
-    body = body[body.index("") + 1 :] if "" in body else body
-    try:
-        return base64.b64decode("".join(line for line in body if not line.startswith("=")), validate=True)
-    except binascii.Error as error:
-        raise AnsibleFilterError(f"The OpenPGP key's armour is damaged: {error}") from None
+def _blocks(text):
+    """The bytes inside each ASCII armour of a text (RFC 9580, section 6)."""
+    found = ARMOUR.findall("\n".join(line.strip() for line in text.splitlines()))
+    if not found:
+        raise AnsibleFilterError("This is no ASCII-armoured OpenPGP public key.")
+    if len(found) != text.count("-----BEGIN"):
+        raise AnsibleFilterError("There is something else beside the OpenPGP public key, or a second one that is not closed.")
+    for block in found:
+        # Armour headers end at the first empty line; the checksum line begins with "=".
+        body = block.partition("\n\n")[2] or block
+        try:
+            yield base64.b64decode("".join(line for line in body.split() if not line.startswith("=")), validate=True)
+        except binascii.Error as error:
+            raise AnsibleFilterError(f"The OpenPGP key's armour is damaged: {error}") from None
 
 
 def _packets(data):
-    """Pairs of tag and body (RFC 9580, section 4.2)."""
+    """Pairs of tag and body (RFC 9580, section 4.2). Lengths that a key's packets can't have are refused."""
     at = 0
     while at < len(data):
         header = data[at]
         at += 1
+        if not header & 0x80:
+            raise AnsibleFilterError("The OpenPGP key holds something that is no OpenPGP packet.")
         if header & 0x40:
             tag, first = header & 0x3F, data[at]
             if first < 192:
                 length, at = first, at + 1
             elif first < 224:
                 length, at = ((first - 192) << 8) + data[at + 1] + 192, at + 2
-            else:
+            elif first == 255:
                 length, at = int.from_bytes(data[at + 1 : at + 5], "big"), at + 5
+            else:
+                raise AnsibleFilterError("The OpenPGP key holds a packet of partial length.")
         else:
             tag, size = (header >> 2) & 0x0F, 1 << (header & 3)
+            if size == 8:
+                raise AnsibleFilterError("The OpenPGP key holds a packet of indeterminate length.")
             length, at = int.from_bytes(data[at : at + size], "big"), at + size
+        if at + length > len(data):
+            raise IndexError
         yield tag, data[at : at + length]
         at += length
 
 
 def openpgp_fingerprints(text):
-    """Fingerprints of the primary version 4 keys in an armoured text: upper case hexadecimal, 40 digits each."""
+    """Fingerprints of all primary keys in an armoured text: upper case hexadecimal, 40 digits each.
+
+    What it can't tell the fingerprint of is refused, never passed over: the host would trust it unseen.
+    """
     found = []
     try:
-        for tag, body in _packets(_binary(text)):
-            if tag == PUBLIC_KEY and body[0] == 4:
-                prefix = b"\x99" + len(body).to_bytes(2, "big")
-                # The fingerprint of a version 4 key is defined as its SHA-1; it guards nothing else here.
-                found.append(hashlib.sha1(prefix + body, usedforsecurity=False).hexdigest().upper())
+        for block in _blocks(text):
+            for tag, body in _packets(block):
+                if tag == PUBLIC_KEY:
+                    if body[0] != 4:
+                        raise AnsibleFilterError(f"The OpenPGP key is of version {body[0]}; only version 4 is known here.")
+                    prefix = b"\x99" + len(body).to_bytes(2, "big")
+                    # The fingerprint of a version 4 key is defined as its SHA-1; it guards nothing else here.
+                    found.append(hashlib.sha1(prefix + body, usedforsecurity=False).hexdigest().upper())
     except IndexError:
         raise AnsibleFilterError("The OpenPGP key is cut off.") from None
     return found

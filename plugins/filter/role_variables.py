@@ -1,31 +1,69 @@
-"""Finds variables that carry a role's prefix and that the role does not know: misspelt ones, which Ansible ignores."""
+"""Finds faults of a role's variables that Ansible passes over: misspelt names, and values of another type than the role's.
+
+validate_argument_spec accepts the text '5672' for a number and 'a,b' for a list, and leaves the variable as it is.
+"""
 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import yaml
+from jinja2 import pass_context
+
+TYPES = {
+    "bool": (bool, "true or false"),
+    "dict": (Mapping, "a mapping"),
+    "float": ((int, float), "a number"),
+    "int": (int, "a whole number"),
+    "list": (Sequence, "a list"),
+    # A version such as 4.10 without quotes is the number 4.1.
+    "path": (str, "a text in quotes"),
+    "str": (str, "a text in quotes"),
+}
 
 
-def unknown_role_variables(names, role_path):
-    """Sentences about the names that begin with the role's name and that its argument_specs do not list.
+def _mistyped(name, spec, value):
+    """Sentences about a value, and what is in it, that is not of its option's type."""
+    kind = spec.get("type", "str")
+    types, wanted = TYPES[kind]
+    # Texts are sequences and truths are whole numbers to Python.
+    disguised = (isinstance(value, str) and types is Sequence) or (isinstance(value, bool) and types is not bool)
+    if disguised or not isinstance(value, types):
+        shown = "not" if spec.get("no_log") or isinstance(value, (Mapping, list)) else f"{value!r}, not"
+        yield f"{name} is {'empty, not' if value is None else shown} {wanted}."
+    elif kind == "list":
+        element = {"type": spec.get("elements", "str"), "options": spec.get("options"), "no_log": spec.get("no_log")}
+        for number, item in enumerate(value):
+            yield from _mistyped(f"{name}[{number}]", element, item)
+    elif kind == "dict":
+        for key, option in (spec.get("options") or {}).items():
+            if key in value:
+                yield from _mistyped(f"{name}.{key}", option, value[key])
 
-    `names` are a host's variables, `role_path` is the role's directory. Names of registers and internal values begin with
-    two underscores and are not looked at.
+
+@pass_context
+def role_variable_faults(context, names, role_path):
+    """Sentences about the variables that begin with the role's name and that its argument_specs do not have so.
+
+    `names` are those of a host's variables, `role_path` is the role's directory. Names of registers and internal values begin with two
+    underscores and are not looked at.
     """
     role = Path(role_path).name
     specs = yaml.safe_load((Path(role_path) / "meta" / "argument_specs.yml").read_text(encoding="utf-8"))
-    known = set(specs["argument_specs"]["main"]["options"])
-    unknown = sorted(name for name in names if name.startswith(f"{role}_") and name not in known)
+    options = specs["argument_specs"]["main"]["options"]
     sentences = []
-    for name in unknown:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-        hint = f", did you mean {near[0]}?" if near else f"; the role has {', '.join(sorted(known))}."
+    for name in sorted(name for name in names if name.startswith(f"{role}_")):
+        if name in options:
+            sentences += _mistyped(name, options[name], context.resolve(name))
+            continue
+        near = difflib.get_close_matches(name, options, n=1, cutoff=0.6)
+        hint = f", did you mean {near[0]}?" if near else f"; the role has {', '.join(sorted(options))}."
         sentences.append(f"{name} is no variable of the role {role}{hint}")
     return sentences
 
 
 class FilterModule:
     def filters(self):
-        return {"unknown_role_variables": unknown_role_variables}
+        return {"role_variable_faults": role_variable_faults}

@@ -6,7 +6,7 @@ import re
 
 from ansible.errors import AnsibleFilterError
 
-NAME = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*$")
+NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 def systemd_quote(value):
@@ -31,7 +31,7 @@ def environment_file(variables):
     """
     lines = []
     for name, value in sorted(variables.items()):
-        if not NAME.match(str(name)):
+        if not NAME.fullmatch(str(name)):
             raise AnsibleFilterError(f"'{name}' is no name of an environment variable.")
         if isinstance(value, bool):
             value = str(value).lower()

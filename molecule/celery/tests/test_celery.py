@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import requests
 
-SLOW_MAIL_SERVER = r'''
+SLOW_MAIL_SERVER = r"""
 import asyncio, sys
 async def session(reader, writer):
     async def say(line):
@@ -34,7 +34,7 @@ async def main():
     server = await asyncio.start_server(session, "127.0.0.1", 2525)
     await server.serve_forever()
 asyncio.run(main())
-'''
+"""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -124,7 +124,7 @@ def test_workers_consume_only_their_queues(host):
 
 def test_beat_runs_once_and_keeps_its_schedule(host):
     with host.sudo():
-        assert host.check_output("pgrep --count --full 'celery.*beat'") == "1"
+        assert host.check_output("pgrep --count --full '[c]elery.* beat '") == "1"
         assert host.file("/var/lib/mailroom/beat-schedule").user == "mailroom"
 
 

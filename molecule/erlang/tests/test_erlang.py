@@ -12,10 +12,7 @@ def test_release_is_the_one_asked_for(host):
 
 
 def test_applications_that_rabbitmq_needs_start(host):
-    assert (
-        erl(host, "[application:ensure_all_started(A) || A <- [ssl, mnesia, os_mon, inets, eldap, xmerl]]").count("{ok")
-        == 6
-    )
+    assert erl(host, "[application:ensure_all_started(A) || A <- [ssl, mnesia, os_mon, inets, eldap, xmerl]]").count("{ok") == 6
 
 
 def test_tls_speaks_1_3(host):

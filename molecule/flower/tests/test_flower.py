@@ -57,8 +57,10 @@ def test_event_of_a_worker_is_counted(site, published, variables, eventually):
             {"type": "task-received", **event, **task}, routing_key="task.received", declare=[celeryev]
         )
     eventually(
-        lambda: 'flower_events_total{task="tests.probe",type="task-received",worker="test@elsewhere"} 1.0'
-        in requests.get(f"{site}/metrics", timeout=10).text
+        lambda: (
+            'flower_events_total{task="tests.probe",type="task-received",worker="test@elsewhere"} 1.0'
+            in requests.get(f"{site}/metrics", timeout=10).text
+        )
     )
 
 

@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import io
 import os
+import stat
 import tarfile
 from pathlib import Path
 
@@ -39,6 +40,8 @@ def files_of(folder, exclude):
     """Files and symbolic links below a folder, sorted, as paths relative to it."""
     for directory, names, files in os.walk(folder):
         names[:] = sorted(name for name in names if not any(fnmatch.fnmatch(name, p) for p in exclude))
+        # A link to a folder is one of its folders to os.walk, which does not go there.
+        files += [name for name in names if os.path.islink(os.path.join(directory, name))]
         for name in sorted(files):
             if not any(fnmatch.fnmatch(name, pattern) for pattern in exclude):
                 yield (Path(directory) / name).relative_to(folder)
@@ -49,15 +52,17 @@ def pack(folder, exclude):
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as archive:
         for path in files_of(folder, exclude):
-            member = archive.gettarinfo(folder / path, arcname=str(path))
-            member.mtime = member.uid = member.gid = 0
-            member.uname = member.gname = ""
-            member.mode = 0o750 if member.mode & 0o100 else 0o640
-            if member.isreg():
+            # Made from nothing, it has no time and no owner, and two files that share their data are two files.
+            member = tarfile.TarInfo(str(path))
+            status = os.lstat(folder / path)
+            member.mode = 0o750 if status.st_mode & 0o100 else 0o640
+            if stat.S_ISLNK(status.st_mode):
+                member.type, member.linkname = tarfile.SYMTYPE, os.readlink(folder / path)
+                archive.addfile(member)
+            elif stat.S_ISREG(status.st_mode):
+                member.size = status.st_size
                 with open(folder / path, "rb") as file:
                     archive.addfile(member, file)
-            else:
-                archive.addfile(member)
     return buffer.getvalue()
 
 

@@ -23,11 +23,13 @@ description:
   - Passwords are compared by the salted hash that the broker keeps, so a changed one is seen and an unchanged one is no
     change.
   - What is not listed is left alone.
-  - An administrator whose password the broker does not take is set by C(rabbitmqctl), which works by the Erlang cookie.
+  - An administrator whose password the broker does not take is set by C(rabbitmqctl) from I(definitions); it gets in by the
+    Erlang cookie.
 options:
   url: {description: The management API's scheme, host and port., type: str, required: true}
   administrator: {description: The user to work as., type: str, required: true}
   password: {description: The administrator's password., type: str, required: true}
+  definitions: {description: "The file on the host that defines the administrator, its password hashed.", type: path, required: true}
   vhosts: {description: As the role's rabbitmq_vhosts., type: list, elements: dict, default: []}
   users: {description: As the role's rabbitmq_users., type: list, elements: dict, default: []}
   policies: {description: As the role's rabbitmq_policies., type: list, elements: dict, default: []}
@@ -149,10 +151,11 @@ def differences(actual, wanted):
 class Broker:
     """The management API of one node."""
 
-    def __init__(self, url, administrator, password, timeout):
+    def __init__(self, url, administrator, password, definitions, timeout):
         self.url = url
         self.administrator = administrator
         self.password = password
+        self.definitions = definitions
         self.until = time.monotonic() + timeout
 
     def request(self, method, data=None):
@@ -182,37 +185,24 @@ class Broker:
                 time.sleep(0.5)
 
     def set_administrator(self):
-        """Set the administrator by the Erlang cookie. The hash goes by standard input, never on the command line."""
-        definitions = {
-            "users": [
-                {
-                    "name": self.administrator,
-                    "tags": ["administrator"],
-                    "limits": {},
-                    "password_hash": password_hash(self.password),
-                    "hashing_algorithm": "rabbit_password_hashing_sha256",
-                }
-            ]
-        }
+        """Set the administrator from the file of bootstrap definitions; rabbitmqctl gets in by the Erlang cookie."""
         done = subprocess.run(
-            ["rabbitmqctl", "--quiet", "import_definitions"],
-            input=json.dumps(definitions),
+            ["rabbitmqctl", "--quiet", "import_definitions", self.definitions],
+            stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             timeout=120,
             check=False,
         )
         if done.returncode:
-            raise Failure(
-                f"The administrator can't be set by rabbitmqctl: {done.stderr.strip() or done.stdout.strip()}"
-            )
+            raise Failure(f"The administrator can't be set by rabbitmqctl: {done.stderr.strip() or done.stdout.strip()}")
 
 
 def run(module):
     parameters = module.params
     # Check mode starts no broker: one that does not answer now is not waited for.
     timeout = 0 if module.check_mode else parameters["timeout"]
-    broker = Broker(parameters["url"], parameters["administrator"], parameters["password"], timeout)
+    broker = Broker(*(parameters[name] for name in ("url", "administrator", "password", "definitions")), timeout)
     before, after = {}, {}
     try:
         actual = broker.request("GET")
@@ -247,6 +237,7 @@ def main():
             "url": {"type": "str", "required": True},
             "administrator": {"type": "str", "required": True},
             "password": {"type": "str", "required": True, "no_log": True},
+            "definitions": {"type": "path", "required": True},
             "vhosts": objects,
             "users": {**objects, "options": user},
             "policies": objects,

@@ -237,31 +237,35 @@ class Units:
 
     def start(self, states):
         acted = []
+        # Services of the sockets that are restarted: systemd refuses to restart a socket while its service runs.
+        fed = []
         for unit in self.units:
             name = unit["name"]
             properties = states.get(name, {})
             files = [target_path(self.directory, unit), *unit["restart_on"]]
             if properties.get("ActiveState") not in ("active", "reloading"):
                 self.result["started"].append(name)
-            elif not name.endswith(".target") and is_stale(properties, files):
+            elif not name.endswith(".target") and (is_stale(properties, files) or name in fed):
                 self.result["restarted"].append(name)
             else:
                 continue
             acted.append(unit)
+            if name.endswith(".socket"):
+                fed.append(name[: -len("socket")] + "service")
         if not acted:
             return
         self.result["changed"] = True
         if self.check:
             return
         names = [unit["name"] for unit in acted]
-        # systemd refuses to restart a socket while the service that it feeds runs.
-        fed = [name[: -len("socket")] + "service" for name in names if name.endswith(".socket")]
         if fed:
             self.systemctl("stop", "--", *fed, fail=False)
         self.systemctl("reset-failed", "--", *names, fail=False)
         try:
-            # One call: systemd stops and starts them side by side, in the order that the units ask for.
-            self.systemctl("restart", "--", *names)
+            # One call each: systemd stops and starts them side by side, in the order that the units ask for.
+            for verb, listed in (("restart", self.result["restarted"]), ("start", self.result["started"])):
+                if listed:
+                    self.systemctl(verb, "--", *listed)
         except Failure as failure:
             states = self.show()
             down = [name for name in names if states.get(name, {}).get("ActiveState") != "active"]

@@ -1,0 +1,170 @@
+"""The whole environment on one host: an email's way from the request to the inbox, and what holds when things fall over."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+
+import pytest
+import requests
+
+SCENARIO = Path(__file__).resolve().parents[1]
+PROJECT = SCENARIO.parents[1]
+WORKERS = ["services : Units of mailroom/celery"]
+
+
+@pytest.fixture(scope="module")
+def site(url):
+    return url(8000)
+
+
+@pytest.fixture(scope="module")
+def inbox(variables):
+    """The subjects of all mails in the mail catcher."""
+    port = variables["testbed_mail_published"]["1080"]
+
+    def subjects():
+        mails = requests.get(f"http://127.0.0.1:{port}/api/email", timeout=10).json()
+        return [mail["subject"] for mail in (mails["emails"] if isinstance(mails, dict) else mails)]
+
+    return subjects
+
+
+@pytest.fixture
+def send(site, variables):
+    """Asks for an email to two recipients; gives its subject and a look at its state."""
+    headers = {"Authorization": f"Bearer {variables['secret_app_api_key']}"}
+
+    def post():
+        subject = f"test {uuid.uuid4()}"
+        email = {"subject": subject, "text": "Hello.", "to": ["one@example.net", "two@example.net"]}
+        answer = requests.post(f"{site}/api/emails", json=email, headers=headers, timeout=5)
+        assert answer.status_code == 202, answer.text
+        status = f"{site}/api/emails/{answer.json()['id']}"
+        return subject, lambda: requests.get(status, headers=headers, timeout=5).json()["state"]
+
+    return post
+
+
+@pytest.fixture(scope="module")
+def playbook():
+    """Runs site.yml on the scenario's inventory, as an operator does; gives what it changed, task by task."""
+
+    def run(*arguments):
+        done = subprocess.run(
+            [Path(sys.executable).parent / "ansible-playbook", "-i", SCENARIO / "inventory", "site.yml", *arguments],
+            cwd=PROJECT,
+            env={**os.environ, "ANSIBLE_CONFIG": str(PROJECT / "ansible.cfg"), "ANSIBLE_FORCE_COLOR": "false"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        changed = re.findall(r"^TASK \[([^\]]+)\] \**\n(?:(?!TASK|PLAY).*\n)*?changed: ", done.stdout, re.MULTILINE)
+        assert len(changed) == int(re.search(r"changed=(\d+)", done.stdout).group(1)), done.stdout
+        return changed
+
+    return run
+
+
+@pytest.fixture
+def systemctl(host):
+    def call(arguments):
+        with host.sudo():
+            return host.check_output(f"systemctl {arguments}")
+
+    return call
+
+
+def flower_counted(url):
+    metrics = requests.get(f"{url(5555)}/metrics", timeout=10).text
+    found = re.search(r'flower_events_total\{task="emails\.tasks\.deliver",type="task-succeeded".*?\} ([\d.]+)', metrics)
+    return float(found.group(1)) if found else 0.0
+
+
+def test_email_arrives_and_flower_has_counted_its_tasks(send, inbox, url, eventually):
+    before = flower_counted(url)
+    subject, state = send()
+    eventually(lambda: state() == "sent")
+    assert inbox().count(subject) == 2, "one mail a recipient"
+    eventually(lambda: flower_counted(url) >= before + 2)
+
+
+def test_flower_refuses_the_anonymous(url):
+    assert requests.get(f"{url(5555)}/workers", timeout=10).status_code == 401
+
+
+def test_email_accepted_while_the_broker_is_down_arrives(send, inbox, systemctl, eventually):
+    systemctl("stop rabbitmq-server")
+    subject, state = send()
+    assert state() == "queued"
+    systemctl("start rabbitmq-server")
+    # A worker that lost the broker waits up to half a minute between two tries to reach it.
+    eventually(lambda: state() == "sent", seconds=90)
+    assert inbox().count(subject) == 2
+
+
+def test_killed_worker_comes_back(send, inbox, systemctl, eventually):
+    systemctl("kill --signal=KILL mailroom-worker@mail")
+    subject, state = send()
+    eventually(lambda: state() == "sent", seconds=60)
+    assert inbox().count(subject) == 2
+
+
+def test_all_is_up_again_after_a_reboot(send, inbox, systemctl, eventually):
+    subprocess.run(
+        [sys.executable, "-m", "testbed", "restart", "--inventory", SCENARIO / "inventory", "site1"],
+        cwd=PROJECT,
+        check=True,
+        capture_output=True,
+    )
+    subject, state = eventually(send, seconds=60)
+    eventually(lambda: state() == "sent", seconds=90)
+    assert inbox().count(subject) == 2
+    assert systemctl("list-units --failed --plain --no-legend") == ""
+
+
+def test_second_run_changes_nothing_after_the_reboot(playbook):
+    assert playbook() == []
+
+
+def test_drift_is_repaired(host, playbook, send, eventually):
+    """What hands did to a host: a stopped service, an edited unit, another password, a user who became administrator."""
+    with host.sudo():
+        host.check_output("systemctl disable --now mailroom-beat")
+        host.check_output("sed -i s/TimeoutStopSec=.*/TimeoutStopSec=1/ '/etc/systemd/system/mailroom-worker@mail.service'")
+        host.check_output("rabbitmqctl -q change_password mailroom another-password")
+        host.check_output("rabbitmqctl -q set_user_tags mailroom-flower administrator")
+        host.check_output("rabbitmqctl -q change_password admin another-password")
+        host.check_output("chmod 0644 /etc/mailroom/environment")
+    assert playbook() != []
+    with host.sudo():
+        assert host.service("mailroom-beat").is_running and host.service("mailroom-beat").is_enabled
+        assert "TimeoutStopUSec=2min 30s" in host.check_output("systemctl show mailroom-worker@mail")
+        assert "mailroom-flower\t[monitoring]" in host.check_output("rabbitmqctl -q list_users")
+        assert host.file("/etc/mailroom/environment").mode == 0o640
+    _, state = send()
+    eventually(lambda: state() == "sent", seconds=60)
+    assert playbook() == []
+
+
+def test_restart_that_a_killed_run_forgot_is_made_up_for(host, playbook, systemctl):
+    """A run that was killed between writing a file and restarting leaves a process that is older than its file."""
+    before = systemctl("show --property MainPID --value mailroom-worker@mail")
+    with host.sudo():
+        host.check_output("touch /etc/mailroom/environment")
+    assert playbook("--tags", "celery") == WORKERS
+    assert systemctl("show --property MainPID --value mailroom-worker@mail") != before
+    assert playbook("--tags", "celery") == []
+
+
+def test_worker_that_is_no_longer_listed_is_removed(playbook, systemctl):
+    kept = '{"celery_workers": [{"name": "mail", "queues": ["mail.v1", "maintenance.v1"], "time_limit": 120}]}'
+    assert playbook("--tags", "celery", "--extra-vars", kept) == WORKERS
+    assert "maintenance" not in systemctl("list-units --all --plain --no-legend 'mailroom-worker@*'")
+    assert playbook("--tags", "celery") == WORKERS
+    assert systemctl("is-active mailroom-worker@maintenance") == "active"

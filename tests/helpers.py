@@ -1,0 +1,69 @@
+"""What several tests share: where the repository is, how its files are loaded, and ansible-playbook with a readable answer."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+ROLES = sorted(path.name for path in (ROOT / "roles").iterdir() if path.is_dir())
+
+
+def load(path: str):
+    """A Python file of the repository as a module; plugins and modules of roles are in no package."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def executable(path: Path, text: str) -> None:
+    """A program of ours in the place of one that the code under test calls."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # -S: it needs no packages, and starts in half the time.
+    path.write_text(f"#!{sys.executable} -S\n{text}")
+    path.chmod(0o755)
+
+
+def common_variables(inventory: Path) -> None:
+    """Lets an inventory in a temporary folder have inventories/common and secrets, as those of the repository do."""
+    everybody = inventory / "group_vars" / "all"
+    everybody.mkdir(parents=True)
+    (everybody / "00-common").symlink_to(ROOT / "inventories" / "common")
+    secrets = [name for name in wiring()["secret_names"]]
+    (everybody / "91-secrets.yml").write_text(json.dumps({name: f"{MARK}{name.replace('_', '')}" for name in secrets}))
+
+
+# What each secret of a test begins with, so that a test can look for it in what was printed.
+MARK = "NeverShown0123456789"
+
+
+def wiring() -> dict:
+    import yaml
+
+    return yaml.safe_load((ROOT / "inventories/common/wiring.yml").read_text())
+
+
+def playbook(*arguments: str | Path, **environment: str) -> tuple[int, dict, str]:
+    """The exit code of ansible-playbook, its answer, and all that it wrote."""
+    done = subprocess.run(
+        [Path(sys.executable).parent / "ansible-playbook", *arguments],
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "ANSIBLE_STDOUT_CALLBACK": "ansible.posix.json",
+            "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"),
+            **environment,
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    output = done.stdout + done.stderr
+    begin = done.stdout.find("{\n")
+    assert begin >= 0, output
+    return done.returncode, json.JSONDecoder().raw_decode(done.stdout[begin:])[0], output

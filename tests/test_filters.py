@@ -1,0 +1,311 @@
+"""The filters, each against what the format's own program or document says."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from ansible.errors import AnsibleFilterError
+from helpers import ROOT, load
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+role_variables = load("plugins/filter/role_variables.py")
+openpgp = load("plugins/filter/openpgp.py")
+service_files = load("plugins/filter/service_files.py")
+rabbitmq = load("roles/rabbitmq/filter_plugins/rabbitmq.py")
+celery_lock = load("roles/celery/filter_plugins/celery_lock.py")
+
+# Variables of roles
+
+
+def option(kind="str", **more):
+    return {"type": kind, **more}
+
+
+OPTIONS = {
+    "broker_port": option("int"),
+    "broker_share": option("float"),
+    "broker_on": option("bool"),
+    "broker_version": option(),
+    "broker_password": option(no_log=True),
+    "broker_settings": option("dict"),
+    "broker_plugins": option("list", elements="str"),
+    "broker_users": option("list", elements="dict", options={"name": option(), "tags": option("list", elements="str")}),
+}
+
+
+@pytest.fixture
+def faults(tmp_path):
+    """Gives the faults of a role's variables."""
+    (tmp_path / "broker/meta").mkdir(parents=True)
+    specs = {"argument_specs": {"main": {"options": OPTIONS}}}
+    (tmp_path / "broker/meta/argument_specs.yml").write_text(yaml.safe_dump(specs))
+
+    def find(**variables):
+        context = SimpleNamespace(resolve=variables.__getitem__)
+        return role_variables.role_variable_faults(context, variables.keys(), str(tmp_path / "broker"))
+
+    return find
+
+
+def test_sound_internal_and_foreign_variables_are_no_fault(faults):
+    users = [{"name": "a", "tags": ["b"]}, {"name": "c", "more": 1}]
+    assert faults(broker_port=1, broker_share=1, broker_on=False, broker_version="4.10", broker_users=users) == []
+    assert faults(broker_settings={"a": 1}, broker_plugins=[], __broker_prot=1, brokers="", other_prot=1) == []
+
+
+def test_a_misspelt_variable_is_named_with_the_nearest(faults):
+    assert faults(broker_prot=1) == ["broker_prot is no variable of the role broker, did you mean broker_port?"]
+
+
+def test_where_none_is_near_all_are_listed(faults):
+    (sentence,) = faults(broker_zzzzzzzzzzzzz=1)
+    assert sentence == f"broker_zzzzzzzzzzzzz is no variable of the role broker; the role has {', '.join(sorted(OPTIONS))}."
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("broker_port", "5672", "broker_port is '5672', not a whole number."),
+        ("broker_port", True, "broker_port is True, not a whole number."),
+        ("broker_port", 1.5, "broker_port is 1.5, not a whole number."),
+        ("broker_share", "0.5", "broker_share is '0.5', not a number."),
+        ("broker_on", "false", "broker_on is 'false', not true or false."),
+        ("broker_on", 1, "broker_on is 1, not true or false."),
+        ("broker_version", 4.1, "broker_version is 4.1, not a text in quotes."),
+        ("broker_settings", [], "broker_settings is not a mapping."),
+        ("broker_plugins", "a,b", "broker_plugins is 'a,b', not a list."),
+        ("broker_plugins", None, "broker_plugins is empty, not a list."),
+        ("broker_plugins", ["a", 1], "broker_plugins[1] is 1, not a text in quotes."),
+        ("broker_users", ["a"], "broker_users[0] is 'a', not a mapping."),
+        ("broker_users", [{"name": "a", "tags": "b"}], "broker_users[0].tags is 'b', not a list."),
+        ("broker_password", 123456, "broker_password is not a text in quotes."),
+    ],
+)
+def test_a_value_of_another_type_is_named_unless_it_is_secret(faults, name, value, sentence):
+    assert faults(**{name: value}) == [sentence]
+
+
+# OpenPGP
+
+
+def packet(body, header="new"):
+    """A public key packet with one of the headers of RFC 9580, section 4.2."""
+    size = len(body)
+    headers = {
+        "new": bytes([0xC6, size]) if size < 192 else bytes([0xC6, 0xC0 + ((size - 192) >> 8), (size - 192) & 0xFF]),
+        "new, five octets": b"\xc6\xff" + size.to_bytes(4, "big"),
+        "old, one octet": b"\x98" + size.to_bytes(1, "big") if size < 256 else b"",
+        "old, two octets": b"\x99" + size.to_bytes(2, "big"),
+        "old, four octets": b"\x9a" + size.to_bytes(4, "big"),
+    }
+    return headers[header] + body
+
+
+def armour(data, headers="Comment: made for a test\n\n", kind="PUBLIC KEY BLOCK"):
+    text = base64.encodebytes(data).decode()
+    return f"-----BEGIN PGP {kind}-----\n{headers}{text}=AAAA\n-----END PGP {kind}-----\n"
+
+
+def fingerprint(body):
+    """RFC 9580, section 5.5.4.2."""
+    return hashlib.sha1(b"\x99" + len(body).to_bytes(2, "big") + body, usedforsecurity=False).hexdigest().upper()
+
+
+KEY = b"\x04" + bytes(range(90))
+LONG_KEY = b"\x04" + bytes(250) * 2
+USER = bytes([0xCD, 4]) + b"name"
+
+
+@pytest.mark.parametrize("header", ["new", "new, five octets", "old, one octet", "old, two octets", "old, four octets"])
+def test_fingerprints_of_all_forms_of_a_packet(header):
+    assert openpgp.openpgp_fingerprints(armour(packet(KEY, header) + USER)) == [fingerprint(KEY)]
+
+
+def test_long_keys_several_keys_and_armour_without_headers():
+    text = armour(packet(KEY) + USER + packet(LONG_KEY), headers="\n")
+    assert openpgp.openpgp_fingerprints(text) == [fingerprint(KEY), fingerprint(LONG_KEY)]
+
+
+def test_a_key_in_a_second_armour_is_seen():
+    """A host's package manager may read both blocks, so one that nobody checked must not hide behind the first."""
+    text = armour(packet(KEY)) + "text between\n" + armour(packet(LONG_KEY))
+    assert openpgp.openpgp_fingerprints(text) == [fingerprint(KEY), fingerprint(LONG_KEY)]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "no ASCII-armoured"),
+        ("<html>not found</html>", "no ASCII-armoured"),
+        ("-----BEGIN PGP PUBLIC KEY BLOCK-----\n\nAAAA\n", "no ASCII-armoured"),
+        (armour(packet(KEY)).replace("AAEC", "A*EC"), "damaged"),
+        (armour(packet(KEY)[:-3]), "cut off"),
+        (armour(packet(KEY) + b"\xc6"), "cut off"),
+        # What could hide a key from us and not from the host is refused.
+        (armour(packet(KEY) + b"\x06" + bytes(9)), "no OpenPGP packet"),
+        (armour(packet(KEY) + b"\x9b" + KEY), "length"),
+        (armour(packet(KEY) + b"\xc6\xe1" + KEY), "length"),
+        (armour(packet(KEY) + packet(b"\x06" + bytes(50))), "version 6"),
+        (armour(packet(KEY)) + armour(packet(LONG_KEY), kind="MESSAGE"), "something else"),
+    ],
+)
+def test_what_is_no_sound_key_is_refused(text, words):
+    with pytest.raises(AnsibleFilterError, match=words):
+        openpgp.openpgp_fingerprints(text)
+
+
+def test_fingerprints_are_those_that_gpg_gives():
+    if not shutil.which("gpg"):
+        pytest.skip("There is no gpg on this machine; the constructed packets above are all that is tried.")
+    # Not tmp_path: the path of gpg-agent's socket is limited to about a hundred characters.
+    with tempfile.TemporaryDirectory(prefix="gpg-") as home:
+        environment = {**os.environ, "GNUPGHOME": home}
+
+        def gpg(*words):
+            command = ["gpg", "--batch", "--quiet", *words]
+            return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+
+        try:
+            for name, kind in (("first", "ed25519"), ("second", "rsa2048")):
+                gpg("--passphrase", "", "--quick-generate-key", name, kind, "sign", "never")
+            listed = [line.split(":") for line in gpg("--with-colons", "--fingerprint").splitlines()]
+            expected = [fields[9] for fields in listed if fields[0] == "fpr"]
+            assert len(expected) == 2
+            assert openpgp.openpgp_fingerprints(gpg("--armor", "--export")) == expected
+        finally:
+            subprocess.run(["gpgconf", "--kill", "all"], env=environment, check=False)
+
+
+# Files of services
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("plain-word_1.2:/a,b=c@d+e", "plain-word_1.2:/a,b=c@d+e"),
+        ("", '""'),
+        ("two words", '"two words"'),
+        ('say "hi"', '"say \\"hi\\""'),
+        ("back\\slash", '"back\\\\slash"'),
+        ("single'quote", '"single\'quote"'),
+        ("100%", "100%%"),
+        ("a;b", '"a;b"'),
+        ("line\nbreak\t", '"line\\nbreak\\t"'),
+        (8000, "8000"),
+    ],
+)
+def test_words_are_quoted_as_systemd_syntax_asks(value, text):
+    assert service_files.systemd_quote(value) == text
+
+
+def test_command_lines_take_variables_literally():
+    command = ["/bin/echo", "$HOME", "${x} y", "%h", "mail@%h"]
+    assert service_files.systemd_command(command) == '/bin/echo $$HOME "$${x} y" %%h mail@%%h'
+
+
+NAMES = st.from_regex(r"\A[A-Za-z_][A-Za-z0-9_]{0,9}\Z").filter(lambda name: name not in os.environ)
+# No control characters; surrogates can't be written as UTF-8.
+PRINTABLE = st.text(st.characters(exclude_categories=["C"]), max_size=20)
+
+
+@settings(max_examples=40)
+@given(st.dictionaries(NAMES.map("x_{}".format), PRINTABLE | st.sampled_from(["'", "''\\'", "$HOME `id` $(id)", "a b  "])))
+def test_sh_reads_an_environment_file_back_as_it_was(variables):
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8") as file:
+        file.write(service_files.environment_file(variables))
+        file.flush()
+        command = ["sh", "-c", 'set -a; . "$1"; env -0', "sh", file.name]
+        output = subprocess.run(command, capture_output=True, check=True, env={"PATH": os.environ["PATH"]}).stdout
+    read = dict(entry.split("=", 1) for entry in output.decode().split("\0") if "=" in entry)
+    assert {name: value for name, value in read.items() if name.startswith("x_")} == variables
+
+
+def test_environment_files_write_booleans_lists_and_nothing():
+    text = service_files.environment_file({"B": True, "A": ["x", 1], "C": None, "D": 5})
+    assert text == "A='x,1'\nB='true'\nC=''\nD='5'\n"
+
+
+@pytest.mark.parametrize("variables", [{"1a": ""}, {"a-b": ""}, {"a b": ""}, {"": ""}, {"a\n": ""}, {"a": "x\ny"}, {"a": "\0"}])
+def test_environment_files_refuse_what_they_cannot_hold(variables):
+    with pytest.raises(AnsibleFilterError):
+        service_files.environment_file(variables)
+
+
+def test_a_refused_value_is_not_shown():
+    with pytest.raises(AnsibleFilterError) as caught:
+        service_files.environment_file({"KEY": "Secret\nline"})
+    assert "KEY" in str(caught.value)
+    assert "Secret" not in str(caught.value)
+
+
+# RabbitMQ
+
+
+@given(st.text(), st.text())
+def test_password_hashes_are_as_rabbitmq_documents_them(password, salt_of):
+    made = base64.b64decode(rabbitmq.rabbitmq_password_hash(password, salt_of))
+    salt, digest = made[:4], made[4:]
+    assert digest == hashlib.sha256(salt + password.encode()).digest()
+    assert rabbitmq.rabbitmq_password_hash(password, salt_of) == rabbitmq.rabbitmq_password_hash(password, salt_of)
+
+
+def test_the_salt_follows_its_secret():
+    assert rabbitmq.rabbitmq_password_hash("a", "one") != rabbitmq.rabbitmq_password_hash("a", "two")
+
+
+TABLE = yaml.safe_load((ROOT / "roles/rabbitmq/vars/main/compatibility.yml").read_text())["__rabbitmq_compatibility"]
+
+
+@pytest.mark.parametrize(
+    ("version", "erlang", "level"),
+    [
+        ("4.3", "27", "supported"),
+        ("4.3.1", "27.3.4", "supported"),
+        ("4.3", "26.2", "refused"),
+        ("4.3", "28", "refused"),
+        ("4.3", "29", "paired"),
+        ("4.2.10", "26.2.5", "supported"),
+        ("4.2", "26.1", "refused"),
+        ("4.0", "27", "supported"),
+        ("4.0", "28", "refused"),
+        ("4.0", "29", "refused"),
+        ("4.0", "2", "refused"),
+        ("3.13", "26.2", "unknown"),
+        ("4.30", "27", "unknown"),
+        ("5.0", "29", "unknown"),
+    ],
+)
+def test_the_shipped_table_of_rabbitmq_and_erlang(version, erlang, level):
+    assert rabbitmq.rabbitmq_compatibility(TABLE, version, erlang) == level
+
+
+# Celery
+
+LOCK = """\
+celery-types==1.0 \\
+    --hash=sha256:aa
+    # via celery==9.9
+celery[redis,sqs]==5.7.0 ; python_version >= "3.11" \\
+    --hash=sha256:bb
+Django==5.2.8 --hash=sha256:cc
+"""
+
+
+@pytest.mark.parametrize(
+    ("package", "version"), [("celery", "5.7.0"), ("django", "5.2.8"), ("celery-types", "1.0"), ("kombu", ""), ("c.lery", "")]
+)
+def test_versions_of_a_lock(package, version):
+    assert celery_lock.locked_version(LOCK, package) == version
+
+
+def test_the_version_in_the_lock_of_the_application():
+    assert celery_lock.locked_version((ROOT / "app/requirements.txt").read_text(), "celery").startswith("5.")

@@ -1,0 +1,271 @@
+"""Wrong variables are refused before a host is touched, by a message that names the variable, the value and what is allowed.
+
+One run of playbooks/validate.yml carries all cases on hosts whose names do not resolve: a task that tried to reach one would make
+it unreachable. The strategy `free` lets each host run into its own refusal; under the playbook's own strategy
+the first refusal ends the run for all, which the last tests show by site.yml.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from helpers import MARK, ROOT, common_variables, playbook
+
+LAYERS = {"rabbitmq": "broker", "erlang": "broker", "django": "app", "celery": "workers", "flower": "flower"}
+
+USER = {"name": "worker", "password": f"{MARK}worker"}
+WORKER = {"name": "mail", "queues": ["mail.v1"]}
+PROCESS = {"name": "relay", "command": ["python", "manage.py", "relay"]}
+POLICY = {"name": "p", "vhost": "mailroom", "pattern": "^p", "definition": {}}
+
+KNOWN = "RabbitMQ 4.3 on Erlang 27 or 29, RabbitMQ 4.2 on Erlang 26.2 or 27,"
+NO_VHOST = "rabbitmq_users or rabbitmq_policies name the virtual host {}, which rabbitmq_vhosts does not list."
+LATE = "celery_workers has a soft_time_limit that is not below the time_limit, in mail."
+
+
+def versions(rabbitmq, erlang):
+    return {"rabbitmq_version": rabbitmq, "rabbitmq_erlang_version": erlang}
+
+
+# Group of hosts, which begins with the role's name: variables of a case, and the sentence that refuses it.
+REFUSED = {
+    # By Ansible, from argument_specs.
+    "rabbitmq specs": [
+        ({"rabbitmq_open_files": "many"}, "'rabbitmq_open_files' is of type str and we were unable to convert to int: \"'many'\""),
+        ({"rabbitmq_source": "snap"}, "value of rabbitmq_source must be one of: distribution, team_rabbitmq, got: snap"),
+        (
+            {"rabbitmq_policies": [{**POLICY, "apply_to": "queue"}]},
+            "value of apply_to must be one of: all, queues, classic_queues, quorum_queues, streams, exchanges, got: queue found in "
+            "rabbitmq_policies",
+        ),
+        (
+            {"rabbitmq_users": [{**USER, "tag": []}]},
+            "rabbitmq_users.tag. Supported parameters include: name, password, permissions, tags.",
+        ),
+    ],
+    "rabbitmq secrets": [({"secret_rabbitmq_erlang_cookie": "{{ not_generated }}"}, "'not_generated' is undefined")],
+    "celery specs": [
+        (
+            {"celery_workers": [{**WORKER, "pool": "fork"}]},
+            "value of pool must be one of: prefork, threads, solo, got: fork found in celery_workers",
+        ),
+    ],
+    # By role_variable_faults.
+    "rabbitmq types": [
+        ({"rabbitmq_listeners": "127.0.0.1:5672"}, "rabbitmq_listeners is '127.0.0.1:5672', not a list."),
+        ({"rabbitmq_version": 4.10}, "rabbitmq_version is 4.1, not a text in quotes."),
+        ({"rabbitmq_listener": []}, "rabbitmq_listener is no variable of the role rabbitmq, did you mean rabbitmq_listeners?"),
+        ({"rabbitmq_administrator_password": 123456789012}, "rabbitmq_administrator_password is not a text in quotes."),
+    ],
+    "erlang types": [({"erlang_versoin": "27"}, "erlang_versoin is no variable of the role erlang, did you mean erlang_version?")],
+    "django types": [
+        ({"django_migrate": "false"}, "django_migrate is 'false', not true or false."),
+        ({"django_proceses": []}, "django_proceses is no variable of the role django, did you mean django_processes?"),
+    ],
+    "celery types": [({"celery_worker": []}, "celery_worker is no variable of the role celery, did you mean celery_workers?")],
+    "flower types": [
+        ({"flower_port": "5555"}, "flower_port is '5555', not a whole number."),
+        ({"flower_prot": 5555}, "flower_prot is no variable of the role flower, did you mean flower_port?"),
+    ],
+    "ca_certificates": [
+        ({"ca_certificates_files": ["/nowhere.crt"]}, "/nowhere.crt of ca_certificates_files is no file on the controller."),
+        (
+            {"ca_certificates_file": []},
+            "ca_certificates_file is no variable of the role ca_certificates, did you mean ca_certificates_files?",
+        ),
+    ],
+    # By the roles' own rules.
+    "rabbitmq": [
+        (versions("4", "27"), "rabbitmq_version is '4'; allowed is a series or a version, such as 4.0 or 4.2.10."),
+        *(
+            (
+                versions(*pair),
+                f"rabbitmq_version {pair[0]} does not run on Erlang {pair[1]} (rabbitmq_erlang_version); known are {KNOWN}",
+            )
+            for pair in (("3.13", "27"), ("4.0", "28"), ("4.0", "29"), ("4.3", "28"))
+        ),
+        ({"rabbitmq_erlang_cookie": MARK[:15]}, "rabbitmq_erlang_cookie must be 20 to 255 letters and digits."),
+        ({"rabbitmq_administrator_password": MARK[:11]}, "rabbitmq_administrator_password must have 12 characters at least."),
+        ({"rabbitmq_plugins": []}, "rabbitmq_plugins must list rabbitmq_management: the role works by its API."),
+        ({"rabbitmq_memory_high_watermark": 2}, "rabbitmq_memory_high_watermark is 2; allowed is 0.1 to 0.9."),
+        (
+            {"rabbitmq_disk_free_limit": "2 gigs"},
+            "rabbitmq_disk_free_limit is '2 gigs'; allowed is a number with its unit, such as 2GB.",
+        ),
+        (
+            {"rabbitmq_listeners": ["127.0.0.1"]},
+            "rabbitmq_listeners, rabbitmq_management_listener and rabbitmq_prometheus_listener take an address with a port, such "
+            "as 127.0.0.1:5672, not 127.0.0.1.",
+        ),
+        (
+            {"rabbitmq_users": [{**USER, "name": "guest"}]},
+            "rabbitmq_users may list neither guest nor admin, who is rabbitmq_administrator.",
+        ),
+        ({"rabbitmq_users": [{**USER, "permissions": [{"vhost": "elsewhere"}]}]}, NO_VHOST.format("elsewhere")),
+        ({"rabbitmq_policies": [{**POLICY, "vhost": "elsewhere"}]}, NO_VHOST.format("elsewhere")),
+    ],
+    "erlang": [
+        ({"erlang_version": "OTP-27"}, "erlang_version is 'OTP-27'; allowed is a version or its beginning, such as 27 or 27.3."),
+    ],
+    "django": [
+        (
+            {"django_name": "Mail Room"},
+            "django_name is 'Mail Room'; allowed is a lower-case word of at most 31 letters, digits and hyphens.",
+        ),
+        ({"django_source": "/nowhere"}, "django_source is '/nowhere', where the controller has no manage.py."),
+        (
+            {"django_requirements": "pyproject.toml"},
+            "django_requirements is 'pyproject.toml', which must be a lock with hashes below django_source,",
+        ),
+        (
+            {"django_wsgi": "mailroom.wsgi"},
+            "django_wsgi is 'mailroom.wsgi'; allowed is a module and its application, such as mailroom.wsgi:application.",
+        ),
+        (
+            {"django_processes": [{**PROCESS, "name": "web"}]},
+            "django_processes are called web; web, worker, beat and flower are services of their own.",
+        ),
+        ({"django_processes": [PROCESS, PROCESS]}, "django_processes are called relay, relay; each needs a name of its own."),
+        ({"django_releases_kept": 0}, "django_releases_kept is 0; allowed is 1 or more."),
+    ],
+    "celery": [
+        (
+            {"celery_requirements": "/nowhere"},
+            "celery_requirements is '/nowhere', which is no lock on the controller that pins Celery.",
+        ),
+        (
+            {"celery_requirements": "{{ lock_5_5 }}"},
+            "has no setting for its control queues, which the broker denies (RabbitMQ 4.0). Celery 5.7 works; for an older one, "
+            "rabbitmq_permitted_deprecated_features with transient_nonexcl_queues permits it.",
+        ),
+        ({"celery_workers": [WORKER, WORKER]}, "celery_workers are called mail, mail; each needs a name of its own."),
+        (
+            {"celery_workers": [{**WORKER, "name": "Mail@x"}]},
+            "celery_workers are called Mail@x; allowed are lower-case letters, digits, hyphens and underscores.",
+        ),
+        ({"celery_workers": [{**WORKER, "queues": []}]}, "celery_workers has no queues in mail; allowed is one or more."),
+        ({"celery_workers": [{**WORKER, "time_limit": 60, "soft_time_limit": 90}]}, LATE),
+        # 300 is the time_limit that the role gives to one without.
+        ({"celery_workers": [{**WORKER, "soft_time_limit": 300}]}, LATE),
+    ],
+    "flower": [
+        ({"flower_name": "x" * 30}, f"flower_name is '{'x' * 30}'; allowed is a lower-case word of at most 24 letters,"),
+        ({"flower_port": 70000}, "flower_port is 70000; allowed is 1 to 65535."),
+        ({"flower_password": MARK[:11]}, "flower_password must have 12 characters at least."),
+        ({"flower_cookie_secret": MARK}, "flower_cookie_secret must have 32 characters at least."),
+        ({"flower_broker_url": f"redis://:{MARK}@localhost"}, "flower_broker_url must begin with amqp:// or amqps://."),
+        ({"flower_username": "a:b"}, "flower_username is 'a:b'; allowed is a name without a colon."),
+    ],
+}
+# Group of hosts: variables of a case, and what it is warned of.
+ACCEPTED = {
+    "rabbitmq accepted": [
+        ({}, ""),
+        (versions("4.3", "29"), "WARNING: RabbitMQ 4.3 on Erlang 29"),
+        ({**versions("4.2.10", "26.2.5"), "rabbitmq_listeners": ["[::1]:5672"]}, ""),
+    ],
+    "django accepted": [({}, "")],
+    "celery accepted": [
+        ({}, ""),
+        ({"celery_requirements": "{{ lock_5_5 }}", "rabbitmq_permitted_deprecated_features": ["transient_nonexcl_queues"]}, ""),
+        (
+            {"celery_requirements": "{{ lock_5_6 }}"},
+            "WARNING: Celery 5.6.0 starts on such a broker only with control_queue_durable",
+        ),
+    ],
+    "flower accepted": [({}, "")],
+}
+# What an environment gives beside its secrets.
+ENVIRONMENT = {"service_address": "localhost", "app_allowed_senders": ["@example.org"]}
+
+
+def pack(groups):
+    """Triples of a host, its variables and its sentences. Cases share a host of their group unless they share a variable."""
+    hosts = []
+    for group, cases in groups.items():
+        own = []
+        for variables, sentence in cases:
+            host = next((host for host in own if group in REFUSED and not host[1].keys() & variables.keys()), None)
+            if host is None:
+                # RFC 6761 keeps .invalid from ever resolving.
+                host = (f"{group}-{len(own)}.invalid".replace(" ", "-").replace("_", "-"), {}, [])
+                own.append(host)
+            host[1].update(variables)
+            host[2].append(sentence)
+        hosts += own
+    return hosts
+
+
+REFUSALS = [(host, sentence) for host, _, sentences in pack(REFUSED) for sentence in sentences]
+WARNINGS = [(host, sentence) for host, _, sentences in pack(ACCEPTED) for sentence in sentences]
+
+
+def write_inventory(folder, hosts):
+    """The hosts in the group of the role that their names begin with."""
+    common_variables(folder)
+    for version in ("5.5.3", "5.6.0"):
+        (folder / f"lock-{version}.txt").write_text(f"celery=={version} --hash=sha256:00\n")
+    locks = {"lock_5_5": str(folder / "lock-5.5.3.txt"), "lock_5_6": str(folder / "lock-5.6.0.txt")}
+    # What is wired to the first of a group needs one.
+    groups = {name: {"hosts": {"first.invalid": None}} for name in ("broker", "app", "web", "workers", "flower")}
+    for host, _, _ in hosts:
+        layer = LAYERS.get(host.split("-")[0])
+        if layer:
+            groups[layer]["hosts"][host] = None
+    everybody = {"first.invalid": None, **{host: variables for host, variables, _ in hosts}}
+    inventory = {"all": {"hosts": everybody, "vars": {**ENVIRONMENT, **locks}, "children": groups}}
+    (folder / "hosts.json").write_text(json.dumps(inventory))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def validation(tmp_path_factory):
+    """Exit code, the results of each host, the counts, and the whole output, of one run with all cases."""
+    folder = write_inventory(tmp_path_factory.mktemp("refusals"), pack({**REFUSED, **ACCEPTED}))
+    code, answer, output = playbook("-i", folder, "playbooks/validate.yml", ANSIBLE_STRATEGY="free", ANSIBLE_FORKS="4")
+    results = {}
+    for task in (task for play in answer["plays"] for task in play["tasks"]):
+        for host, result in task["hosts"].items():
+            results.setdefault(host, []).append(result)
+    return code, results, answer["stats"], output
+
+
+@pytest.mark.parametrize(("host", "sentence"), REFUSALS)
+def test_a_wrong_value_is_refused_by_a_sentence_that_helps(validation, host, sentence):
+    messages = [result["msg"] for result in validation[1][host] if result.get("failed")]
+    assert len(messages) == 1
+    assert sentence in messages[0]
+
+
+@pytest.mark.parametrize(("host", "warning"), WARNINGS)
+def test_a_right_value_is_accepted(validation, host, warning):
+    assert [result["msg"] for result in validation[1][host] if result.get("failed")] == []
+    said = " ".join(str(result.get("msg", "")) for result in validation[1][host])
+    assert warning in said
+    assert ("WARNING" in said) == bool(warning)
+
+
+def test_the_run_fails_and_reaches_for_no_host_and_shows_no_secret(validation):
+    code, _, stats, output = validation
+    assert code == 2
+    assert {host: numbers["unreachable"] for host, numbers in stats.items() if numbers["unreachable"]} == {}
+    assert stats["first.invalid"]["failures"] == 0
+    assert MARK[:11] not in output
+
+
+def test_every_role_is_validated_and_has_a_refusal_here():
+    validated = (ROOT / "playbooks/validate.yml").read_text()
+    with_validation = [path.parts[-3] for path in ROOT.glob("roles/*/tasks/validate.yml")]
+    assert [role for role in with_validation if f"name: {role}\n" not in validated] == []
+    assert sorted({group.split()[0] for group in REFUSED}) == sorted(with_validation)
+
+
+def test_one_wrong_value_anywhere_ends_the_whole_site(tmp_path):
+    hosts = [("flower-wrong.invalid", {"flower_port": 70000}, []), ("rabbitmq-right.invalid", {}, [])]
+    code, answer, output = playbook("-i", write_inventory(tmp_path, hosts), "site.yml")
+    assert code == 2
+    assert [play["play"]["name"] for play in answer["plays"]] == ["Variables"]
+    assert sum(numbers["failures"] for numbers in answer["stats"].values()) == 1
+    assert sum(numbers["unreachable"] for numbers in answer["stats"].values()) == 0
+    assert "flower_port is 70000" in output

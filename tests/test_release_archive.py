@@ -1,0 +1,120 @@
+"""The lookup release_archive: what makes another release and what does not."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import shutil
+import tarfile
+from pathlib import Path
+
+import pytest
+from ansible.errors import AnsibleLookupError
+from ansible.plugins.loader import lookup_loader
+from helpers import ROOT
+
+lookup_loader.add_directory(str(ROOT / "roles/django/lookup_plugins"))
+
+
+def release(folder, **options):
+    """The release of one folder: its id, and the bytes of its archive."""
+    (found,) = lookup_loader.get("release_archive").run([str(folder)], **options)
+    return found["id"], Path(found["path"]).read_bytes()
+
+
+def members(folder, **options):
+    with tarfile.open(fileobj=io.BytesIO(gzip.decompress(release(folder, **options)[1]))) as archive:
+        return {member.name: member for member in archive.getmembers()}
+
+
+@pytest.fixture
+def project(tmp_path):
+    folder = tmp_path / "project"
+    (folder / "mail/.git").mkdir(parents=True)
+    (folder / "mail/tests").mkdir()
+    files = ("manage.py", "mail/views.py", "mail/views.pyc", "mail/.git/config", "mail/tests/test_views.py")
+    for name in files:
+        (folder / name).write_text(f"# {name}\n")
+        (folder / name).chmod(0o644)
+    (folder / "manage.py").chmod(0o755)
+    (folder / "latest").symlink_to("mail/views.py")
+    (folder / "templates").symlink_to("mail")
+    return folder
+
+
+def test_equal_content_is_an_equal_release_whatever_times_modes_and_links(project, tmp_path):
+    other = tmp_path / "elsewhere"
+    shutil.copytree(project, other, symlinks=True)
+    for number, path in enumerate(sorted(other.rglob("*"))):
+        os.utime(path, (number, number), follow_symlinks=False)
+    (other / "mail/views.py").chmod(0o600)
+    (other / "manage.py").chmod(0o700)
+    # A checkout whose files share their data with another's, and two files that share it with each other.
+    for folder, make in ((project, shutil.copy), (other, os.link)):
+        make(folder / "mail/views.py", folder / "mail/same.py")
+        (folder / "mail/same.py").chmod(0o600)
+    (other / "empty").mkdir()
+    assert release(project) == release(other)
+
+
+def test_owners_are_not_kept(project):
+    if os.geteuid() == 0:
+        before = release(project)
+        os.chown(project / "manage.py", 1234, 1234)
+        assert release(project) == before
+    assert {(m.uid, m.gid, m.uname, m.gname, m.mtime) for m in members(project).values()} == {(0, 0, "", "", 0)}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda folder: (folder / "manage.py").write_text("# other\n"),
+        lambda folder: (folder / "mail/views.py").chmod(0o755),
+        lambda folder: (folder / "mail/views.py").rename(folder / "mail/other.py"),
+        lambda folder: (folder / "latest").unlink(),
+        lambda folder: ((folder / "latest").unlink(), (folder / "latest").symlink_to("manage.py")),
+        lambda folder: (folder / "templates").unlink(),
+        lambda folder: (folder / "new").write_text(""),
+    ],
+    ids=["content", "executable bit", "name", "no link", "other link", "no link to a folder", "new file"],
+)
+def test_another_content_is_another_release(project, change):
+    before = release(project)
+    change(project)
+    after = release(project)
+    assert after[0] != before[0]
+    assert after[1] != before[1]
+
+
+def test_the_salt_makes_another_release_of_the_same_bytes(project):
+    plain, salted = release(project), release(project, salt="python3.13")
+    assert plain[0] != salted[0]
+    assert plain[1] == salted[1]
+
+
+def test_what_is_excluded_is_left_out_and_makes_no_difference(project):
+    exclude = [".git", "*.pyc", "tests"]
+    assert sorted(members(project, exclude=exclude)) == ["latest", "mail/views.py", "manage.py", "templates"]
+    before = release(project, exclude=exclude)
+    (project / "mail/tests/test_more.py").write_text("")
+    (project / "mail/other.pyc").write_text("")
+    assert release(project, exclude=exclude) == before
+
+
+def test_files_are_executable_or_not_and_others_may_not_read_them(project):
+    modes = {name: oct(member.mode) for name, member in members(project).items() if member.isreg()}
+    assert modes["manage.py"] == "0o750"
+    assert modes["mail/views.py"] == "0o640"
+
+
+def test_an_id_is_short_and_the_archive_is_named_after_it(project):
+    (found,) = lookup_loader.get("release_archive").run([str(project)])
+    assert len(found["id"]) == 12
+    assert int(found["id"], 16) >= 0
+    assert Path(found["path"]).name == f"release-{found['id']}.tar.gz"
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(AnsibleLookupError, match=r"nowhere is no folder on the controller"):
+        release(tmp_path / "nowhere")

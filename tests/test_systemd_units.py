@@ -1,0 +1,300 @@
+"""The module systemd_units against a systemctl of ours, which keeps its state in a folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+
+import pytest
+from ansible.module_utils.testing import patch_module_args
+from helpers import executable, load
+
+units = load("roles/services/library/systemd_units.py")
+
+# Answers as systemctl does in what the module relies on: a unit is known by its file, a start has a monotonic time, a unit whose
+# file is younger than the last daemon-reload needs one, and a socket can't be restarted while its service runs.
+SYSTEMCTL = r"""
+import json, os, sys, time
+directory, state_file = os.environ["FAKE_UNITS"], os.environ["FAKE_STATE"]
+with open(state_file) as file:
+    state = json.load(file)
+verb, words = sys.argv[2], sys.argv[3:]
+names = words[words.index("--") + 1:] if "--" in words else []
+state["calls"].append(" ".join([verb, *[w for w in words if w == "--now"], *names]))
+
+def unit(name):
+    return state["units"].setdefault(name, {"enabled": False, "active": "inactive", "since": 0, "restarts": 0})
+
+def path(name):
+    return os.path.join(directory, name)
+
+if verb == "show":
+    for name in names:
+        known = os.path.exists(path(name)) or name in state["packages"]
+        if name in state["mortal"] and unit(name)["active"] == "active":
+            # Dies between its start and the next look; systemd brings it back.
+            unit(name).update(active="activating", restarts=1)
+        print("Id=" + name)
+        print("ActiveState=" + unit(name)["active"])
+        print("SubState=auto-restart\nResult=exit-code")
+        print("LoadState=" + ("loaded" if known else "not-found"))
+        print("UnitFileState=" + (("enabled" if unit(name)["enabled"] else "disabled") if known else ""))
+        stale = os.path.exists(path(name)) and os.stat(path(name)).st_mtime > state["reloaded"]
+        print("NeedDaemonReload=" + ("yes" if stale else "no"))
+        print("NRestarts=%d" % unit(name)["restarts"])
+        print("ExecMainStartTimestampMonotonic=%d\n" % unit(name)["since"])
+elif verb == "daemon-reload":
+    state["reloaded"] = time.time()
+elif verb in ("enable", "disable"):
+    for name in names:
+        unit(name)["enabled"] = verb == "enable"
+        if "--now" in words:
+            unit(name).update(active="inactive", since=0)
+elif verb == "stop":
+    for name in names:
+        unit(name).update(active="inactive", since=0)
+elif verb in ("start", "restart"):
+    for name in names:
+        fed = name.replace(".socket", ".service")
+        if fed != name and verb == "restart" and unit(fed)["active"] == "active":
+            sys.exit("Socket service %s already active, refusing." % fed)
+    for name in names:
+        if verb == "start" and unit(name)["active"] == "active":
+            continue
+        unit(name).update(active="active", since=int(time.clock_gettime(time.CLOCK_MONOTONIC) * 1e6), restarts=0)
+with open(state_file, "w") as file:
+    json.dump(state, file)
+"""
+
+ACTS = ("start", "restart", "stop", "enable", "disable")
+
+
+class Host:
+    """A folder for unit files, our systemctl's state, and the module run as Ansible runs it."""
+
+    def __init__(self, folder, capsys):
+        self.directory, self.state_file, self.capsys = folder / "units", folder / "state.json", capsys
+        self.directory.mkdir()
+        self.state = {"units": {}, "calls": [], "mortal": [], "packages": [], "reloaded": 0}
+
+    @property
+    def state(self):
+        return json.loads(self.state_file.read_text())
+
+    @state.setter
+    def state(self, state):
+        self.state_file.write_text(json.dumps(state))
+
+    def calls(self, *verbs):
+        """What was asked of systemctl since the last run began, looking aside."""
+        return [call for call in self.state["calls"] if call.split()[0] in (verbs or ACTS)]
+
+    def run(self, *listed, owner="app/web", check=False):
+        self.state = {**self.state, "calls": []}
+        arguments = {"owner": owner, "units": list(listed), "directory": str(self.directory), "_ansible_check_mode": check}
+        with patch_module_args(arguments), pytest.raises(SystemExit):
+            units.main()
+        return json.loads(self.capsys.readouterr().out)
+
+    def age(self, name, seconds):
+        """The unit has been running since so many seconds more, its file being as old."""
+        state = self.state
+        state["units"][name]["since"] -= int(seconds * 1e6)
+        self.state = state
+        then = time.time() - seconds - 1
+        os.utime(self.directory / name, (then, then))
+
+
+@pytest.fixture
+def host(tmp_path, monkeypatch, capsys):
+    executable(tmp_path / "bin/systemctl", SYSTEMCTL)
+    executable(tmp_path / "bin/journalctl", "import sys; print('last words of', sys.argv[-1])")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setenv("FAKE_UNITS", str(tmp_path / "units"))
+    monkeypatch.setenv("FAKE_STATE", str(tmp_path / "state.json"))
+    return Host(tmp_path, capsys)
+
+
+def service(name, text="[Service]\n", **options):
+    return {"name": f"{name}.service", "content": text, **options}
+
+
+# Pure functions
+
+
+def test_show_is_read_unit_by_unit():
+    text = "Id=a.service\nActiveState=active\nResult=a=b\n\nId=b.service\nActiveState=failed\n\nActiveState=x\n"
+    assert units.parse_show(text) == {
+        "a.service": {"Id": "a.service", "ActiveState": "active", "Result": "a=b"},
+        "b.service": {"Id": "b.service", "ActiveState": "failed"},
+    }
+
+
+def test_a_packaged_unit_gets_a_drop_in():
+    assert units.target_path("/d", {"name": "a.service", "packaged": False}) == "/d/a.service"
+    assert units.target_path("/d", {"name": "a.service", "packaged": True}) == "/d/a.service.d/50-ansible.conf"
+
+
+def test_orphans_are_the_owners_unwanted_files(tmp_path):
+    (tmp_path / "b.service.d").mkdir()
+    files = {"wanted.service": "app", "gone.service": "app", "b.service.d/50-ansible.conf": "app", "others.service": "app/two"}
+    for name, owner in files.items():
+        (tmp_path / name).write_text(units.marker(owner) + "[Service]\n")
+    (tmp_path / "by-hand.service").write_text("[Service]\n")
+    (tmp_path / "dangling.service").symlink_to("/nowhere")
+    found = units.orphans(str(tmp_path), "app", {str(tmp_path / "wanted.service"): ""})
+    assert found == [str(tmp_path / "b.service.d/50-ansible.conf"), str(tmp_path / "gone.service")]
+
+
+def test_newest_looks_at_links_and_not_behind_them(tmp_path):
+    target, link = tmp_path / "target", tmp_path / "link"
+    target.write_text("")
+    link.symlink_to(target)
+    os.utime(target, (2000, 2000))
+    os.utime(link, (1000, 1000), follow_symlinks=False)
+    assert units.newest([str(link), str(tmp_path / "missing")]) == 1000
+    assert units.newest([]) == 0
+
+
+@pytest.mark.parametrize("stamp", ["ExecMainStartTimestampMonotonic", "ActiveEnterTimestampMonotonic"])
+def test_a_unit_is_stale_when_a_file_is_younger_than_its_start(tmp_path, stamp):
+    file = tmp_path / "file"
+    file.write_text("")
+    running = {stamp: str(int((time.clock_gettime(time.CLOCK_MONOTONIC) - 0.0) * 1e6))}
+    for seconds, stale in ((-60, False), (60, True)):
+        os.utime(file, (time.time() + seconds,) * 2)
+        assert units.is_stale(running, [str(file)]) is stale
+    assert units.is_stale({stamp: "0"}, [str(file)]) is False
+
+
+# The module
+
+
+def test_writes_enables_and_starts_and_then_changes_nothing(host):
+    first = host.run(service("a"), service("b"))
+    assert first["changed"]
+    assert first["started"] == ["a.service", "b.service"]
+    assert (host.directory / "a.service").read_text() == "# Managed by Ansible for app/web\n[Service]\n"
+    assert (host.directory / "a.service").stat().st_mode & 0o777 == 0o644
+    assert host.calls() == ["enable a.service b.service", "start a.service b.service"]
+    second = host.run(service("a"), service("b"))
+    assert not second["changed"]
+    assert host.calls("daemon-reload", *ACTS) == []
+
+
+def test_other_content_restarts_that_unit_alone(host):
+    host.run(service("a"), service("b"))
+    result = host.run(service("a"), service("b", "[Service]\nNice=1\n"))
+    assert result["restarted"] == ["b.service"]
+    assert host.calls("daemon-reload", "restart") == ["daemon-reload", "restart b.service"]
+    assert [(d["before_header"], d["after"].splitlines()[-1]) for d in result["diff"]] == [
+        (str(host.directory / "b.service"), "Nice=1")
+    ]
+
+
+def test_a_run_that_was_killed_before_the_restart_is_made_good(host):
+    host.run(service("a"))
+    host.age("a.service", 60)
+    # The killed run had written the file; nothing but its time tells.
+    os.utime(host.directory / "a.service")
+    result = host.run(service("a"))
+    assert result["restarted"] == ["a.service"]
+    assert host.calls("daemon-reload", "restart") == ["daemon-reload", "restart a.service"]
+    assert not host.run(service("a"))["changed"]
+
+
+def test_a_younger_file_of_restart_on_restarts(host, tmp_path):
+    release = tmp_path / "current"
+    release.symlink_to("releases/1")
+    host.run(service("a", restart_on=[str(release)]), service("b"))
+    host.age("a.service", 60)
+    host.age("b.service", 60)
+    assert host.run(service("a", restart_on=[str(release)]), service("b"))["restarted"] == ["a.service"]
+
+
+def test_what_was_stopped_or_disabled_by_hand_is_repaired(host):
+    host.run(service("a"))
+    state = host.state
+    state["units"]["a.service"] = {"enabled": False, "active": "failed", "since": 0, "restarts": 0}
+    host.state = state
+    result = host.run(service("a"))
+    assert result["started"] == ["a.service"]
+    assert host.calls() == ["enable a.service", "start a.service"]
+
+
+def test_an_owners_orphans_go_and_the_others_stay(host):
+    target = {"name": "app.target", "content": "[Unit]\n", "shared": True}
+    host.run(target, service("a"), service("gone"))
+    host.run(target, service("theirs"), owner="app/celery")
+    result = host.run(target, service("a"))
+    assert result["removed"] == ["gone.service"]
+    assert host.calls() == ["disable --now gone.service"]
+    assert sorted(path.name for path in host.directory.iterdir()) == ["a.service", "app.target", "theirs.service"]
+    assert host.run(owner="app/web")["removed"] == ["a.service"]
+    assert (host.directory / "app.target").exists()
+
+
+def test_check_mode_says_what_it_would_do_and_does_nothing(host):
+    host.run(service("a"), service("gone"))
+    before = host.state["units"]
+    result = host.run(service("a", "[Service]\nNice=1\n"), service("new"), check=True)
+    assert result["changed"]
+    assert result["removed"] == ["gone.service"]
+    assert result["started"] == ["new.service"]
+    assert {os.path.basename(d["after_header"]): bool(d["after"]) for d in result["diff"]} == {
+        "gone.service": False,
+        "a.service": True,
+        "new.service": True,
+    }
+    assert host.calls("daemon-reload", "reset-failed", *ACTS) == []
+    assert host.state["units"].items() >= before.items()
+    assert sorted(path.name for path in host.directory.iterdir()) == ["a.service", "gone.service"]
+    assert "Nice" not in (host.directory / "a.service").read_text()
+
+
+def test_check_mode_knows_of_a_package_that_is_not_there_yet(host):
+    packaged = {"name": "broker.service", "content": None, "packaged": True}
+    assert host.run(packaged, check=True)["changed"]
+    host.state = {**host.state, "packages": ["broker.service"]}
+    host.run(packaged)
+    assert not host.run(packaged, check=True)["changed"]
+
+
+def test_a_packaged_units_drop_in(host):
+    host.state = {**host.state, "packages": ["broker.service"]}
+    result = host.run({"name": "broker.service", "content": "[Service]\nNice=1\n", "packaged": True})
+    assert result["started"] == ["broker.service"]
+    assert [path.name for path in host.directory.iterdir()] == ["broker.service.d"]
+    # A drop-in that is no longer wanted goes; the package's unit is neither stopped nor disabled.
+    result = host.run({"name": "broker.service", "content": None, "packaged": True})
+    assert result["removed"] == ["50-ansible.conf"]
+    assert host.calls("disable", "stop") == []
+
+
+def test_a_unit_that_does_not_stay_up_fails_with_its_journal(host):
+    host.state = {**host.state, "mortal": ["a.service"]}
+    result = host.run(service("a", settle=0.2))
+    assert result["failed"]
+    for words in ("a.service was started and did not stay up", "activating", "exit-code", "last words of a.service"):
+        assert words in result["msg"]
+    # The next run sees that it is not up and tries again, rather than calling it done.
+    assert host.run(service("a", settle=0.2))["failed"]
+
+
+def test_a_socket_is_restarted_with_its_service(host):
+    socket = {"name": "a.socket", "content": "[Socket]\nListenStream=8000\n"}
+    host.run(socket, service("a"))
+    moved = {**socket, "content": "[Socket]\nListenStream=8001\n"}
+    result = host.run(moved, service("a"))
+    assert not result.get("failed"), result
+    assert "a.socket" in result["restarted"]
+    assert host.calls()[0] == "stop a.service"
+    assert {name: unit["active"] for name, unit in host.state["units"].items()} == {"a.socket": "active", "a.service": "active"}
+
+
+def test_a_host_without_systemd_is_told_so(host, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    result = host.run(service("a"))
+    assert result["failed"]
+    assert "no systemctl" in result["msg"]

@@ -1,0 +1,227 @@
+"""Rendered files, by Ansible's own templating: one run of a playbook that only shows them, a host for each set of variables."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+import yaml
+from helpers import MARK, ROOT, common_variables, playbook
+
+# The environment's common variables, with what a group decides written out: here are no groups.
+WIRED = {
+    "service_address": "localhost",
+    "rabbitmq_listeners": ["127.0.0.1:5672"],
+    "wiring_broker_url": f"amqp://{MARK}",
+    "flower_broker_url": f"amqp://{MARK}",
+    "flower_broker_api": "",
+    "django_migrate": True,
+    "django_web": True,
+    "celery_beat": True,
+}
+HOSTS = {
+    "usual": {},
+    "other": {
+        "rabbitmq_listeners": ["[::]:5673", "127.0.0.1:5674"],
+        "rabbitmq_management_listener": "[::1]:15673",
+        "rabbitmq_plugins": ["rabbitmq_shovel", "rabbitmq_management"],
+        "rabbitmq_permitted_deprecated_features": ["transient_nonexcl_queues", "global_qos"],
+        "rabbitmq_settings": {"channel_max": 64, "log.console": True, "ssl_options.verify": "verify_peer"},
+        "rabbitmq_open_files": 100000,
+        "django_web_listen": ["[::1]:8001", "/run/other.sock"],
+        "django_web_timeout": 60,
+        "django_processes": [
+            {"name": "say", "command": ["/bin/echo", "100% of $HOME", 'a "b"'], "stop_timeout": 5, "memory_max": "64M"}
+        ],
+        "celery_workers": [{"name": "slow", "queues": ["a", "b"], "time_limit": 900, "pool": "solo", "readiness": "notify"}],
+        "celery_beat": False,
+        "django_environment": {"LIST": ["a", "b"], "QUOTE": "it's", "TRUTH": False},
+    },
+    "worker alone": {"django_web": False, "django_processes": [], "celery_beat": False},
+}
+ROLES = ("services", "rabbitmq", "django", "celery", "flower")
+TEMPLATES = {
+    "rabbitmq.conf": "rabbitmq/templates/rabbitmq.conf.j2",
+    "enabled_plugins": "rabbitmq/templates/enabled_plugins.j2",
+    "definitions.json": "rabbitmq/templates/definitions.json.j2",
+    "environment": "django/templates/environment.j2",
+    "manage": "django/templates/manage.j2",
+}
+
+
+def services_of(role):
+    """What a role hands to the role services, read from its own task."""
+    (task,) = yaml.safe_load((ROOT / f"roles/{role}/tasks/service.yml").read_text())
+    return task["vars"]
+
+
+@pytest.fixture(scope="module")
+def rendered(tmp_path_factory):
+    """For each host a mapping of file names to texts."""
+    folder = tmp_path_factory.mktemp("templates")
+    common_variables(folder)
+    # Defaults lose against all else of the inventory, and what a role keeps for itself wins, as in a role.
+    defaults = [yaml.safe_load((ROOT / f"roles/{role}/defaults/main.yml").read_text()) for role in ROLES]
+    hosts = {"hosts": HOSTS, "vars": {name: value for values in defaults for name, value in values.items()}}
+    (folder / "hosts.json").write_text(json.dumps({"all": hosts}))
+    (folder / "group_vars/all/10-wired.json").write_text(json.dumps(WIRED))
+    # Roles find their templates and files beside them; a playbook finds them in the same way.
+    (folder / "templates").symlink_to(ROOT / "roles/services/templates")
+    (folder / "files").symlink_to(ROOT / "roles/flower/files")
+    files = [ROOT / f"roles/{role}/vars/main{name}.yml" for role, name in (("services", ""), ("django", ""), ("celery", "/main"))]
+    files += [ROOT / "roles/flower/vars/main.yml", ROOT / "roles/rabbitmq/vars/Debian.yml"]
+    tasks = [{"debug": {"msg": "{{ __services_units }}"}, "vars": services_of(role)} for role in ROLES[1:]]
+    tasks += [{"debug": {"msg": f"{{{{ lookup('template', '{ROOT}/roles/{source}') }}}}"}} for source in TEMPLATES.values()]
+    play = {"hosts": "all", "gather_facts": False, "vars_files": [str(file) for file in files], "tasks": tasks}
+    (folder / "play.json").write_text(json.dumps([play]))
+    filters = ":".join(str(ROOT / path) for path in ("plugins/filter", "roles/rabbitmq/filter_plugins"))
+    code, answer, output = playbook("-i", folder, folder / "play.json", ANSIBLE_FILTER_PLUGINS=filters)
+    assert code == 0, output
+    results = [task["hosts"] for task in answer["plays"][0]["tasks"]]
+    found = {}
+    for host in HOSTS:
+        units = [unit for result in results[: len(ROLES) - 1] for unit in result[host]["msg"]]
+        texts = [result[host]["msg"] for result in results[len(ROLES) - 1 :]]
+        found[host] = {unit["name"]: unit["content"] for unit in units} | dict(zip(TEMPLATES, texts, strict=True))
+    return found
+
+
+def settings(text):
+    """The lines of a configuration file that are no comments and no sections, as pairs."""
+    lines = [line for line in text.splitlines() if line and line[0] not in "#["]
+    return [tuple(part.strip() for part in line.partition("=")[::2]) for line in lines]
+
+
+# The broker
+
+
+def test_the_brokers_usual_configuration(rendered):
+    text = rendered["usual"]["rabbitmq.conf"]
+    found = dict(settings(text))
+    assert len(found) == len(settings(text))
+    assert found["listeners.tcp.1"] == "127.0.0.1:5672"
+    assert found["management.tcp.ip"] == "127.0.0.1"
+    assert found["management.tcp.port"] == "15672"
+    assert found["prometheus.tcp.port"] == "15692"
+    assert found["deprecated_features.permit.transient_nonexcl_queues"] == "false"
+    assert found["definitions.local.path"] == "/etc/rabbitmq/definitions.json"
+    assert "listeners.tcp.2" not in found
+
+
+def test_the_brokers_configuration_by_other_variables(rendered):
+    text = rendered["other"]["rabbitmq.conf"]
+    found = dict(settings(text))
+    assert len(found) == len(settings(text))
+    assert (found["listeners.tcp.1"], found["listeners.tcp.2"]) == ("[::]:5673", "127.0.0.1:5674")
+    assert (found["management.tcp.ip"], found["management.tcp.port"]) == ("::1", "15673")
+    # A setting of a plugin that is not enabled keeps the broker from starting.
+    assert not [name for name in found if name.startswith("prometheus")]
+    assert found["deprecated_features.permit.transient_nonexcl_queues"] == "true"
+    assert found["deprecated_features.permit.global_qos"] == "true"
+    assert found["channel_max"] == "64"
+    assert found["log.console"] == "true"
+    assert found["ssl_options.verify"] == "verify_peer"
+
+
+def test_plugins_are_an_erlang_term_in_a_fixed_order(rendered):
+    assert rendered["usual"]["enabled_plugins"] == "[rabbitmq_management,rabbitmq_prometheus].\n"
+    assert rendered["other"]["enabled_plugins"] == "[rabbitmq_management,rabbitmq_shovel].\n"
+
+
+def test_definitions_hold_the_administrator_alone_and_no_clear_password(rendered):
+    text = rendered["usual"]["definitions.json"]
+    (user,) = (json.loads(text) if isinstance(text, str) else text)["users"]
+    assert user["tags"] == ["administrator"]
+    assert MARK not in json.dumps(text)
+
+
+# The application
+
+
+def test_the_environment_is_one_line_a_variable(rendered):
+    assert settings(rendered["other"]["environment"]) == [
+        ("DJANGO_SETTINGS_MODULE", "'mailroom.settings'"),
+        ("LIST", "'a,b'"),
+        ("QUOTE", "'it'\\''s'"),
+        ("TRUTH", "'false'"),
+    ]
+
+
+def test_manage_is_a_sound_shell_script(rendered, tmp_path):
+    script = tmp_path / "manage"
+    script.write_text(rendered["usual"]["manage"])
+    subprocess.run(["sh", "-n", script], check=True)
+
+
+# Units
+
+
+def test_which_units_a_host_has(rendered):
+    app = {"usual": {"web.socket", "web.service", "relay.service", "beat.service"}, "other": {"web.socket", "web.service"}}
+    app["usual"] |= {"worker@mail.service", "worker@maintenance.service"}
+    app["other"] |= {"say.service", "worker@slow.service"}
+    app["worker alone"] = {"worker@mail.service", "worker@maintenance.service"}
+    for host, names in app.items():
+        wanted = {f"mailroom-{name}" for name in names} | {"mailroom.target", "mailroom-flower.service", "rabbitmq-server.service"}
+        assert set(rendered[host]) - set(TEMPLATES) == wanted
+
+
+def test_the_web_service_is_given_its_socket_and_time_for_its_requests(rendered):
+    unit, socket = (settings(rendered["other"][f"mailroom-web.{kind}"]) for kind in ("service", "socket"))
+    assert [value for name, value in socket if name == "ListenStream"] == ["[::1]:8001", "/run/other.sock"]
+    assert ("Requires", "mailroom-web.socket") in unit
+    assert ("Type", "notify") in unit
+    assert ("TimeoutStopSec", "70") in unit
+    assert "--graceful-timeout=60" in dict(unit)["ExecStart"]
+
+
+def test_a_worker_has_longer_to_stop_than_its_tasks_have(rendered):
+    for host, name in (("usual", "mail"), ("usual", "maintenance"), ("other", "slow")):
+        unit = dict(settings(rendered[host][f"mailroom-worker@{name}.service"]))
+        (limit,) = [word for word in unit["ExecStart"].split() if word.startswith("--time-limit=")]
+        assert int(unit["TimeoutStopSec"]) > int(limit.partition("=")[2])
+        # Celery fills in the host's name; systemd must not take %h for a home directory.
+        assert f"--hostname={name}@%%h" in unit["ExecStart"]
+    slow = dict(settings(rendered["other"]["mailroom-worker@slow.service"]))
+    assert slow["Type"] == "notify"
+    assert "--queues=a,b --pool=solo" in slow["ExecStart"]
+
+
+def test_a_process_gets_its_words_as_they_are(rendered):
+    unit = dict(settings(rendered["other"]["mailroom-say.service"]))
+    assert unit["ExecStart"] == '/bin/echo "100%% of $$HOME" "a \\"b\\""'
+    assert unit["MemoryMax"] == "64M"
+    relay = dict(settings(rendered["usual"]["mailroom-relay.service"]))
+    assert relay["ExecStart"] == "/opt/mailroom/current/venv/bin/python manage.py relay"
+
+
+def test_every_service_is_supervised_unprivileged_and_holds_no_secret(rendered):
+    for files in rendered.values():
+        for name, text in files.items():
+            assert name in TEMPLATES or MARK not in text
+            if name.startswith("mailroom-") and name.endswith(".service"):
+                unit = settings(text)
+                wanted = {"Restart": "always", "NoNewPrivileges": "yes", "CapabilityBoundingSet": "", "ProtectSystem": "strict"}
+                assert wanted.items() <= dict(unit).items()
+                assert dict(unit)["User"] in ("mailroom", "mailroom-flower")
+
+
+def test_the_packaged_broker_gets_a_drop_in_alone(rendered):
+    assert rendered["other"]["rabbitmq-server.service"] == "[Service]\nLimitNOFILE=100000\n"
+
+
+def test_systemd_finds_no_fault_with_the_units(rendered, tmp_path):
+    if not shutil.which("systemd-analyze"):
+        pytest.skip("There is no systemd-analyze on this machine.")
+    for host, files in rendered.items():
+        folder = tmp_path / host.replace(" ", "-")
+        folder.mkdir()
+        for name in files.keys() - TEMPLATES.keys() - {"rabbitmq-server.service"}:
+            # The programs are not on this machine.
+            (folder / name).write_text(re.sub(r"^ExecStart=/opt/\S+", "ExecStart=/bin/true", files[name], flags=re.MULTILINE))
+        command = ["systemd-analyze", "verify", "--man=no", *sorted(folder.iterdir())]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout + done.stderr) == (0, "")
