@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from pathlib import Path
 
-from testbed import build, stack
+from testbed import build, info, stack
 from testbed.inventory import MAIL, inventory_directory, read
 from testbed.machine import TestbedError, podman_command
 
@@ -41,6 +42,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--all-of-clone", action="store_true", help="say so")
     sub.add_argument("--images", action="store_true", help="also remove images nobody uses")
     command("status", "list the hosts of an inventory (default: of this clone)", _status, False)
+    sub = command("info", "show where an inventory's services are and how to log in", _info)
+    form = sub.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="all of it as JSON")
+    form.add_argument("--value", metavar="SERVICE.KEY", help="one value alone")
     sub = command("restart", "reboot a host and wait until it answers", _restart)
     sub.add_argument("host")
     sub = command("exec", "run a command in a host as root: exec … HOST -- COMMAND", _exec)
@@ -69,6 +74,17 @@ def _status(options: argparse.Namespace) -> None:
     stack.status(inventory_directory(options.inventory) if options.inventory else None)
 
 
+def _info(options: argparse.Namespace) -> None:
+    found = info.read(inventory_directory(options.inventory))
+    if options.json:
+        print(json.dumps(found, indent=2))
+    elif options.value:
+        service, _, key = options.value.partition(".")
+        print(found[service][key])
+    else:
+        print(info.table(found))
+
+
 def _restart(options: argparse.Namespace) -> None:
     stack.restart(inventory_directory(options.inventory), options.host)
 
@@ -90,7 +106,7 @@ def _logs(options: argparse.Namespace) -> None:
 def _replace_by_podman(*words: str) -> None:
     """Become a Podman command, so that its streams, signals and exit status are the caller's."""
     command = [*podman_command(), *words]
-    os.execvp(command[0], command)
+    os.execvp(command[0], command)  # noqa: S606 - a list, no shell
 
 
 if __name__ == "__main__":

@@ -151,10 +151,7 @@ def _ensure_root(image: Image) -> None:
         if _exists(image.base):
             return
         if not shutil.which("mmdebstrap"):
-            raise TestbedError(
-                "mmdebstrap not found: run testbed/install, or set testbed_image "
-                "to a published image"
-            )
+            raise TestbedError("mmdebstrap not found: run testbed/install, or set testbed_image to a published image")
         with machine.scratch_directory() as directory:
             archive = directory / "root.tar"
             command = _mmdebstrap(image, directory, archive)
@@ -186,8 +183,7 @@ def _apt_files(suite: str) -> tuple[tuple[str, str], ...]:
     if "security" in mirrors:
         wanted.append((mirrors["security"], f"{suite}-security"))
     sources = "\n".join(
-        f"Types: deb\nURIs: {url}\nSuites: {suites}\nComponents: main\n"
-        "Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg\n"
+        f"Types: deb\nURIs: {url}\nSuites: {suites}\nComponents: main\nSigned-By: /usr/share/keyrings/debian-archive-keyring.gpg\n"
         for url, suites in wanted
     )
     settings = machine.apt_settings()

@@ -36,9 +36,7 @@ def host_variables(container: Container) -> dict[str, object]:
 
 def group_variables(mail: Container | None) -> dict[str, object]:
     """Return what holds for all hosts of an inventory."""
-    variables: dict[str, object] = {
-        "testbed_ca_certificates": [str(path) for path in machine.extra_ca_certificates()]
-    }
+    variables: dict[str, object] = {"testbed_ca_certificates": [str(path) for path in machine.extra_ca_certificates()]}
     if mail:
         variables["testbed_mail_host"] = MAIL
         variables["testbed_mail_smtp_port"] = MAIL_SMTP_PORT

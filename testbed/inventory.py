@@ -62,9 +62,7 @@ def inventory_directory(name: str) -> Path:
     """Return the absolute path of the inventory `name`; it has to be an existing directory."""
     path = Path(name).resolve()
     if not path.is_dir():
-        raise TestbedError(
-            f"--inventory {name}: not a directory (the testbed writes variables in it)"
-        )
+        raise TestbedError(f"--inventory {name}: not a directory (the testbed writes variables in it)")
     return path
 
 
@@ -104,17 +102,14 @@ def parse(directory: Path, listing: dict) -> Inventory:
             continue
         if not HOST_NAME.fullmatch(name):
             raise TestbedError(
-                f"{name}: a testbed host is reached by its name, so only lower-case letters, "
-                "digits, '-' and '.' are possible in it"
+                f"{name}: a testbed host is reached by its name, so only lower-case letters, digits, '-' and '.' are possible in it"
             )
         if platform not in platforms():
-            raise TestbedError(
-                f"{name}: testbed_platform is {platform!r}, possible: {', '.join(platforms())}"
-            )
+            raise TestbedError(f"{name}: testbed_platform is {platform!r}, possible: {', '.join(platforms())}")
         ports = _ports(name, "testbed_ports", variables.get("testbed_ports") or {})
         if 22 in ports:
             raise TestbedError(f"{name}: testbed_ports: SSH (22) is always published; leave it out")
-        hosts.append(Host(name, platform, {22: 0, **ports}, variables.get("testbed_image")))
+        hosts.append(Host(name, platform, {22: 0, **ports}, variables.get("testbed_image") or os.environ.get("TESTBED_IMAGE")))
         if variables.get("testbed_mail_catcher") is True:
             wanted = _ports(name, "testbed_mail_ports", variables.get("testbed_mail_ports") or {})
             catchers.add(tuple(sorted(wanted.items())))

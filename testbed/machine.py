@@ -238,15 +238,11 @@ def _forget_previous_boot(complaint: str) -> bool:
     return True
 
 
-def _run(
-    command: list[str], stdin: str | None = None, check: bool = True, timeout: float = 60
-) -> subprocess.CompletedProcess[str]:
+def _run(command: list[str], stdin: str | None = None, check: bool = True, timeout: float = 60) -> subprocess.CompletedProcess[str]:
     """Run `command`; raise TestbedError when it fails (unless not `check`) or takes too long."""
     feed = {"input": stdin} if stdin is not None else {"stdin": subprocess.DEVNULL}
     try:
-        done = subprocess.run(
-            command, text=True, capture_output=True, check=False, timeout=timeout, **feed
-        )
+        done = subprocess.run(command, text=True, capture_output=True, check=False, timeout=timeout, **feed)
     except subprocess.TimeoutExpired:
         raise TestbedError(f"no answer within {timeout:.0f} s: {' '.join(command)}") from None
     if check and done.returncode:
@@ -256,11 +252,7 @@ def _run(
 
 def _last_words(done: subprocess.CompletedProcess[str]) -> str:
     """Return the last line that `done` printed, errors first, without Podman's warnings."""
-    lines = [
-        line
-        for line in (done.stdout + "\n" + done.stderr).splitlines()
-        if line.strip() and "level=warning" not in line
-    ]
+    lines = [line for line in (done.stdout + "\n" + done.stderr).splitlines() if line.strip() and "level=warning" not in line]
     return lines[-1] if lines else f"exit status {done.returncode}"
 
 
@@ -354,9 +346,7 @@ def apt_settings() -> str:
         return ""
     dump = _run(["apt-config", "dump"]).stdout
     return "".join(
-        f"{line}\n"
-        for line in dump.splitlines()
-        if re.match(r'Acquire::(https?::(Proxy|.*::Proxy)|Check-Valid-Until) "[^"]', line)
+        f"{line}\n" for line in dump.splitlines() if re.match(r'Acquire::(https?::(Proxy|.*::Proxy)|Check-Valid-Until) "[^"]', line)
     )
 
 

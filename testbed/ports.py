@@ -65,9 +65,7 @@ def listener(port: int) -> str:
         pattern = r"p(?P<pid>\d+)\nc(?P<name>.+)"
     else:
         return "another program"
-    found = re.search(
-        pattern, subprocess.run(command, text=True, capture_output=True, check=False).stdout
-    )
+    found = re.search(pattern, subprocess.run(command, text=True, capture_output=True, check=False).stdout)
     if not found:
         return "another program (of another user, it seems)"
     name = found.groupdict().get("name") or found[1]

@@ -88,10 +88,7 @@ def common_arguments(stack: str) -> str:
         # A connection kept open to a host that is gone must not hang for minutes.
         "ServerAliveInterval": "5",
     }
-    return " ".join(
-        f"-o '{key}={value}'" if '"' in value else f"-o {key}={value}"
-        for key, value in words.items()
-    )
+    return " ".join(f"-o '{key}={value}'" if '"' in value else f"-o {key}={value}" for key, value in words.items())
 
 
 def answers(stack: str, port: int, command: str = "sudo -n true", seconds: int = 3) -> bool:

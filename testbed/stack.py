@@ -53,9 +53,7 @@ def up(inventory: Inventory) -> None:
         say(stack, f"{len(current)} up" + ("" if changed else ", nothing to do"))
 
 
-def _refuse_taken_ports(
-    inventory: Inventory, present: dict[str, Container], everything: list[Container]
-) -> None:
+def _refuse_taken_ports(inventory: Inventory, present: dict[str, Container], everything: list[Container]) -> None:
     def held(host: Host, port: int) -> bool:
         container = present.get(host.name)
         return bool(container and container.running and port in container.published.values())
@@ -155,9 +153,7 @@ def _create(inventory: Inventory, host: Host) -> None:
     _introduce(container)
     if not _wait(container, BOOT):
         log = podman("logs", "--tail", "15", name, check=False)
-        raise TestbedError(
-            f"{host.name}: does not answer within {BOOT} s\n{log.stdout}{log.stderr}"
-        )
+        raise TestbedError(f"{host.name}: does not answer within {BOOT} s\n{log.stdout}{log.stderr}")
     _wait_for_boot(container)
     say(host.name, "answers on " + _addresses(container))
 

@@ -29,7 +29,7 @@ options:
   url: {description: The management API's scheme, host and port., type: str, required: true}
   administrator: {description: The user to work as., type: str, required: true}
   password: {description: The administrator's password., type: str, required: true}
-  definitions: {description: "The file on the host that defines the administrator, its password hashed.", type: path, required: true}
+  definitions: {description: "The file on the host that defines the administrator.", type: path, required: true}
   vhosts: {description: As the role's rabbitmq_vhosts., type: list, elements: dict, default: []}
   users: {description: As the role's rabbitmq_users., type: list, elements: dict, default: []}
   policies: {description: As the role's rabbitmq_policies., type: list, elements: dict, default: []}

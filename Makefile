@@ -1,0 +1,104 @@
+# `make` lists the targets. The README's two commands are `make sandbox` and `make test`.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+APP_VENV := app/.venv
+TESTBED := $(VENV)/bin/python -m testbed
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+# Frames around each line would hide pytest's closing counts.
+export MOLECULE_COMMAND_BORDERS := 0
+
+SCENARIOS := ca_certificates services erlang rabbitmq django celery flower site
+
+.PHONY: help
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+
+# ---- Tools ----
+
+$(VENV)/.complete: requirements/controller.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is older than 3.11. Name a newer one: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || \
+		{ echo "$(PYTHON) can't make virtual environments. Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
+	@echo "Installing Ansible and its tools into $(VENV) from requirements/controller.txt (a minute the first time)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(VENV)/bin/python -m pip install --quiet --quiet --require-hashes --requirement $<
+	@touch $@
+
+$(APP_VENV)/.complete: app/requirements-dev.txt
+	@echo "Installing the application's packages into $(APP_VENV)"
+	@$(PYTHON) -m venv $(APP_VENV)
+	@$(APP_VENV)/bin/python -m pip install --quiet --quiet --require-hashes --requirement $<
+	@touch $@
+
+# ---- Sandbox ----
+
+.PHONY: sandbox sandbox-info sandbox-down
+sandbox: $(VENV)/.complete ## The whole stack on a host of this machine, ready to use
+	@testbed/install
+	@$(TESTBED) up --inventory inventories/sandbox
+	@ansible-playbook -i inventories/sandbox playbooks/ops/create_secrets.yml
+	@ansible-playbook -i inventories/sandbox site.yml
+	@$(TESTBED) info --inventory inventories/sandbox
+
+sandbox-info: $(VENV)/.complete ## Where the sandbox's services are and how to log in, as JSON
+	@$(TESTBED) info --inventory inventories/sandbox --json
+
+sandbox-down: $(VENV)/.complete ## Remove the sandbox
+	@$(TESTBED) down --inventory inventories/sandbox
+	@rm -f inventories/sandbox/group_vars/all/91-secrets.yml
+
+# ---- Tests ----
+
+.PHONY: test test-fast lint test-unit test-app-fast test-app test-scenarios
+test: lint test-unit test-app test-scenarios ## Everything
+
+test-fast: lint test-unit test-app-fast ## What takes less than two minutes and needs no host
+
+lint: $(VENV)/.complete ## Lint roles, playbooks, Python and the workflow
+	yamllint .
+	ansible-lint
+	ruff check .
+	ruff format --check .
+	cd app && ruff check . && ruff format --check .
+	check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+
+test-unit: $(VENV)/.complete ## Modules, filters, templates and the repository itself
+	pytest
+
+test-app-fast: $(APP_VENV)/.complete ## The application's tests that need no broker and no browser
+	cd app && .venv/bin/pytest -m "not browser"
+
+test-app: $(VENV)/.complete $(APP_VENV)/.complete ## The application's tests, with a real RabbitMQ and a browser
+	testbed/install
+	tests/install
+	$(TESTBED) up --inventory inventories/app-tests
+	ansible-playbook -i inventories/app-tests playbooks/ops/create_secrets.yml
+	ansible-playbook -i inventories/app-tests playbooks/base.yml playbooks/broker.yml
+	cd app && TEST_BROKER_URL="$$($(CURDIR)/$(TESTBED) info --inventory $(CURDIR)/inventories/app-tests --value broker.url)" \
+		.venv/bin/pytest
+	$(TESTBED) down --inventory inventories/app-tests
+
+test-scenarios: $(addprefix molecule-,$(SCENARIOS)) ## All Molecule scenarios; one of them: make molecule-rabbitmq
+
+molecule-%: $(VENV)/.complete
+	@testbed/install
+	molecule test --scenario-name $*
+
+# ---- Upkeep ----
+
+.PHONY: docs lock
+docs: $(VENV)/.complete ## Write the roles' READMEs from their argument specs
+	@echo to be filled
+
+LOCK := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header
+lock: ## Renew the locks with uv: newest versions that the requirements allow
+	$(LOCK) --upgrade requirements/controller.in --output-file requirements/controller.txt
+	$(LOCK) --upgrade roles/flower/files/requirements.in --output-file roles/flower/files/requirements.txt
+	cd app && $(LOCK) --upgrade pyproject.toml --output-file requirements.txt
+	cd app && $(LOCK) --upgrade pyproject.toml --extra dev --output-file requirements-dev.txt

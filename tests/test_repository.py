@@ -1,0 +1,219 @@
+"""What holds for the repository as a whole: its files are read, nothing is run."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jinja2
+import pytest
+import yaml
+from helpers import ROLES, ROOT, load
+
+# Also what is not committed yet, and what is not to be committed left out.
+LISTED = subprocess.run(
+    ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+)
+FILES = sorted({ROOT / name for name in LISTED.stdout.split("\0") if name and (ROOT / name).is_file()})
+
+
+def specs(role):
+    return yaml.safe_load((ROOT / f"roles/{role}/meta/argument_specs.yml").read_text())["argument_specs"]
+
+
+def options(role):
+    return specs(role)["main"]["options"]
+
+
+# Roles
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_defaults_are_those_of_the_specs(role):
+    defaults = yaml.safe_load((ROOT / f"roles/{role}/defaults/main.yml").read_text())
+    assert defaults == {name: option["default"] for name, option in options(role).items() if "default" in option}
+    without = {name for name, option in options(role).items() if "default" not in option}
+    assert without == {name for name, option in options(role).items() if option.get("required")}
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_variables_carry_the_roles_name_and_are_described(role):
+    def walk(found, path=""):
+        for name, option in found.items():
+            assert option.get("description"), f"{path}{name} has no description"
+            assert option.get("type"), f"{path}{name} has no type"
+            walk(option.get("options", {}), f"{path}{name}.")
+
+    walk(options(role))
+    assert [name for name in options(role) if not name.startswith(f"{role}_")] == []
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_what_is_validated_first_is_what_the_role_takes(role):
+    entry_points = specs(role)
+    # The role services is handed its variables by other roles, which are checked.
+    if role != "services":
+        assert entry_points["validate"]["options"] == entry_points["main"]["options"]
+        assert (ROOT / f"roles/{role}/tasks/validate.yml").exists()
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_every_role_has_a_scenario_with_tests(role):
+    assert (ROOT / f"molecule/{role}/molecule.yml").exists()
+    assert list((ROOT / f"molecule/{role}/tests").glob("test_*.py"))
+
+
+ENVIRONMENT = jinja2.Environment(extensions=["jinja2.ext.do"], autoescape=False)  # noqa: S701 - nothing is rendered
+# Keys of tasks whose values are expressions without braces.
+BARE = {"when", "that", "changed_when", "failed_when", "until", "loop_condition"}
+
+
+def names_in(value, bare=False):
+    """Names of variables that a value of YAML, or a template, reads."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from names_in(item, key in BARE)
+    elif isinstance(value, list):
+        for item in value:
+            yield from names_in(item, bare)
+    elif isinstance(value, str):
+        tree = ENVIRONMENT.parse(f"{{{{ {value} }}}}" if bare and "{{" not in value else value)
+        yield from (node.name for node in tree.find_all(jinja2.nodes.Name) if node.ctx == "load")
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_a_role_reads_no_variable_of_another(role):
+    others = {name for other in ROLES if other != role for name in options(other)}
+    prefixes = tuple(f"__{other}_" for other in ROLES if other != role)
+    folder = ROOT / "roles" / role
+    found = []
+    for file in FILES:
+        if not file.is_relative_to(folder) or not {"tasks", "templates", "vars", "defaults"} & set(file.parts):
+            continue
+        content = file.read_text()
+        read = names_in(yaml.safe_load(content) if file.suffix == ".yml" else content)
+        found += [f"{file.relative_to(ROOT)}: {name}" for name in read if name in others or name.startswith(prefixes)]
+    assert found == []
+
+
+# Documentation
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_a_roles_readme_is_as_generated(role):
+    text = (ROOT / f"roles/{role}/README.md").read_text()
+    assert text == load("docs/generate_roles.py").readme(ROOT / "roles" / role), "python docs/generate_roles.py makes it so"
+    assert [f"## {title}" for title in ("Example", "Check mode", "Idempotence") if f"\n## {title}\n" not in text] == []
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_the_example_in_a_roles_readme_gives_what_is_required(role):
+    (example,) = re.findall(r"```yaml\n(.*?)```", (ROOT / f"roles/{role}/README.md").read_text(), re.DOTALL)
+    (item,) = yaml.safe_load(example)
+    entries = {entry["role"]: entry for entry in item.get("roles", [])}
+    given = set(entries[role] if entries else item["vars"]) - {"role"}
+    assert {name for name, option in options(role).items() if option.get("required")} <= given <= set(options(role))
+
+
+# Inventories
+
+
+def test_every_inventory_has_the_common_variables():
+    folders = [*ROOT.glob("inventories/*/group_vars/all"), *ROOT.glob("molecule/*/inventory/group_vars/all")]
+    assert len(folders) > len(ROLES)
+    for folder in folders:
+        link = folder / "00-common"
+        assert link.is_symlink(), folder
+        assert link.resolve() == ROOT / "inventories/common"
+        # It loads first, so that the environment's own files win.
+        assert min(path.name for path in folder.iterdir()) == link.name
+
+
+# Secrets
+
+
+def test_no_private_key_and_no_generated_secret_is_tracked():
+    begin = b"-----BEGIN "
+    found = []
+    for file in FILES:
+        content = file.read_bytes()
+        if re.search(begin + rb"([A-Z0-9]+ )*PRIVATE KEY", content):
+            found.append(file)
+        if re.search(r"secrets?\.ya?ml$|\.vault_pass|\.pem$|(^|/)id_[a-z0-9]+$|\.env$", str(file.relative_to(ROOT))):
+            # A file of secrets may be there encrypted; a task file may be about them.
+            found += [] if content.startswith(b"$ANSIBLE_VAULT;") or "playbooks" in file.parts else [file]
+    assert found == []
+
+
+# Reasons
+
+EXCUSES = re.compile(r"changed_when: false|ignore_errors:|failed_when: false|# noqa|pytest\.(mark\.)?(skip|xfail)|type: ignore")
+# Imports that follow a change of sys.path on the line above say why by themselves, as does what is handed its reason.
+REASON = re.compile(r"#(?! noqa: [A-Z0-9, ]+$).*\w|noqa: [A-Z0-9, ]+ - \w|(skip|xfail)\w*\([^)]*[\"']\w")
+
+
+def unexcused(lines):
+    """Numbers of the lines that pass over something and say no reason: on the line itself, above it, or just below as a call's."""
+    for number, line in enumerate(lines, 1):
+        if EXCUSES.search(line):
+            above = lines[number - 2].strip() if number > 1 else ""
+            if not REASON.search(line) and not (above.startswith("#") and REASON.search(above)):
+                yield number
+
+
+@pytest.mark.parametrize(
+    ("text", "faults"),
+    [
+        ("changed_when: false\n", [1]),
+        ("changed_when: false # It reads.\n", []),
+        ("# It reads.\nchanged_when: false\n", []),
+        ("ignore_errors: true\nfailed_when: false\n", [1, 2]),
+        ("x = 1  # noqa: S105\n", [1]),
+        ("x = 1  # noqa: S105 - not a secret\n", []),
+        ("pytest.skip()\n", [1]),
+        ("pytest.skip('no gpg')\n", []),
+        ("@pytest.mark.skipif(x, reason='no gpg')\n", []),
+    ],
+)
+def test_the_search_for_reasons_finds_them(text, faults):
+    assert list(unexcused(text.splitlines())) == faults
+
+
+def test_what_is_passed_over_says_why():
+    found = []
+    for file in FILES:
+        # The application has tests and rules of its own.
+        if file.suffix in (".py", ".yml", ".yaml") and file != Path(__file__) and not file.is_relative_to(ROOT / "app"):
+            found += [f"{file.relative_to(ROOT)}:{number}" for number in unexcused(file.read_text().splitlines())]
+    assert found == []
+
+
+# Locks
+
+LOCKS = sorted([*ROOT.glob("requirements/*.txt"), *ROOT.glob("app/requirements*.txt"), *ROOT.glob("roles/*/files/*.txt")])
+
+
+@pytest.mark.parametrize("lock", LOCKS, ids=lambda lock: str(lock.relative_to(ROOT)))
+def test_locks_pin_each_package_with_its_hashes_and_name_no_index(lock):
+    text = lock.read_text()
+    packages = re.split(r"^(?=[^\s#])", text.replace("\\\n", ""), flags=re.MULTILINE)
+    packages = [package for package in packages if package.strip() and not package.startswith("#")]
+    assert packages
+    assert [package for package in packages if not re.match(r"[\w.\[\],-]+==[^\s;]+", package)] == []
+    assert [package for package in packages if not re.search(r"--hash=sha256:[0-9a-f]{64}\b", package)] == []
+    assert not re.search(r"https?:|--(extra-)?index-url|--find-links|--trusted-host", text)
+
+
+# Workflows
+
+
+def test_workflows_are_valid():
+    workflows = sorted([*ROOT.glob(".github/workflows/*.yml"), *ROOT.glob(".github/workflows/*.yaml")])
+    if not workflows:
+        pytest.skip("There are no workflows yet.")
+    tool = Path(sys.executable).parent / "check-jsonschema"
+    command = [tool, "--builtin-schema", "vendor.github-workflows", *workflows]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
