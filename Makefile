@@ -80,8 +80,8 @@ test-app: $(VENV)/.complete $(APP_VENV)/.complete ## The application's tests, wi
 	$(TESTBED) up --inventory inventories/app-tests
 	ansible-playbook -i inventories/app-tests playbooks/ops/create_secrets.yml
 	ansible-playbook -i inventories/app-tests playbooks/base.yml playbooks/broker.yml
-	cd app && TEST_BROKER_URL="$$($(CURDIR)/$(TESTBED) info --inventory $(CURDIR)/inventories/app-tests --value broker.url)" \
-		.venv/bin/pytest
+	url=$$($(TESTBED) info --inventory inventories/app-tests --value broker.url) && \
+		cd app && TEST_BROKER_URL=$$url .venv/bin/pytest
 	$(TESTBED) down --inventory inventories/app-tests
 
 test-scenarios: $(addprefix molecule-,$(SCENARIOS)) ## All Molecule scenarios; one of them: make molecule-rabbitmq
@@ -94,7 +94,7 @@ molecule-%: $(VENV)/.complete
 
 .PHONY: docs lock
 docs: $(VENV)/.complete ## Write the roles' READMEs from their argument specs
-	@echo to be filled
+	$(VENV)/bin/python docs/generate_roles.py
 
 LOCK := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header
 lock: ## Renew the locks with uv: newest versions that the requirements allow
