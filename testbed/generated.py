@@ -27,6 +27,7 @@ def host_variables(container: Container) -> dict[str, object]:
         "ansible_host": "127.0.0.1",
         "ansible_port": container.published[22],
         "ansible_user": ssh.USER,
+        "ansible_python_interpreter": "/usr/bin/python3",
         "ansible_ssh_private_key_file": str(ssh.private_key(container.stack)),
         "ansible_ssh_common_args": ssh.common_arguments(container.stack),
         "testbed_address": container.host,

@@ -47,8 +47,8 @@ def _mistyped(name, spec, value):
 def role_variable_faults(context, names, role_path):
     """Sentences about the variables that begin with the role's name and that its argument_specs do not have so.
 
-    `names` are those of a host's variables, `role_path` is the role's directory. Names of registers and internal values begin with two
-    underscores and are not looked at.
+    `names` are those of a host's variables, `role_path` is the role's directory. Names of registers and internal values
+    begin with two underscores and are not looked at.
     """
     role = Path(role_path).name
     specs = yaml.safe_load((Path(role_path) / "meta" / "argument_specs.yml").read_text(encoding="utf-8"))
