@@ -62,7 +62,9 @@ elif verb in ("start", "restart"):
     for name in names:
         if verb == "start" and unit(name)["active"] == "active":
             continue
-        unit(name).update(active="active", since=int(time.clock_gettime(time.CLOCK_MONOTONIC) * 1e6), restarts=0)
+        # A start while systemd waits to bring the unit back counts as a restart of its own.
+        restarts = int(verb == "start" and unit(name)["active"] == "activating")
+        unit(name).update(active="active", since=int(time.clock_gettime(time.CLOCK_MONOTONIC) * 1e6), restarts=restarts)
 with open(state_file, "w") as file:
     json.dump(state, file)
 """
@@ -280,6 +282,16 @@ def test_a_unit_that_does_not_stay_up_fails_with_its_journal(host):
         assert words in result["msg"]
     # The next run sees that it is not up and tries again, rather than calling it done.
     assert host.run(service("a", settle=0.2))["failed"]
+
+
+def test_a_unit_that_kept_dying_is_up_once_it_is_repaired(host):
+    host.state = {**host.state, "mortal": ["a.service"]}
+    assert host.run(service("a", settle=0.2))["failed"]
+    host.state = {**host.state, "mortal": []}
+    result = host.run(service("a", "[Service]\nNice=1\n", settle=0.2), service("b"))
+    assert not result.get("failed"), result
+    assert result["started"] == ["a.service", "b.service"]
+    assert host.calls() == ["enable b.service", "restart a.service", "start b.service"]
 
 
 def test_a_socket_is_restarted_with_its_service(host):

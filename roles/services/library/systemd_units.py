@@ -261,9 +261,12 @@ class Units:
         if fed:
             self.systemctl("stop", "--", *fed, fail=False)
         self.systemctl("reset-failed", "--", *names, fail=False)
+        # A unit that systemd is about to bring back is restarted: a start would count as one restart more.
+        dying = [name for name in self.result["started"] if states.get(name, {}).get("ActiveState") == "activating"]
+        restart = self.result["restarted"] + dying
         try:
             # One call each: systemd stops and starts them side by side, in the order that the units ask for.
-            for verb, listed in (("restart", self.result["restarted"]), ("start", self.result["started"])):
+            for verb, listed in (("restart", restart), ("start", [name for name in names if name not in restart])):
                 if listed:
                     self.systemctl(verb, "--", *listed)
         except Failure as failure:
