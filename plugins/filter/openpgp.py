@@ -10,9 +10,7 @@ import re
 from ansible.errors import AnsibleFilterError
 
 PUBLIC_KEY = 6
-ARMOUR = re.compile(
-    r"^-----BEGIN PGP PUBLIC KEY BLOCK-----$(.*?)^-----END PGP PUBLIC KEY BLOCK-----$", re.MULTILINE | re.DOTALL
-)
+ARMOUR = re.compile(r"^-----BEGIN PGP PUBLIC KEY BLOCK-----$(.*?)^-----END PGP PUBLIC KEY BLOCK-----$", re.MULTILINE | re.DOTALL)
 
 
 def _blocks(text):

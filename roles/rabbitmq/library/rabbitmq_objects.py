@@ -113,9 +113,7 @@ def differences(actual, wanted):
                     "tags": tags,
                     "limits": (old or {}).get("limits") or {},
                     "password_hash": old["password_hash"] if same_password else password_hash(user["password"]),
-                    "hashing_algorithm": old["hashing_algorithm"]
-                    if same_password
-                    else "rabbit_password_hashing_sha256",
+                    "hashing_algorithm": old["hashing_algorithm"] if same_password else "rabbit_password_hashing_sha256",
                 }
             )
             note(

@@ -106,9 +106,7 @@ def orphans(directory, owner, wanted):
     found = glob.glob(os.path.join(directory, "*")) + glob.glob(os.path.join(directory, "*.d", "*.conf"))
     first_line = marker(owner)
     return sorted(
-        path
-        for path in found
-        if os.path.isfile(path) and path not in wanted and (read(path) or "").startswith(first_line)
+        path for path in found if os.path.isfile(path) and path not in wanted and (read(path) or "").startswith(first_line)
     )
 
 
@@ -175,9 +173,7 @@ class Units:
 
     def changed(self, path, before, after):
         self.result["changed"] = True
-        self.result["diff"].append(
-            {"before_header": path, "after_header": path, "before": before or "", "after": after or ""}
-        )
+        self.result["diff"].append({"before_header": path, "after_header": path, "before": before or "", "after": after or ""})
 
     def write(self, path, text):
         directory = os.path.dirname(path)
@@ -215,9 +211,7 @@ class Units:
 
     def run(self):
         self.write_files()
-        if not self.check and (
-            self.result["changed"] or any(p.get("NeedDaemonReload") == "yes" for p in self.show().values())
-        ):
+        if not self.check and (self.result["changed"] or any(p.get("NeedDaemonReload") == "yes" for p in self.show().values())):
             self.systemctl("daemon-reload")
         states = self.show()
         if self.check and any(p.get("LoadState") == "not-found" for p in states.values()):
@@ -227,9 +221,7 @@ class Units:
         self.start(states)
 
     def enable(self, states):
-        disabled = [
-            unit["name"] for unit in self.units if states.get(unit["name"], {}).get("UnitFileState") == "disabled"
-        ]
+        disabled = [unit["name"] for unit in self.units if states.get(unit["name"], {}).get("UnitFileState") == "disabled"]
         if disabled:
             self.result["changed"] = True
             if not self.check:
