@@ -19,7 +19,7 @@ WORKER = {"name": "mail", "queues": ["mail.v1"]}
 PROCESS = {"name": "relay", "command": ["python", "manage.py", "relay"]}
 POLICY = {"name": "p", "vhost": "mailroom", "pattern": "^p", "definition": {}}
 
-KNOWN = "RabbitMQ 4.3 on Erlang 27 or 29, RabbitMQ 4.2 on Erlang 26.2 or 27,"
+KNOWN = "from a version on: RabbitMQ 4.3.3 on Erlang 27 or 29, RabbitMQ 4.3.0 on Erlang 26.2 or 27,"
 NO_VHOST = "rabbitmq_users or rabbitmq_policies name the virtual host {}, which rabbitmq_vhosts does not list."
 LATE = "celery_workers has a soft_time_limit that is not below the time_limit, in mail."
 
@@ -81,7 +81,7 @@ REFUSED = {
         *(
             (
                 versions(*pair),
-                f"rabbitmq_version {pair[0]} does not run on Erlang {pair[1]} (rabbitmq_erlang_version); known are {KNOWN}",
+                f"rabbitmq_version {pair[0]} does not run on Erlang {pair[1]} (rabbitmq_erlang_version); known are, {KNOWN}",
             )
             for pair in (("3.13", "27"), ("4.0", "28"), ("4.0", "29"), ("4.3", "28"))
         ),
@@ -163,7 +163,7 @@ ACCEPTED = {
     "rabbitmq accepted": [
         ({}, ""),
         (versions("4.3", "29"), "WARNING: RabbitMQ 4.3 on Erlang 29"),
-        ({**versions("4.2.10", "26.2.5"), "rabbitmq_listeners": ["[::1]:5672"]}, ""),
+        ({**versions("4.2.8", "26.2.5"), "rabbitmq_listeners": ["[::1]:5672"]}, ""),
     ],
     "django accepted": [({}, "")],
     "celery accepted": [

@@ -22,10 +22,21 @@ def _begins(version, prefix):
     return ours[:length] == theirs[:length]
 
 
+def _release(version):
+    """A version as numbers; a series stands for its newest release, which is what a package manager installs."""
+    numbers = [int(part) for part in str(version).split(".")]
+    return (*numbers, 9999)[:3] if len(numbers) == 2 else tuple(numbers)
+
+
 def rabbitmq_compatibility(table, rabbitmq, erlang):
-    """`supported`, `paired`, `refused` or, for a RabbitMQ that the table does not have, `unknown`."""
+    """`supported`, `paired`, `refused` or, for a RabbitMQ whose series the table does not have, `unknown`."""
+    try:
+        release = _release(rabbitmq)
+    except ValueError:
+        return "unknown"
     for row in table:
-        if _begins(rabbitmq, row["rabbitmq"]):
+        since = _release(row["since"])
+        if since[:2] == release[:2] and since <= release:
             if any(_begins(erlang, version) for version in row["erlang"]):
                 return "supported"
             return "paired" if any(_begins(erlang, version) for version in row["paired"]) else "refused"
