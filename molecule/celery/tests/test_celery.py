@@ -116,10 +116,13 @@ def test_killed_worker_comes_back_and_its_mail_is_sent(host, send, mails, eventu
     assert status()["state"] in ("queued", "sending", "sent")
 
 
-def test_workers_consume_only_their_queues(host):
-    with host.sudo():
-        consumers = host.check_output("rabbitmqctl -q list_consumers -p mailroom queue_name")
-    assert sorted(line for line in consumers.splitlines() if line.endswith(".v1")) == ["mail.v1", "maintenance.v1"]
+def test_workers_consume_only_their_queues(host, eventually):
+    def consumed():
+        with host.sudo():
+            consumers = host.check_output("rabbitmqctl -q list_consumers -p mailroom queue_name")
+        return sorted(line for line in consumers.splitlines() if line.endswith(".v1"))
+
+    eventually(lambda: consumed() == ["mail.v1", "maintenance.v1"])
 
 
 def test_beat_runs_once_and_keeps_its_schedule(host):

@@ -35,12 +35,6 @@ def test_login_is_let_in(site, login):
     assert "Flower" in page.text
 
 
-def test_queues_of_the_broker_are_shown(site, login):
-    answer = requests.get(f"{site}/api/queues/length", auth=login, timeout=10)
-    assert answer.status_code == 200
-    assert "active_queues" in answer.json()
-
-
 def test_nobody_shuts_down_workers(site, login):
     answer = requests.post(f"{site}/api/worker/shutdown/mail@flower1", auth=login, timeout=10)
     assert answer.status_code == 403

@@ -98,6 +98,17 @@ def test_flower_refuses_the_anonymous(url):
     assert requests.get(f"{url(5555)}/workers", timeout=10).status_code == 401
 
 
+def test_flower_shows_the_queues(url, variables, eventually):
+    """It knows them from the workers, so this also says that workers answer its questions."""
+
+    def queues():
+        login = ("flower", variables["secret_flower_password"])
+        answer = requests.get(f"{url(5555)}/api/queues/length", auth=login, timeout=10).json()
+        return sorted((queue["name"], queue["messages"]) for queue in answer["active_queues"])
+
+    eventually(lambda: queues() == [("mail.v1", 0), ("maintenance.v1", 0)])
+
+
 def test_email_accepted_while_the_broker_is_down_arrives(send, inbox, systemctl, eventually):
     systemctl("stop rabbitmq-server")
     subject, state = send()
