@@ -103,6 +103,8 @@ def test_flower_shows_the_queues(url, variables, eventually):
 
     def queues():
         login = ("flower", variables["secret_flower_password"])
+        # Flower asks the workers when it starts and when it is told to; after a reboot it may have started before them.
+        requests.get(f"{url(5555)}/api/workers?refresh=1", auth=login, timeout=10).raise_for_status()
         answer = requests.get(f"{url(5555)}/api/queues/length", auth=login, timeout=10).json()
         return sorted((queue["name"], queue["messages"]) for queue in answer["active_queues"])
 
