@@ -12,7 +12,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # Frames around each line would hide pytest's closing counts.
 export MOLECULE_COMMAND_BORDERS := 0
 
-SCENARIOS := ca_certificates services erlang rabbitmq django celery flower site
+SCENARIOS := ca_certificates services firewall erlang rabbitmq postgresql django celery flower site
 
 .PHONY: help
 help: ## List the targets

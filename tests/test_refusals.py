@@ -12,11 +12,20 @@ import json
 import pytest
 from helpers import MARK, ROOT, common_variables, playbook
 
-LAYERS = {"rabbitmq": "broker", "erlang": "broker", "django": "app", "celery": "workers", "flower": "flower"}
+LAYERS = {
+    "rabbitmq": "broker",
+    "erlang": "broker",
+    "postgresql": "database",
+    "django": "app",
+    "celery": "workers",
+    "flower": "flower",
+}
 
 USER = {"name": "worker", "password": f"{MARK}worker"}
 WORKER = {"name": "mail", "queues": ["mail.v1"]}
 PROCESS = {"name": "relay", "command": ["python", "manage.py", "relay"]}
+DATABASE_USER = {"name": "orders", "password": f"{MARK}orders"}
+NO_DATABASES = {"postgresql_databases": [], "postgresql_clients": []}
 POLICY = {"name": "p", "vhost": "mailroom", "pattern": "^p", "definition": {}}
 
 KNOWN = "from a version on: RabbitMQ 4.3.3 on Erlang 27 or 29, RabbitMQ 4.3.0 on Erlang 26.2 or 27,"
@@ -75,6 +84,20 @@ REFUSED = {
             "ca_certificates_file is no variable of the role ca_certificates, did you mean ca_certificates_files?",
         ),
     ],
+    "firewall": [
+        ({"firewall_enable": True}, "firewall_enable is no variable of the role firewall, did you mean firewall_enabled?"),
+    ],
+    "firewall rules": [
+        (
+            {"firewall_name": "a-name-of-18-chars"},
+            "firewall_name is 'a-name-of-18-chars'; allowed is a lower-case word of at most 17 letters, digits and hyphens.",
+        ),
+        ({"firewall_rules": [{"ports": [5672, 70000]}]}, "firewall_rules has the ports 5672, 70000; allowed are 1 to 65535."),
+        (
+            {"firewall_enabled": True, "firewall_rules": [{"ports": [5672], "sources": ["192.0.2.7", "web1"]}]},
+            "firewall_rules has the sources web1; allowed are addresses and networks. Give hosts that are reached by a name their",
+        ),
+    ],
     # By the roles' own rules.
     "rabbitmq": [
         (versions("4", "27"), "rabbitmq_version is '4'; allowed is a series or a version, such as 4.0 or 4.2.10."),
@@ -104,6 +127,31 @@ REFUSED = {
         ),
         ({"rabbitmq_users": [{**USER, "permissions": [{"vhost": "elsewhere"}]}]}, NO_VHOST.format("elsewhere")),
         ({"rabbitmq_policies": [{**POLICY, "vhost": "elsewhere"}]}, NO_VHOST.format("elsewhere")),
+    ],
+    "postgresql": [
+        ({"postgresql_port": 0}, "postgresql_port is 0; allowed is 1 to 65535."),
+        ({"postgresql_memory": 95}, "postgresql_memory is 95; allowed is 0.1 to 0.9."),
+        ({"postgresql_max_connections": 5}, "postgresql_max_connections is 5; allowed is 10 or more."),
+        (
+            {"postgresql_users": [{**DATABASE_USER, "name": "Mail Room"}], **NO_DATABASES},
+            "postgresql_users are called Mail Room; allowed are lower-case letters, digits, hyphens and underscores.",
+        ),
+        (
+            {"postgresql_users": [{**DATABASE_USER, "name": "postgres"}], **NO_DATABASES},
+            "postgresql_users may not list postgres, who is the server's own.",
+        ),
+        (
+            {"postgresql_users": [{**DATABASE_USER, "password": MARK[:11]}], **NO_DATABASES},
+            "postgresql_users has a password of less than 12 characters, of orders.",
+        ),
+        (
+            {"postgresql_users": [DATABASE_USER], "postgresql_clients": []},
+            "postgresql_databases or postgresql_clients name the user mailroom, whom postgresql_users does not list.",
+        ),
+        (
+            {"postgresql_databases": [], "postgresql_clients": [{"database": "mailroom", "user": "mailroom", "address": "::1"}]},
+            "postgresql_clients name the database mailroom, which postgresql_databases does not list.",
+        ),
     ],
     "erlang": [
         ({"erlang_version": "OTP-27"}, "erlang_version is 'OTP-27'; allowed is a version or its beginning, such as 27 or 27.3."),
@@ -165,6 +213,10 @@ ACCEPTED = {
         (versions("4.3", "29"), "WARNING: RabbitMQ 4.3 on Erlang 29"),
         ({**versions("4.2.8", "26.2.5"), "rabbitmq_listeners": ["[::1]:5672"]}, ""),
     ],
+    "postgresql accepted": [({}, "")],
+    "firewall accepted": [
+        ({"firewall_enabled": True, "firewall_rules": [{"ports": [443]}, {"ports": [22], "sources": ["::1"]}]}, "")
+    ],
     "django accepted": [({}, "")],
     "celery accepted": [
         ({}, ""),
@@ -208,7 +260,7 @@ def write_inventory(folder, hosts):
         (folder / f"lock-{version}.txt").write_text(f"celery=={version} --hash=sha256:00\n")
     locks = {"lock_5_5": str(folder / "lock-5.5.3.txt"), "lock_5_6": str(folder / "lock-5.6.0.txt")}
     # What is wired to the first of a group needs one.
-    groups = {name: {"hosts": {"first.invalid": None}} for name in ("broker", "app", "web", "workers", "flower")}
+    groups = {name: {"hosts": {"first.invalid": None}} for name in ("broker", "app", "web", "workers", "flower", "database")}
     for host, _, _ in hosts:
         layer = LAYERS.get(host.split("-")[0])
         if layer:

@@ -1,0 +1,155 @@
+"""A server as the role postgresql leaves it: who gets in, how it is sized, and what a backup brings back."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import psycopg
+import pytest
+
+SCENARIO = Path(__file__).resolve().parents[1]
+PROJECT = SCENARIO.parents[1]
+
+
+@pytest.fixture
+def connect(published, variables):
+    """Connects from this machine; by default as the application's user to its database."""
+    connections = []
+
+    def connection(user="mailroom", password=None, dbname="mailroom"):
+        connections.append(
+            psycopg.connect(
+                host="127.0.0.1",
+                port=published(5432),
+                user=user,
+                password=password or variables["secret_postgresql_app_password"],
+                dbname=dbname,
+                connect_timeout=10,
+                autocommit=True,
+            )
+        )
+        return connections[-1]
+
+    yield connection
+    for each in connections:
+        each.close()
+
+
+@pytest.fixture
+def ops(tmp_path):
+    """Runs a playbook of playbooks/ops on the scenario, with backups in a folder of the test's own."""
+
+    def run(name, *arguments):
+        return subprocess.run(
+            [
+                Path(sys.executable).parent / "ansible-playbook", "-i", SCENARIO / "inventory", f"playbooks/ops/{name}.yml",
+                "--extra-vars", f"backup_directory={tmp_path}", *arguments,
+            ],
+            cwd=PROJECT,
+            env={**os.environ, "ANSIBLE_CONFIG": str(PROJECT / "ansible.cfg")},
+            capture_output=True,
+            text=True,
+            check=False,
+        )  # fmt: skip
+
+    return run
+
+
+def rows(connection):
+    return connection.execute("SELECT id, text FROM kept ORDER BY id").fetchall()
+
+
+def test_app_user_owns_its_database(connect):
+    connection = connect()
+    connection.execute("CREATE TABLE own (id int)")
+    connection.execute("DROP TABLE own")
+    assert connection.execute("SHOW server_encoding").fetchone() == ("UTF8",)
+
+
+@pytest.mark.parametrize(
+    ("login", "refusal"),
+    [
+        pytest.param({"password": "another password"}, "password authentication failed", id="wrong password"),
+        pytest.param({"dbname": "other"}, "no pg_hba.conf entry", id="another's database"),
+        pytest.param({"user": "other", "dbname": "other"}, "no pg_hba.conf entry", id="from an address that is not listed"),
+        pytest.param({"user": "postgres", "dbname": "postgres"}, "no pg_hba.conf entry", id="the server's own user"),
+    ],
+)
+def test_others_are_refused(connect, login, refusal):
+    with pytest.raises(psycopg.OperationalError, match=refusal):
+        connect(**login)
+
+
+def test_app_user_may_not_make_users_or_databases(connect):
+    for statement in ("CREATE USER more", "CREATE DATABASE more", "COPY (SELECT 1) TO PROGRAM 'true'"):
+        with pytest.raises(psycopg.errors.InsufficientPrivilege):
+            connect().execute(statement)
+
+
+def test_passwords_are_kept_as_scram(host):
+    with host.sudo("postgres"):
+        kept = host.check_output("psql -Atc \"SELECT rolpassword FROM pg_authid WHERE rolname = 'mailroom'\"")
+    assert kept.startswith("SCRAM-SHA-256$")
+
+
+def test_server_is_sized_by_the_memory_of_the_host(host, connect):
+    megabytes = int(host.check_output("awk '/MemTotal/ {print int($2 / 1024)}' /proc/meminfo"))
+    buffers = connect().execute("SELECT setting::int * 8 / 1024 FROM pg_settings WHERE name = 'shared_buffers'").fetchone()[0]
+    assert buffers == megabytes // 2 // 4
+    assert connect().execute("SHOW max_connections").fetchone() == ("50",)
+    assert connect().execute("SHOW log_connections").fetchone()[0] in ("on", "all")
+
+
+def test_password_is_on_no_command_line_and_in_no_log(host, variables):
+    with host.sudo():
+        assert variables["secret_postgresql_app_password"] not in host.check_output("ps -e -o args")
+        logs = host.check_output("journalctl --no-pager; cat /var/log/postgresql/*.log")
+    assert "connection authorized" in logs
+    assert variables["secret_postgresql_app_password"] not in logs
+
+
+def test_backup_is_restored_and_nothing_else_remains(connect, ops, tmp_path):
+    connect().execute("DROP TABLE IF EXISTS kept; CREATE TABLE kept (id serial PRIMARY KEY, text text)")
+    connect().execute("INSERT INTO kept (text) VALUES ('one'), ('zwölf')")
+    before = rows(connect())
+    done = ops("backup_postgresql")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "mailroom.pgc").stat().st_mode & 0o077 == 0
+    connect().execute("DELETE FROM kept WHERE id = 1; CREATE TABLE later (id int)")
+
+    assert "Confirm it" in ops("restore_postgresql").stdout
+    assert rows(connect()) == before[1:], "nothing is touched before it is confirmed"
+
+    done = ops("restore_postgresql", "--extra-vars", "confirm=yes")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert rows(connect()) == before
+    assert connect().execute("SELECT to_regclass('later')").fetchone() == (None,)
+    assert connect().execute("INSERT INTO kept (text) VALUES ('three') RETURNING id").fetchone() == (3,)
+
+
+def test_restore_from_a_broken_dump_leaves_the_database_as_it_was(connect, ops, tmp_path):
+    connect().execute("DROP TABLE IF EXISTS kept; CREATE TABLE kept (id serial PRIMARY KEY, text text)")
+    connect().execute("INSERT INTO kept (text) VALUES ('one')")
+    before = rows(connect())
+    for name in ("mailroom", "other"):
+        (tmp_path / f"{name}.pgc").write_bytes(b"PGDMP no dump")
+    assert ops("restore_postgresql", "--extra-vars", "confirm=yes").returncode != 0
+    assert rows(connect()) == before
+
+
+def test_killed_server_comes_back_with_what_was_committed(host, connect, eventually):
+    connect().execute("DROP TABLE IF EXISTS kept; CREATE TABLE kept (id serial PRIMARY KEY, text text)")
+    connect().execute("INSERT INTO kept (text) VALUES ('committed')")
+    with host.sudo():
+        host.check_output("pkill --signal KILL --uid postgres")
+
+    def answers():
+        try:
+            return rows(connect())
+        except psycopg.OperationalError as error:
+            raise AssertionError(error) from error
+
+    assert eventually(answers, seconds=60) == [(1, "committed")]
