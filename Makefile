@@ -12,7 +12,10 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # Frames around each line would hide pytest's closing counts.
 export MOLECULE_COMMAND_BORDERS := 0
 
-SCENARIOS := ca_certificates services firewall erlang rabbitmq postgresql django celery flower site
+# The longest first, so that the last ones end together.
+SCENARIOS := site celery django flower rabbitmq postgresql firewall services erlang ca_certificates
+# Scenarios that run at a time; each waits for its hosts more than it computes.
+JOBS ?= 2
 
 .PHONY: help
 help: ## List the targets
@@ -84,11 +87,14 @@ test-app: $(VENV)/.complete $(APP_VENV)/.complete ## The application's tests, wi
 		cd app && TEST_BROKER_URL=$$url .venv/bin/pytest
 	$(TESTBED) down --inventory inventories/app-tests
 
-test-scenarios: $(addprefix molecule-,$(SCENARIOS)) ## All Molecule scenarios; one of them: make molecule-rabbitmq
+test-scenarios: $(VENV)/.complete ## All Molecule scenarios; one of them: make molecule-rabbitmq
+	@testbed/install
+	@$(MAKE) --no-print-directory --jobs=$(JOBS) --keep-going $(if $(filter output-sync,$(.FEATURES)),--output-sync=line) $(addprefix molecule-,$(SCENARIOS))
 
 molecule-%: $(VENV)/.complete
 	@testbed/install
-	molecule test --scenario-name $*
+	@echo "scenario $*: begins"
+	@molecule test --scenario-name $*
 
 # ---- Upkeep ----
 
