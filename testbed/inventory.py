@@ -16,7 +16,7 @@ from testbed.machine import TestbedError
 CLONE = Path(__file__).resolve().parents[1]
 PLATFORMS = Path(__file__).resolve().parent / "images"
 MAIL = "mail"  # the mail catcher's name on the network, and the folder of its image
-MAIL_PLATFORM = "debian13"  # what its image is built upon
+MAIL_PLATFORM = "debian13"  # whose published image it starts from, where hosts do
 MAIL_SMTP_PORT = 1025
 MAIL_WEB_PORT = 1080
 MAIL_PORTS = {MAIL_WEB_PORT: 0}  # hosts need no published port for SMTP
@@ -109,7 +109,8 @@ def parse(directory: Path, listing: dict) -> Inventory:
         ports = _ports(name, "testbed_ports", variables.get("testbed_ports") or {})
         if 22 in ports:
             raise TestbedError(f"{name}: testbed_ports: SSH (22) is always published; leave it out")
-        hosts.append(Host(name, platform, {22: 0, **ports}, variables.get("testbed_image") or os.environ.get("TESTBED_IMAGE")))
+        image = variables.get("testbed_image") or os.environ.get(f"TESTBED_IMAGE_{platform.upper()}")
+        hosts.append(Host(name, platform, {22: 0, **ports}, image))
         if variables.get("testbed_mail_catcher") is True:
             wanted = _ports(name, "testbed_mail_ports", variables.get("testbed_mail_ports") or {})
             catchers.add(tuple(sorted(wanted.items())))

@@ -1,0 +1,28 @@
+"""The family of a host's platform, of which roles read their values and steps; a platform that they do not know is refused."""
+
+from __future__ import annotations
+
+from ansible.errors import AnsibleFilterError
+
+SUPPORTED = "Debian 13, Ubuntu 24.04 and 26.04, RHEL, Rocky Linux, AlmaLinux, CentOS Stream and Oracle Linux 9 and 10"
+VERSIONS = {
+    "Debian": ("13",),
+    "Ubuntu": ("24.04", "26.04"),
+    **dict.fromkeys(("RedHat", "Rocky", "AlmaLinux", "CentOS", "OracleLinux"), ("9", "10")),
+}
+OLD_EL = "its dnf can be used by Python 3.6 alone, on which Ansible no longer runs"
+
+
+def platform_family(facts):
+    """`Debian` or `RedHat`, from the facts of a host (subset `distribution`)."""
+    name, family = facts["distribution"], facts["os_family"]
+    version = facts["distribution_version" if name == "Ubuntu" else "distribution_major_version"]
+    if version in VERSIONS.get(name, ()):
+        return family
+    reason = f": {OLD_EL}" if family == "RedHat" and version == "8" else ""
+    raise AnsibleFilterError(f"{name} {facts['distribution_version']} is not supported{reason}. Supported are {SUPPORTED}.")
+
+
+class FilterModule:
+    def filters(self):
+        return {"platform_family": platform_family}
