@@ -31,6 +31,7 @@ def host_variables(container: Container) -> dict[str, object]:
         "ansible_ssh_private_key_file": str(ssh.private_key(container.stack)),
         "ansible_ssh_common_args": ssh.common_arguments(container.stack),
         "testbed_address": container.host,
+        "testbed_platform": container.platform,
         "testbed_published": _published(container),
         **_said_by_the_host(container),
     }

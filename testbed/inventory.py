@@ -97,9 +97,9 @@ def parse(directory: Path, listing: dict) -> Inventory:
     hosts = []
     catchers = set()
     for name, variables in sorted(listing.get("_meta", {}).get("hostvars", {}).items()):
-        platform = variables.get("testbed_platform")
-        if platform is None:
+        if variables.get("testbed_platform") is None:
             continue
+        platform = os.environ.get("TESTBED_PLATFORM") or variables["testbed_platform"]
         if not HOST_NAME.fullmatch(name):
             raise TestbedError(
                 f"{name}: a testbed host is reached by its name, so only lower-case letters, digits, '-' and '.' are possible in it"

@@ -31,7 +31,7 @@ def container(host: str = "node1", **changes) -> containers.Container:
         "stack": "tb-x-sandbox",
         "clone": Path("/clone"),
         "inventory": DIRECTORY,
-        "definition": {},
+        "definition": {"image": "localhost/testbed/debian13:0123456789ab"},
         "running": True,
         "published": {22: 40022, 8000: 8000},
     }
