@@ -159,6 +159,11 @@ def test_newest_looks_at_links_and_not_behind_them(tmp_path):
     assert units.newest([]) == 0
 
 
+def test_a_packages_file_counts_from_when_it_was_put_in_its_place():
+    """rpm gives it the time at which it was built, which may be years before."""
+    assert units.newest(["/usr/bin/env"]) == os.lstat("/usr/bin/env").st_ctime
+
+
 @pytest.mark.parametrize("stamp", ["ExecMainStartTimestampMonotonic", "ActiveEnterTimestampMonotonic"])
 def test_a_unit_is_stale_when_a_file_is_younger_than_its_start(tmp_path, stamp):
     file = tmp_path / "file"
