@@ -34,10 +34,26 @@ def url(published):
     return lambda port: f"http://127.0.0.1:{published(port)}"
 
 
+@pytest.fixture(scope="session")
+def inventory(request):
+    """The scenario's inventory; scenarios may share their tests."""
+    return Path(request.config.getoption("ansible_inventory")).resolve()
+
+
+@pytest.fixture
+def reboot(inventory, host):
+    """Reboots the host; returns when it answers again."""
+
+    def restart():
+        words = ["restart", "--inventory", inventory, host.backend.get_hostname()]
+        subprocess.run([sys.executable, "-m", "testbed", *words], cwd=PROJECT, check=True, capture_output=True)
+
+    return restart
+
+
 @pytest.fixture(scope="module")
-def run_playbook(request, host):
+def run_playbook(inventory, host):
     """Runs a playbook on the scenario's host, with further variables; gives the finished process."""
-    inventory = request.path.parents[1] / "inventory"
 
     def run(playbook, *arguments, **variables):
         words = [playbook, "--limit", host.backend.get_hostname(), "--extra-vars", json.dumps(variables), *arguments]
