@@ -156,6 +156,9 @@ REFUSED = {
             "postgresql_clients name the database mailroom, which postgresql_databases does not list.",
         ),
     ],
+    "rabbitmq platform": [
+        ({"host_platform": "el8"}, "host_platform is 'el8'; wiring_versions knows debian13, ubuntu2404, el9, el10. Elsewhere set"),
+    ],
     "rabbitmq sources": [
         (
             {"rabbitmq_folder": "/nowhere", "rabbitmq_source": "folder"},
@@ -166,7 +169,6 @@ REFUSED = {
             "rabbitmq_repository_keys has the fingerprint 9F4587F226208342; allowed are 40 hexadecimal digits, as the key's owner "
             "publishes them. A key ID is too short to tell keys apart.",
         ),
-        ({"host_platform": "el8"}, "host_platform is 'el8'; wiring_versions knows debian13, ubuntu2404, el9, el10. Elsewhere set"),
     ],
     "erlang": [
         ({"erlang_source": "folder"}, "erlang_folder is '', where the controller has no RPM."),
