@@ -189,3 +189,10 @@ def test_other_platforms_are_refused_with_the_list(found, words):
         platform_family(found)
     assert words in str(caught.value)
     assert "CentOS Stream and Oracle Linux 9 and 10." in str(caught.value)
+
+
+def test_a_role_that_knows_one_family_refuses_the_other():
+    assert platform_family(HOSTS["debian13"], "Debian") == "Debian"
+    with pytest.raises(AnsibleFilterError) as caught:
+        platform_family(HOSTS["el9"], "Debian")
+    assert str(caught.value).startswith("Rocky 9.6 is not supported. Supported are Debian 13, Ubuntu 24.04 and 26.04.")
