@@ -17,7 +17,9 @@ SCENARIOS := site site-el9 celery django flower rabbitmq postgresql firewall ser
 # Scenarios that run at a time; each waits for its hosts more than it computes.
 JOBS ?= 2
 # make sandbox PLATFORM=el9: the same on another platform of testbed/images.
+ifdef PLATFORM
 export TESTBED_PLATFORM := $(PLATFORM)
+endif
 
 .PHONY: help
 help: ## List the targets
