@@ -102,7 +102,8 @@ def test_yums_sections_are_those_that_team_rabbitmq_publishes(values, host):
     }
     for section in found.values():
         assert (section["gpgcheck"], section["repo_gpgcheck"], section["sslverify"]) == ("1", "1", "1")
-        assert section["sslcacert"] == "/etc/pki/tls/certs/ca-bundle.crt"
+        # What the published /etc/pki/tls/certs/ca-bundle.crt is a link to.
+        assert section["sslcacert"] == "/etc/pki/ca-trust/extracted/pem/tls-ca-bundle.pem"
         assert all(key.startswith("file:///etc/pki/rpm-gpg/RPM-GPG-KEY-") for key in section["gpgkey"].split())
 
 
