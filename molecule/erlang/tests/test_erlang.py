@@ -102,6 +102,12 @@ def test_package_that_was_tampered_with_is_refused(refused, stand_in):
     assert "A package or metadata that is unsigned, altered, or signed by another key" in said
 
 
+def test_package_that_a_stranger_signed_is_refused(refused, stand_in):
+    """In metadata that the right key signed."""
+    said = refused(erlang_repository_urls=[f"{stand_in['testbed_bad_repositories']}/foreign/erlang"])
+    assert "Failed to validate GPG signature for erlang-27.9-1" in said
+
+
 def test_repository_without_a_signature_is_refused(refused, stand_in):
     said = refused(erlang_repository_urls=[f"{stand_in['testbed_bad_repositories']}/unsigned/erlang"])
     assert "repomd.xml.asc" in said
