@@ -39,14 +39,14 @@ def connect(published, variables):
 
 
 @pytest.fixture
-def ops(tmp_path):
-    """Runs a playbook of playbooks/ops on the scenario, with backups in a folder of the test's own."""
+def ops(tmp_path, variables):
+    """Runs a playbook of playbooks/ops on the host, with backups in a folder of the test's own."""
 
     def run(name, *arguments):
         return subprocess.run(
             [
                 Path(sys.executable).parent / "ansible-playbook", "-i", SCENARIO / "inventory", f"playbooks/ops/{name}.yml",
-                "--extra-vars", f"backup_directory={tmp_path}", *arguments,
+                "--limit", variables["inventory_hostname"], "--extra-vars", f"backup_directory={tmp_path}", *arguments,
             ],
             cwd=PROJECT,
             env={**os.environ, "ANSIBLE_CONFIG": str(PROJECT / "ansible.cfg")},
@@ -106,7 +106,7 @@ def test_server_is_sized_by_the_memory_of_the_host(host, connect):
 def test_password_is_on_no_command_line_and_in_no_log(host, variables):
     with host.sudo():
         assert variables["secret_postgresql_app_password"] not in host.check_output("ps -e -o args")
-        logs = host.check_output("journalctl --no-pager; cat /var/log/postgresql/*.log")
+        logs = host.run("journalctl --no-pager; cat /var/log/postgresql/*.log").stdout
     assert "connection authorized" in logs
     assert variables["secret_postgresql_app_password"] not in logs
 
