@@ -2,7 +2,8 @@ import secrets
 
 from django.contrib import admin, messages
 
-from emails.models import ApiKey, Delivery, Email
+from emails import services
+from emails.models import Allowance, ApiKey, Attempt, Delivery, Email
 
 
 class ReadOnly:
@@ -19,17 +20,50 @@ class ReadOnly:
 class DeliveryInline(ReadOnly, admin.TabularInline):
     model = Delivery
     extra = 0
+    show_change_link = True
+    fields = ("recipient", "kind", "state", "attempts", "due_at", "last_smtp_code", "last_error")
+
+
+class AttemptInline(ReadOnly, admin.TabularInline):
+    model = Attempt
+    extra = 0
 
 
 @admin.register(Email)
 class EmailAdmin(ReadOnly, admin.ModelAdmin):
     list_display = ("id", "subject", "owner", "state", "created_at")
-    list_filter = ("deliveries__state",)
-    search_fields = ("id", "subject", "deliveries__recipient")
+    list_filter = ("deliveries__state", "created_at")
+    search_fields = ("id", "subject", "deliveries__recipient", "request_id")
+    exclude = ("digest",)
     inlines = (DeliveryInline,)
 
     def get_queryset(self, request):
         return super().get_queryset(request).select_related("owner").prefetch_related("deliveries")
+
+
+@admin.register(Delivery)
+class DeliveryAdmin(ReadOnly, admin.ModelAdmin):
+    list_display = ("id", "recipient", "email", "state", "attempts", "last_smtp_code", "due_at")
+    list_filter = ("state", "last_smtp_code", "kind")
+    search_fields = ("recipient", "email__id", "email__subject")
+    list_select_related = ("email",)
+    inlines = (AttemptInline,)
+    actions = ("replay",)
+
+    @admin.action(description="Send once more what failed or is held back", permissions=["replay"])
+    def replay(self, request, queryset) -> None:
+        # The list's order and joins are none of an UPDATE's.
+        chosen = Delivery.objects.filter(pk__in=list(queryset.values_list("pk", flat=True)))
+        messages.success(request, f"Sends {services.replay(chosen)} once more.")
+
+    def has_replay_permission(self, request) -> bool:
+        return request.user.has_perm("emails.replay_delivery")
+
+
+@admin.register(Allowance)
+class AllowanceAdmin(admin.ModelAdmin):
+    list_display = ("owner", "senders", "recipients_per_hour")
+    list_select_related = ("owner",)
 
 
 @admin.register(ApiKey)

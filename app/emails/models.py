@@ -1,17 +1,26 @@
 import hashlib
 import hmac
+import os
+import random
 import secrets
+import threading
 import time
 import uuid
-from datetime import timedelta
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
 
 from django.conf import settings
-from django.db import models
+from django.db import connection, models, transaction
 from django.db.models import F, Q
 from django.utils import timezone
 
+# What a relay has taken it publishes within this, or gives it back.
+PUBLISHING_LEASE = timedelta(seconds=30)
 # A published message may wait behind others in the queue; after this the relay doubts it.
 PUBLISHED_LEASE = timedelta(minutes=10)
+LONGEST_RETRY = timedelta(hours=1)
+# Due whatever the clock says, even one that is set back.
+AT_ONCE = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def uuid7() -> uuid.UUID:
@@ -24,29 +33,53 @@ def uuid7() -> uuid.UUID:
 class State(models.TextChoices):
     QUEUED = "queued"  # waits for a worker
     SENDING = "sending"  # a worker holds it
-    DEFERRED = "deferred"  # refused for now, waits for next_attempt_at
+    DEFERRED = "deferred"  # not taken by the server; waits for due_at
+    UNCERTAIN = "uncertain"  # the server may have taken it; waits for due_at, or for a person
     SENT = "sent"
     FAILED = "failed"
 
 
-UNFINISHED = (State.QUEUED, State.SENDING, State.DEFERRED)
+UNFINISHED = (State.QUEUED, State.SENDING, State.DEFERRED, State.UNCERTAIN)
+# What a person may send once more.
+DEAD = Q(state=State.FAILED) | Q(state=State.UNCERTAIN, due_at=None)
 
 
 class Email(models.Model):
     """What was accepted. Where it stands is told by its deliveries, one per recipient."""
 
     id = models.UUIDField(primary_key=True, default=uuid7, editable=False)
+    # None: the project's own code.
     owner = models.ForeignKey(
-        settings.AUTH_USER_MODEL, on_delete=models.PROTECT, related_name="emails"
+        settings.AUTH_USER_MODEL,
+        on_delete=models.PROTECT,
+        related_name="emails",
+        null=True,
+        blank=True,
     )
     sender = models.CharField(max_length=320)
     subject = models.CharField(max_length=255)
-    text = models.TextField()
+    text = models.TextField(blank=True)
     html = models.TextField(blank=True)
+    reply_to = models.JSONField(default=list, db_default=[], blank=True)
+    headers = models.JSONField(default=dict, db_default={}, blank=True)
+    # Whether each recipient is shown who else is in "To" and "Cc", or only its own address.
+    show_recipients = models.BooleanField(default=False, db_default=False)
+    idempotency_key = models.CharField(max_length=255, null=True, blank=True)
+    digest = models.CharField(max_length=64, default="", db_default="", blank=True)
+    request_id = models.CharField(max_length=64, default="", db_default="", blank=True)
     created_at = models.DateTimeField(default=timezone.now, db_index=True)
 
     class Meta:
         ordering = ("-created_at", "-id")
+        constraints = [
+            models.UniqueConstraint(
+                fields=("owner", "idempotency_key"), name="one_email_a_key_and_owner"
+            ),
+            models.UniqueConstraint(
+                fields=("idempotency_key",), condition=Q(owner=None), name="one_email_a_key"
+            ),
+        ]
+        indexes = [models.Index(fields=("owner", "-created_at"), name="emails_of_an_owner")]
 
     def __str__(self) -> str:
         return str(self.id)
@@ -55,56 +88,165 @@ class Email(models.Model):
     def state(self) -> State:
         """The least finished state among the deliveries; of the finished ones, the worse."""
         states = {delivery.state for delivery in self.deliveries.all()}
-        order = (State.SENDING, State.QUEUED, State.DEFERRED, State.FAILED, State.SENT)
+        order = (
+            State.SENDING,
+            State.QUEUED,
+            State.DEFERRED,
+            State.UNCERTAIN,
+            State.FAILED,
+            State.SENT,
+        )
         return next(state for state in order if state in states)
+
+
+class Attachment(models.Model):
+    email = models.ForeignKey(Email, on_delete=models.CASCADE, related_name="attachments")
+    filename = models.CharField(max_length=255, blank=True)
+    content_type = models.CharField(max_length=127)
+    content_id = models.CharField(max_length=255, blank=True)  # what an HTML body calls it by
+    content = models.BinaryField()
+
+    class Meta:
+        ordering = ("id",)
+
+    def __str__(self) -> str:
+        return f"{self.email_id}/{self.filename}"
 
 
 class DeliveryQuerySet(models.QuerySet):
     """Every change of state is one conditional UPDATE, so of several contenders one wins.
 
-    Relay: due -> lease -> (publish) -> release if that failed. Worker: claim -> (SMTP) -> record.
+    Relay: lease -> (publish) -> published, or release if that failed. Worker: claim -> (SMTP, mark_data once the
+    server wants the message) -> record.
     """
 
     def due(self):
-        """What the relay must publish: its time has come and nobody holds an unexpired lease."""
-        now = timezone.now()
-        return self.filter(
-            Q(lease_until=None) | Q(lease_until__lte=now),
-            state__in=UNFINISHED,
-            next_attempt_at__lte=now,
-        ).order_by("next_attempt_at")
+        """What the relay must look at: its time has come, or its lease ended."""
+        return self.filter(due_at__lte=timezone.now(), state__in=UNFINISHED).order_by(
+            "due_at", "pk"
+        )
 
-    def lease(self, pk: int):
-        """Takes a due delivery for publishing; returns when the lease ends, or None if it's taken.
+    def mistrust_clock(self) -> int:
+        """Makes due what waits for a time later than any that is ever set.
 
-        A delivery whose worker died is queued again by this.
+        The clock was wrong when it was set, or has been set back since.
         """
-        until = timezone.now() + PUBLISHED_LEASE
-        taken = self.due().filter(pk=pk).update(state=State.QUEUED, lease_until=until)
-        return until if taken else None
+        longest = max(LONGEST_RETRY, PUBLISHED_LEASE, sending_lease()) * 1.1
+        far = self.filter(due_at__gt=timezone.now() + longest, state__in=UNFINISHED)
+        return far.update(due_at=AT_ONCE)
 
-    def release(self, pk: int, until) -> None:
-        """Gives back the lease that ends at `until`, unless a worker has the delivery by now."""
-        self.filter(pk=pk, state=State.QUEUED, lease_until=until).update(lease_until=None)
+    def lease(self, count: int) -> list["Delivery"]:
+        """Takes up to `count` due deliveries for publishing, the oldest first.
+
+        Several relays take different ones: PostgreSQL skips what another one is about to take,
+        SQLite lets one transaction write at a time. What has passed its deadline is ended, and
+        what its worker left behind is settled, on the way.
+        """
+        due = self.due()
+        if not due.exists():
+            return []
+        now = timezone.now()
+        with transaction.atomic():
+            if connection.features.has_select_for_update_skip_locked:
+                due = due.select_for_update(skip_locked=True, of=("self",))
+            taken, abandoned = [], []
+            for delivery in due.select_related("email").only(*LEASED_FIELDS)[:count]:
+                kept = abandoned if delivery.state == State.SENDING else taken
+                kept.append(delivery)
+            for delivery in abandoned:
+                delivery.settle_abandoned(now)
+            for delivery in taken:
+                if delivery.deadline <= now:
+                    delivery.end_late()
+            taken = [delivery for delivery in taken if delivery.deadline > now]
+            until = now + PUBLISHING_LEASE
+            self.filter(pk__in=[delivery.pk for delivery in taken]).update(
+                state=State.QUEUED, due_at=until
+            )
+            for delivery in taken:
+                delivery.state, delivery.due_at = State.QUEUED, until
+        return taken
+
+    def release(self, deliveries: Sequence["Delivery"]) -> None:
+        """Gives leases back, unless a worker has the delivery by now."""
+        self._end_lease(deliveries, AT_ONCE)
+
+    def published(self, deliveries: Sequence["Delivery"]) -> None:
+        """Leaves to the workers what the broker has, unless one has the delivery by now."""
+        self._end_lease(deliveries, timezone.now() + PUBLISHED_LEASE)
+
+    def _end_lease(self, deliveries: Sequence["Delivery"], due_at: datetime) -> None:
+        """Of deliveries that were leased together."""
+        if deliveries:
+            self.filter(
+                pk__in=[delivery.pk for delivery in deliveries],
+                state=State.QUEUED,
+                due_at=deliveries[0].due_at,
+            ).update(due_at=due_at)
 
     def claim(self, pk: int) -> "Delivery | None":
         """Takes a queued delivery for sending. Only one of several copies of a message gets it."""
-        until = timezone.now() + timedelta(seconds=settings.SENDING_LEASE_SECONDS)
+        now = timezone.now()
         claimed = self.filter(pk=pk, state=State.QUEUED).update(
-            state=State.SENDING, attempts=F("attempts") + 1, lease_until=until
+            state=State.SENDING,
+            attempts=F("attempts") + 1,
+            data_sent=False,
+            started_at=now,
+            due_at=now + sending_lease(),
         )
         return self.select_related("email").get(pk=pk) if claimed else None
+
+    def replay(self) -> int:
+        """Sends the dead ones among these once more, with a new deadline; returns how many."""
+        return self.filter(DEAD).update(
+            state=State.QUEUED,
+            due_at=AT_ONCE,
+            expires_at=timezone.now() + timedelta(seconds=settings.DEADLINE_SECONDS),
+        )
+
+
+# An email's bodies are none of the relay's business.
+LEASED_FIELDS = (
+    "email__created_at",
+    "email__request_id",
+    "state",
+    "attempts",
+    "data_sent",
+    "due_at",
+    "started_at",
+    "expires_at",
+)
+
+
+def sending_lease() -> timedelta:
+    return timedelta(seconds=settings.SENDING_LEASE_SECONDS)
 
 
 class Delivery(models.Model):
     """One recipient of one email."""
 
+    class Kind(models.TextChoices):
+        TO = "to"
+        CC = "cc"
+        BCC = "bcc"
+
     email = models.ForeignKey(Email, on_delete=models.CASCADE, related_name="deliveries")
     recipient = models.CharField(max_length=320)
-    state = models.CharField(max_length=8, choices=State, default=State.QUEUED)
+    kind = models.CharField(max_length=3, choices=Kind, default=Kind.TO, db_default=Kind.TO)
+    state = models.CharField(max_length=9, choices=State, default=State.QUEUED)
     attempts = models.PositiveIntegerField(default=0)
-    next_attempt_at = models.DateTimeField(default=timezone.now)
-    lease_until = models.DateTimeField(null=True, blank=True)
+    uncertain_attempts = models.PositiveIntegerField(default=0, db_default=0)
+    # When the relay looks at it: the next attempt, or the end of a lease. None: never.
+    due_at = models.DateTimeField(
+        default=AT_ONCE, null=True, blank=True, db_column="next_attempt_at"
+    )
+    # After it no attempt begins. None: DEADLINE_SECONDS after the email was accepted.
+    expires_at = models.DateTimeField(null=True, blank=True)
+    # Of the present attempt: when it began, and whether the server got any of the message.
+    started_at = models.DateTimeField(null=True, blank=True)
+    data_sent = models.BooleanField(default=False, db_default=False)
+    # Of the release before this one, whose processes write it while they are being replaced.
+    lease_until = models.DateTimeField(null=True, blank=True, editable=False)
     sent_at = models.DateTimeField(null=True, blank=True)
     last_smtp_code = models.PositiveSmallIntegerField(null=True, blank=True)
     last_error = models.CharField(max_length=500, blank=True)
@@ -114,15 +256,21 @@ class Delivery(models.Model):
     class Meta:
         ordering = ("id",)
         verbose_name_plural = "deliveries"
+        permissions = [("replay_delivery", "Can send dead deliveries once more")]
         constraints = [
             models.UniqueConstraint(fields=("email", "recipient"), name="one_delivery_a_recipient")
         ]
         indexes = [
             models.Index(
-                fields=("next_attempt_at",),
+                fields=("due_at", "id"),
                 condition=Q(state__in=UNFINISHED),
-                name="unfinished_deliveries",
-            )
+                name="due_deliveries",
+            ),
+            models.Index(
+                fields=("-id",),
+                condition=Q(state__in=(State.FAILED, State.UNCERTAIN)),
+                name="dead_deliveries",
+            ),
         ]
 
     def __str__(self) -> str:
@@ -134,15 +282,175 @@ class Delivery(models.Model):
         domain = self.email.sender.rpartition("@")[2].rstrip(">")
         return f"<{self.email_id}.{self.pk}@{domain}>"
 
-    def record(self, state: State, **values) -> bool:
+    @property
+    def deadline(self) -> datetime:
+        lifetime = timedelta(seconds=settings.DEADLINE_SECONDS)
+        return self.expires_at or self.email.created_at + lifetime
+
+    @property
+    def next_attempt_at(self) -> datetime | None:
+        return self.due_at if self.state in (State.DEFERRED, State.UNCERTAIN) else None
+
+    @property
+    def dead(self) -> bool:
+        return self.state == State.FAILED or (self.state == State.UNCERTAIN and self.due_at is None)
+
+    def mark_data(self) -> bool:
+        """Notes that the message itself is about to go; false if the lease was lost.
+
+        Then somebody else has the delivery, and sending would be a duplicate without a trace.
+        """
+        return bool(
+            Delivery.objects.filter(pk=self.pk, state=State.SENDING, attempts=self.attempts).update(
+                data_sent=True
+            )
+        )
+
+    def record(self, state: State, *, code: int | None, answer: str, seconds: float, due_at=None):
         """Ends this attempt; false if the lease was lost meanwhile and the outcome isn't ours.
 
         That an email was sent is recorded all the same: it can't be taken back.
         """
+        values = {"state": state, "due_at": due_at, "last_smtp_code": code}
+        values["last_error"] = "" if state == State.SENT else answer[:500]
         rows = Delivery.objects.filter(pk=self.pk)
-        if state != State.SENT:
+        if state == State.SENT:
+            values["sent_at"] = timezone.now()
+        else:
             rows = rows.filter(state=State.SENDING, attempts=self.attempts)
-        return bool(rows.update(state=state, lease_until=None, **values))
+        if state == State.UNCERTAIN:
+            values["uncertain_attempts"] = F("uncertain_attempts") + 1
+        with transaction.atomic():
+            recorded = bool(rows.update(**values))
+            if recorded:
+                self.log_attempt(state, code, answer, seconds)
+        return recorded
+
+    def log_attempt(self, outcome: State, code: int | None, answer: str, seconds: float) -> None:
+        Attempt.objects.create(
+            delivery=self,
+            number=self.attempts,
+            started_at=self.started_at or timezone.now(),
+            seconds=seconds,
+            outcome=outcome,
+            smtp_code=code,
+            answer=answer[:500],
+        )
+        Tally.add(f"attempts.{outcome}", seconds)
+
+    def settle_abandoned(self, now: datetime) -> None:
+        """Ends an attempt whose worker is gone."""
+        if self.data_sent:
+            state, due_at = State.UNCERTAIN, after_uncertain(self.attempts)
+            answer = "The worker was lost after it had begun to send the message."
+        else:
+            state, due_at = State.DEFERRED, AT_ONCE
+            answer = "The worker was lost before it sent the message."
+        seconds = max((now - self.started_at).total_seconds(), 0) if self.started_at else 0
+        self.record(state, code=None, answer=answer, seconds=seconds, due_at=due_at)
+
+    def end_late(self) -> None:
+        """Gives up what was not sent before its deadline; the reason of its last attempt stays."""
+        values = {"due_at": None}
+        if self.state != State.UNCERTAIN:
+            values["state"] = State.FAILED
+        if not self.attempts:
+            values["last_error"] = "The deadline passed before an attempt."
+        if Delivery.objects.filter(pk=self.pk, state=self.state, attempts=self.attempts).update(
+            **values
+        ):
+            Tally.add("expired")
+
+
+def retry_delay(attempts: int) -> timedelta:
+    """How long to wait after so many attempts: a doubling range, capped, and anywhere in it."""
+    first = timedelta(seconds=settings.RETRY_SECONDS)
+    longest = min(first * 2 ** min(attempts - 1, 12), LONGEST_RETRY)
+    return longest * random.random()  # noqa: S311 - spreads load, hides nothing
+
+
+def after_uncertain(attempts: int) -> datetime | None:
+    if settings.UNCERTAIN_POLICY == "hold":
+        return None
+    return timezone.now() + retry_delay(attempts)
+
+
+class Attempt(models.Model):
+    """What came of one try to send. `answer` is the server's, or what went wrong."""
+
+    delivery = models.ForeignKey(Delivery, on_delete=models.CASCADE, related_name="log")
+    number = models.PositiveIntegerField()
+    started_at = models.DateTimeField()
+    seconds = models.FloatField()
+    outcome = models.CharField(max_length=9, choices=State)
+    smtp_code = models.PositiveSmallIntegerField(null=True, blank=True)
+    answer = models.CharField(max_length=500, blank=True)
+
+    class Meta:
+        ordering = ("id",)
+
+    def __str__(self) -> str:
+        return f"{self.delivery_id}.{self.number}"
+
+
+class Tally(models.Model):
+    """Running totals for the metrics; rows that are deleted after their time are still in them.
+
+    Each process adds to a row of its own, so that nobody waits for another's transaction.
+    """
+
+    SLOTS = 64
+    BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+
+    name = models.CharField(max_length=40)
+    bucket = models.FloatField(default=0)
+    slot = models.PositiveSmallIntegerField()
+    total = models.BigIntegerField(default=0)
+    seconds = models.FloatField(default=0)
+
+    class Meta:
+        verbose_name_plural = "tallies"
+        constraints = [
+            models.UniqueConstraint(fields=("name", "bucket", "slot"), name="one_tally_a_slot")
+        ]
+
+    def __str__(self) -> str:
+        return self.name
+
+    @classmethod
+    def add(cls, name: str, seconds: float | None = None, by: int = 1) -> None:
+        """Adds to a total. The last statement of a transaction, as it holds a row that is shared.
+
+        With `seconds` the smallest bucket that holds them, 0 if none does.
+        """
+        fits = (bucket for bucket in cls.BUCKETS if seconds is not None and seconds <= bucket)
+        slot = hash((os.getpid(), threading.get_ident())) % cls.SLOTS
+        with connection.cursor() as cursor:
+            cursor.execute(
+                "INSERT INTO emails_tally (name, bucket, slot, total, seconds)"
+                " VALUES (%s, %s, %s, %s, %s) ON CONFLICT (name, bucket, slot) DO UPDATE SET"
+                " total = emails_tally.total + excluded.total,"
+                " seconds = emails_tally.seconds + excluded.seconds",
+                (name, next(fits, 0), slot, by, seconds or 0),
+            )
+
+
+class Allowance(models.Model):
+    """What a user may send, where it differs from the settings."""
+
+    owner = models.OneToOneField(
+        settings.AUTH_USER_MODEL, on_delete=models.CASCADE, related_name="allowance"
+    )
+    senders = models.TextField(
+        blank=True,
+        help_text="Addresses and @domains, separated by spaces. Empty: those of the settings.",
+    )
+    recipients_per_hour = models.PositiveIntegerField(
+        null=True, blank=True, help_text="Empty: as the settings say. 0: nothing."
+    )
+
+    def __str__(self) -> str:
+        return str(self.owner)
 
 
 class ApiKey(models.Model):

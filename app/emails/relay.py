@@ -1,110 +1,213 @@
 import logging
 import threading
+import time
+from contextlib import suppress
 
 from django.conf import settings
 from django.db import Error as DatabaseError
-from django.db import close_old_connections
+from django.db import close_old_connections, connection
 
-from emails.models import Delivery
+from emails import context, systemd
+from emails.models import PUBLISHING_LEASE, Delivery, Tally
+from emails.services import CHANNEL
 from emails.tasks import deliver
-from mailroom.celery import app
 
 logger = logging.getLogger(__name__)
 
-BATCH = 200
+BATCH = 50
 LONGEST_PAUSE = 5  # seconds between tries while the broker or the database is down
 CONFIRM_TIMEOUT = 5  # seconds
+# One publication more ends before the lease does.
+PUBLISHING_SECONDS = PUBLISHING_LEASE.total_seconds() - 15
+IDLE_SECONDS = 15  # the broker ends a connection that says nothing for two heartbeats
+# Nothing takes a publisher this long: its waits for the broker and the database have limits.
+STUCK_SECONDS = 120
+SETTLE_SECONDS = 0.02  # what comes within it is taken together
 
 
-class Stopped(BaseException):
-    """Raised by a signal handler to leave a publish that waits for the broker."""
+class Publisher:
+    """Publishes due deliveries over a broker connection of its own.
+
+    The rows are the truth, so it may crash, or run beside others, at any time.
+    """
+
+    def __init__(self) -> None:
+        self.stopping = threading.Event()
+        self.seen_alive = time.monotonic()
+        self._connection = None
+        self._used = 0.0
+        self._held: list[Delivery] = []
+
+    def publish_due(self) -> int:
+        """Publishes up to BATCH due deliveries, the oldest first; returns how many it took.
+
+        Raises what the broker's client raises, with the deliveries concerned due again.
+        """
+        if not Delivery.objects.due().exists():
+            return 0
+        self._connect()
+        self._held, published = Delivery.objects.lease(BATCH), []
+        count, until = len(self._held), time.monotonic() + PUBLISHING_SECONDS
+        try:
+            while self._held and time.monotonic() < until and not self.stopping.is_set():
+                self.seen_alive = time.monotonic()
+                self._publish(self._held[0])
+                published.append(self._held.pop(0))
+        except BaseException:
+            self.discard_connection()
+            raise
+        finally:
+            self.release()
+            Delivery.objects.published(published)
+        return count
+
+    def release(self) -> None:
+        """Gives back what is leased and not published."""
+        held, self._held = self._held, []
+        Delivery.objects.release(held)
+
+    def _connect(self) -> None:
+        """First, so that nothing is leased while there is no broker."""
+        if self._connection is not None and time.monotonic() - self._used > IDLE_SECONDS:
+            self.discard_connection()
+        if self._connection is None:
+            connection = deliver.app.connection_for_write()
+            connection.connect()
+            self._connection = connection
+            self._used = time.monotonic()
+
+    def _publish(self, delivery: Delivery) -> None:
+        """Returns once the broker has the message in a queue; takes seconds at the very most."""
+        request_id = delivery.email.request_id
+        deliver.apply_async(
+            (delivery.pk,),
+            producer=deliver.app.amqp.Producer(self._connection),
+            headers={"request_id": request_id, "email_id": str(delivery.email_id)},
+            mandatory=True,
+            confirm_timeout=CONFIRM_TIMEOUT,
+            retry=False,
+        )
+        self._used = time.monotonic()
+        with context.bind(request_id=request_id, email_id=delivery.email_id):
+            logger.debug("delivery %s published", delivery.pk)
+
+    def discard_connection(self) -> None:
+        """Drops the connection without a farewell: a broker that is stuck wouldn't answer it."""
+        if self._connection is not None:
+            self._connection.collect()
+            self._connection = None
 
 
 class Relay:
-    """Publishes due deliveries. The rows are the truth, so it may crash or run twice at any time.
+    """Several publishers, woken when an email is stored, and at least every RELAY_POLL_SECONDS.
 
     `run` returns after `stop`, which may be called from a signal handler of the same thread.
     """
 
     def __init__(self) -> None:
         self._stopping = threading.Event()
-        self._publishing = False
-        self._connection = None
+        self._wake = threading.Semaphore(0)
+        self._publishers = [Publisher() for _ in range(settings.RELAY_THREADS)]
+        self._idle = 0
+        self._listening = None
         self._down = False
+        self._lock = threading.Lock()
 
     def stop(self) -> None:
         self._stopping.set()
-        if self._publishing:
-            raise Stopped
 
     def run(self) -> None:
-        pause = settings.RELAY_POLL_SECONDS
+        threads = [
+            threading.Thread(target=self._publish, args=(publisher,), daemon=True)
+            for publisher in self._publishers
+        ]
+        for thread in threads:
+            thread.start()
+        systemd.notify("READY=1")
         while not self._stopping.is_set():
-            close_old_connections()
             try:
-                found = self.run_once()
+                close_old_connections()
+                Delivery.objects.mistrust_clock()
+                self._wait()
             except DatabaseError as error:
                 self._report_down("database", error)
-            except Stopped:
-                break
+                connection.close()
+                self._stopping.wait(min(settings.RELAY_POLL_SECONDS, 1))
+            self._wake.release()
+            now = time.monotonic()
+            if all(now - each.seen_alive < STUCK_SECONDS for each in self._publishers):
+                systemd.notify("WATCHDOG=1")
+        systemd.notify("STOPPING=1")
+        self._end(threads)
+
+    def _wait(self) -> None:
+        """Until an email is stored, or for a poll's time."""
+        seconds = min(settings.RELAY_POLL_SECONDS, 10)
+        if connection.vendor != "postgresql":
+            self._stopping.wait(seconds)
+            return
+        connection.ensure_connection()
+        if self._listening is not connection.connection:
+            with connection.cursor() as cursor:
+                cursor.execute(f"LISTEN {CHANNEL}")
+            self._listening = connection.connection
+        deadline = time.monotonic() + seconds
+        while not self._stopping.is_set() and (left := deadline - time.monotonic()) > 0:
+            if any(self._listening.notifies(timeout=min(left, 0.5), stop_after=1)):
+                self._stopping.wait(SETTLE_SECONDS)
+                for _ in self._listening.notifies(timeout=0):
+                    pass
+                return
+
+    def _publish(self, publisher: Publisher) -> None:
+        pause = 0.5
+        while not self._stopping.is_set():
+            publisher.seen_alive = time.monotonic()
+            try:
+                close_old_connections()
+                found = publisher.publish_due()
+            except DatabaseError as error:
+                self._report_down("database", error)
+                connection.close()
             except Exception as error:  # of the many kinds that the AMQP client raises
                 self._report_down("broker", error)
+                with suppress(DatabaseError):
+                    Tally.add("publish_failures")
             else:
-                if self._down:
-                    self._down = False
-                    logger.info("publishing again")
-                pause = settings.RELAY_POLL_SECONDS
+                pause = 0.5
+                if found:
+                    self._report_up()
                 if found == BATCH:
+                    self._wake.release()  # there is work for another one
                     continue
-            self._stopping.wait(pause)
-            if self._down:
-                pause = min(pause * 2, LONGEST_PAUSE)
-        self._discard_connection()
-
-    def run_once(self) -> int:
-        """Publishes up to BATCH due deliveries, the oldest first; returns how many it found.
-
-        Raises what the broker's client raises, with the delivery concerned due again.
-        """
-        due = list(Delivery.objects.due().values_list("pk", "email_id")[:BATCH])
-        for delivery_id, email_id in due:
-            if self._stopping.is_set():
-                break
-            until = Delivery.objects.lease(delivery_id)
-            if until is None:
+                self._wake.acquire(timeout=LONGEST_PAUSE)
                 continue
-            try:
-                self._publish(delivery_id)
-            except BaseException:
-                self._discard_connection()
-                Delivery.objects.release(delivery_id, until)
-                raise
-            logger.debug("delivery %s published", delivery_id, extra={"email_id": email_id})
-        return len(due)
+            self._stopping.wait(pause)
+            pause = min(pause * 2, LONGEST_PAUSE)
+        publisher.discard_connection()
 
-    def _publish(self, delivery_id: int) -> None:
-        """Returns once the broker has the message in a queue; takes seconds at the very most."""
-        self._publishing = True
-        try:
-            if self._connection is None:
-                self._connection = app.connection_for_write()
-            deliver.apply_async(
-                (delivery_id,),
-                producer=app.amqp.Producer(self._connection),
-                mandatory=True,
-                confirm_timeout=CONFIRM_TIMEOUT,
-                retry=False,
-            )
-        finally:
-            self._publishing = False
-
-    def _discard_connection(self) -> None:
-        """Drops the connection without a farewell: a broker that is stuck wouldn't answer it."""
-        if self._connection is not None:
-            self._connection.collect()
-            self._connection = None
+    def _end(self, threads: list[threading.Thread]) -> None:
+        """Gives publishers a second to come back from the broker, then gives their rows back."""
+        for publisher in self._publishers:
+            publisher.stopping.set()
+        for _ in threads:
+            self._wake.release()
+        deadline = time.monotonic() + 1
+        for thread in threads:
+            thread.join(max(deadline - time.monotonic(), 0))
+        for publisher, thread in zip(self._publishers, threads, strict=True):
+            if thread.is_alive():
+                with suppress(DatabaseError):
+                    publisher.release()
 
     def _report_down(self, what: str, error: Exception) -> None:
-        if not self._down:
-            self._down = True
-            logger.warning("the %s doesn't answer, emails wait: %s", what, error)
+        with self._lock:
+            if not self._down:
+                self._down = True
+                logger.warning("the %s doesn't answer, emails wait: %s", what, error)
+
+    def _report_up(self) -> None:
+        with self._lock:
+            if self._down:
+                self._down = False
+                logger.info("publishing again")

@@ -1,34 +1,99 @@
+import hashlib
+import json
+import logging
+import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime, timedelta
 from email.utils import parseaddr
+from uuid import UUID
 
 from django.conf import settings
+from django.contrib.auth import get_user_model
 from django.core.exceptions import ValidationError
 from django.core.validators import validate_email
-from django.db import transaction
+from django.db import DatabaseError, connection, transaction
+from django.db.models import Count, Exists, OuterRef, Q
+from django.utils import timezone
 
-from emails.models import Delivery, Email
+from emails import context
+from emails.models import Allowance, Attachment, Delivery, Email, State, Tally
+
+logger = logging.getLogger(__name__)
 
 # Line separators and other control characters: in a header they start a new one.
 FORBIDDEN_IN_HEADERS = ("Cc", "Zl", "Zp")
+CHANNEL = "emails_due"
+CONTENT_TYPE = re.compile(r"(?!multipart/|message/)[a-z0-9][\w.+-]*/[a-z0-9][\w.+-]*", re.I | re.A)
+HEADER_NAME = re.compile(r"[!-9;-~]+")
+# Headers that are made from the fields, or belong to the way of a message.
+OWN_HEADERS = {
+    *("from", "to", "cc", "bcc", "reply-to", "subject", "date", "message-id", "sender"),
+    *("return-path", "received", "content-type", "content-transfer-encoding", "mime-version"),
+}
+
+
+class Conflict(Exception):
+    """The idempotency key belongs to an email with other content."""
+
+
+class OverLimit(Exception):
+    """The owner has sent to as many recipients as it may within an hour."""
+
+
+@dataclass(frozen=True)
+class File:
+    filename: str
+    content_type: str
+    content: bytes
+    content_id: str = ""
 
 
 def accept(
-    owner, *, subject: str, text: str, recipients: Sequence[str], sender: str = "", html: str = ""
+    owner,
+    *,
+    subject: str,
+    text: str,
+    recipients: Sequence[str] = (),
+    cc: Sequence[str] = (),
+    bcc: Sequence[str] = (),
+    reply_to: Sequence[str] = (),
+    sender: str = "",
+    html: str = "",
+    headers: dict[str, str] | None = None,
+    attachments: Sequence[File] = (),
+    deadline: datetime | None = None,
+    show_recipients: bool = False,
+    idempotency_key: str | None = None,
 ) -> Email:
     """Stores an email and its deliveries in one transaction; sending happens elsewhere, later.
 
-    Without `sender` it is DEFAULT_FROM_EMAIL. Raises ValidationError with the messages by field,
-    the fields named as the API names them.
+    Without `sender` it is DEFAULT_FROM_EMAIL. Without `owner` it is the project's own email, which
+    may have any sender. Raises ValidationError with the messages by field, the fields named as the
+    API names them, Conflict or OverLimit. With the key and the content of an earlier email that one
+    is returned.
     """
     sender = sender or settings.DEFAULT_FROM_EMAIL
-    recipients = list(dict.fromkeys(recipients))
+    kinds = {}
+    for kind, addresses in zip(Delivery.Kind, (recipients, cc, bcc), strict=True):
+        for address in addresses:
+            kinds.setdefault(address, kind)
+    allowance = Allowance.objects.filter(owner=owner).first() if owner else None
     checks = {
-        "subject": (check_header, subject),
-        "text": (check_body, text),
+        "subject": (check_subject, subject),
+        "text": (check_body if not html or owner else check_storable, text),
         "html": (check_storable, html),
-        "from": (check_sender, sender),
-        "to": (check_recipients, recipients),
+        "from": (lambda value: check_sender(value, owner, allowance), sender),
+        "to": (lambda value: check_recipients(value, kinds), recipients),
+        "cc": (check_addresses, cc),
+        "bcc": (check_addresses, bcc),
+        "reply_to": (check_reply_to, reply_to),
+        "headers": (check_headers, headers or {}),
+        "attachments": (lambda value: check_attachments(value, text, html), attachments),
+        "deadline": (check_deadline, deadline),
+        "idempotency_key": (check_key, idempotency_key),
     }
     errors = {}
     for field, (check, value) in checks.items():
@@ -39,14 +104,121 @@ def accept(
     if errors:
         raise ValidationError(errors)
 
+    email = Email(
+        owner=owner,
+        sender=sender,
+        subject=subject,
+        text=text,
+        html=html,
+        reply_to=list(reply_to),
+        headers=headers or {},
+        show_recipients=show_recipients or bool(cc),
+        idempotency_key=idempotency_key,
+        request_id=context.get("request_id"),
+    )
+    if idempotency_key:
+        email.digest = digest(email, kinds, attachments, deadline)
     with transaction.atomic():
-        email = Email.objects.create(
-            owner=owner, sender=sender, subject=subject, text=text, html=html
-        )
+        if owner:
+            check_limit(owner, allowance, len(kinds), email)
+        if idempotency_key:
+            # Of two at a time the second waits here for the first, then stores nothing.
+            Email.objects.bulk_create([email], ignore_conflicts=True)
+            first = Email.objects.get(owner=owner, idempotency_key=idempotency_key)
+            if first.pk != email.pk:
+                if first.digest != email.digest:
+                    raise Conflict
+                return first
+        else:
+            email.save(force_insert=True)
         Delivery.objects.bulk_create(
-            Delivery(email=email, recipient=recipient) for recipient in recipients
+            Delivery(email=email, recipient=address, kind=kind, expires_at=deadline)
+            for address, kind in kinds.items()
         )
+        if attachments:
+            Attachment.objects.bulk_create(
+                Attachment(email=email, **vars(attachment)) for attachment in attachments
+            )
+        Tally.add("accepted", by=len(kinds))
+        transaction.on_commit(wake_relay)
+    logger.info("accepted for %s recipients", len(kinds), extra={"email_id": email.pk})
     return email
+
+
+def find(owner, *, state: str | None = None, text: str = ""):
+    """The owner's emails that have a delivery in `state` and hold `text` where one would look."""
+    found = Email.objects.filter(owner=owner)
+    deliveries = Delivery.objects.filter(email=OuterRef("pk"))
+    if state:
+        found = found.filter(Exists(deliveries.filter(state=state)))
+    text = "".join(character for character in text.strip() if character.isprintable())
+    if text:
+        matches = Q(subject__icontains=text) | Exists(deliveries.filter(recipient__icontains=text))
+        with suppress(ValueError):
+            matches |= Q(pk=UUID(text))
+        found = found.filter(matches)
+    return found
+
+
+def replay(deliveries) -> int:
+    """Sends the dead ones among these once more."""
+    count = deliveries.replay()
+    transaction.on_commit(wake_relay)
+    return count
+
+
+def count_by_state(owner, hours: int = 24) -> dict[str, int]:
+    """How many of the owner's deliveries of the last hours are in each state."""
+    since = timezone.now() - timedelta(hours=hours)
+    counts = (
+        Delivery.objects.filter(email__owner=owner, email__created_at__gt=since)
+        .values_list("state")
+        .annotate(Count("pk"))
+        .order_by()
+    )
+    return {state.value: dict(counts).get(state.value, 0) for state in State}
+
+
+def wake_relay() -> None:
+    """Spares the email the wait for the relay's next look at the table."""
+    if connection.vendor != "postgresql":
+        return
+    try:
+        with connection.cursor() as cursor:
+            cursor.execute(f"NOTIFY {CHANNEL}")
+    except DatabaseError as error:  # it is stored; the relay finds it
+        logger.warning("the relay was not woken: %s", type(error).__name__)
+
+
+def digest(email: Email, kinds: dict, attachments: Iterable[File], deadline) -> str:
+    content = [
+        *(email.sender, email.subject, email.text, email.html, email.reply_to, email.headers),
+        *(email.show_recipients, kinds, deadline.isoformat() if deadline else None),
+        [
+            (each.filename, each.content_type, hashlib.sha256(each.content).hexdigest())
+            for each in attachments
+        ],
+    ]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def check_limit(owner, allowance: Allowance | None, count: int, email: Email) -> None:
+    limit = settings.RECIPIENTS_PER_HOUR or None
+    if allowance and allowance.recipients_per_hour is not None:
+        limit = allowance.recipients_per_hour
+    if limit is None:
+        return
+    # One request of an owner at a time, or several would each see what the others have left.
+    get_user_model().objects.select_for_update(
+        **({"no_key": True} if connection.vendor == "postgresql" else {})
+    ).get(pk=owner.pk)
+    key = email.idempotency_key
+    if key and Email.objects.filter(owner=owner, idempotency_key=key).exists():
+        return
+    hour = timezone.now() - timedelta(hours=1)
+    sent = Delivery.objects.filter(email__owner=owner, email__created_at__gt=hour).count()
+    if sent + count > limit:
+        raise OverLimit
 
 
 def check_storable(value: str) -> None:
@@ -61,31 +233,92 @@ def check_body(value: str) -> None:
     check_storable(value)
 
 
-def check_header(value: str) -> None:
-    check_body(value)
-    limit = Email._meta.get_field("subject").max_length
+def check_header(value: str, limit: int = 998) -> None:
+    check_storable(value)
     if len(value) > limit:
         raise ValidationError(f"must not be longer than {limit} characters")
     if any(unicodedata.category(character) in FORBIDDEN_IN_HEADERS for character in value):
         raise ValidationError("must not contain line breaks or control characters")
 
 
-def check_sender(value: str) -> None:
-    check_header(value)
+def check_subject(value: str) -> None:
+    check_body(value)
+    check_header(value, Email._meta.get_field("subject").max_length)
+
+
+def check_sender(value: str, owner, allowance: Allowance | None) -> None:
+    check_header(value, Email._meta.get_field("sender").max_length)
     address = parseaddr(value)[1]
     validate_email(address)
-    allowed = {parseaddr(settings.DEFAULT_FROM_EMAIL)[1].lower(), *settings.ALLOWED_SENDERS}
+    if owner is None:
+        return
+    own = allowance.senders.lower().split() if allowance else []
+    allowed = own or {parseaddr(settings.DEFAULT_FROM_EMAIL)[1].lower(), *settings.ALLOWED_SENDERS}
     domain = address.lower().rpartition("@")[2]
-    if allowed.isdisjoint({address.lower(), f"@{domain}"}):
+    if {address.lower(), f"@{domain}"}.isdisjoint(allowed):
         raise ValidationError("is not an allowed sender")
 
 
-def check_recipients(value: list[str]) -> None:
-    if not 1 <= len(value) <= settings.MAX_RECIPIENTS:
-        raise ValidationError(f"must name between 1 and {settings.MAX_RECIPIENTS} recipients")
+def check_recipients(value: Sequence[str], kinds: dict) -> None:
+    if not 1 <= len(kinds) <= settings.MAX_RECIPIENTS:
+        raise ValidationError(
+            f"must name between 1 and {settings.MAX_RECIPIENTS} recipients, cc and bcc included"
+        )
+    check_addresses(value)
+
+
+def check_addresses(value: Iterable[str]) -> None:
     for number, recipient in enumerate(value, start=1):
         try:
-            check_storable(recipient)
+            check_header(recipient)
             validate_email(recipient)
         except ValidationError:
             raise ValidationError(f"recipient {number} is not an email address") from None
+
+
+def check_reply_to(value: Sequence[str]) -> None:
+    if len(value) > settings.MAX_RECIPIENTS:
+        raise ValidationError(f"must not name more than {settings.MAX_RECIPIENTS} addresses")
+    for address in value:
+        check_header(address)
+    check_addresses(parseaddr(address)[1] for address in value)
+
+
+def check_headers(value: dict[str, str]) -> None:
+    for name, content in value.items():
+        if not HEADER_NAME.fullmatch(name) or name.lower() in OWN_HEADERS:
+            raise ValidationError(f"must not hold {name[:40]!r}")
+        check_header(content)
+
+
+def check_attachments(value: Sequence[File], text: str, html: str) -> None:
+    size = sum(len(part.encode(errors="replace")) for part in (text, html))
+    for number, file in enumerate(value, start=1):
+        size += len(file.content)
+        try:
+            check_header(file.filename, Attachment._meta.get_field("filename").max_length)
+        except ValidationError:
+            raise ValidationError(f"attachment {number} has a bad filename") from None
+        longest = Attachment._meta.get_field("content_type").max_length
+        if len(file.content_type) > longest or not CONTENT_TYPE.fullmatch(file.content_type):
+            raise ValidationError(f"attachment {number} has a bad content_type")
+    if size > settings.MAX_EMAIL_BYTES:
+        raise ValidationError(
+            f"bodies and attachments must not be larger than {settings.MAX_EMAIL_BYTES} bytes"
+        )
+
+
+def check_deadline(value: datetime | None) -> None:
+    if value is None:
+        return
+    if timezone.is_naive(value):
+        raise ValidationError("must have a time zone")
+    if not timezone.now() < value <= timezone.now() + timedelta(days=settings.RETENTION_DAYS):
+        raise ValidationError(f"must be within the next {settings.RETENTION_DAYS} days")
+
+
+def check_key(value: str | None) -> None:
+    if value is None:
+        return
+    if not 1 <= len(value) <= 255 or not (value.isascii() and value.isprintable()):
+        raise ValidationError("must be 1 to 255 printable ASCII characters")

@@ -1,55 +1,222 @@
-import random
+import re
 import smtplib
+import socket
+import threading
+import time
+from contextlib import suppress
 from dataclasses import dataclass
-from datetime import timedelta
+from email.encoders import encode_base64
+from email.mime.base import MIMEBase
+from email.utils import format_datetime
 
-from django.core.mail import EmailMultiAlternatives
+from django.conf import settings
+from django.core.mail import EmailMultiAlternatives, get_connection
+from django.core.mail.backends.smtp import EmailBackend
+from django.core.mail.message import sanitize_address
 
-from emails.models import Delivery
+from emails.models import Delivery, State
 
-FIRST_RETRY = timedelta(seconds=30)
-LONGEST_RETRY = timedelta(hours=1)
+# Servers end a connection that is idle or was used often; we do it before them.
+IDLE_SECONDS = 20
+MESSAGES_A_CONNECTION = 100
+
+_held = threading.local()
 
 
 @dataclass(frozen=True)
-class Refusal:
-    """Why an attempt failed. `code` is the SMTP reply's, None if there was no reply."""
+class Outcome:
+    """What came of an attempt. `code` is the SMTP reply's, None if there was no reply."""
 
-    permanent: bool
+    state: State
     code: int | None
-    reason: str
+    answer: str
 
 
-def send(delivery: Delivery) -> Refusal | None:
-    """One SMTP transaction for one recipient; None once the server has taken the email.
+class LeaseLost(Exception):
+    """Somebody else has the delivery by now."""
 
-    One at a time, as Django says nothing about a recipient refused among others. Each recipient
-    sees only its own address. Blocks up to EMAIL_TIMEOUT for each reply of the server.
+
+def send(delivery: Delivery) -> Outcome:
+    """One SMTP transaction for one recipient.
+
+    One at a time, as Django says nothing about a recipient refused among others. Blocks up to
+    EMAIL_TIMEOUT for each reply of the server. Raises LeaseLost before anything was sent.
     """
+    try:
+        message = build(delivery)
+        content = message.message().as_bytes(linesep="\r\n")
+    except Exception as error:  # no server will make a message of this
+        return Outcome(State.FAILED, None, f"{type(error).__name__}: {error}")
+    backend = hold()
+    try:
+        if isinstance(backend, EmailBackend):
+            code, reply = transact(backend, message, content, delivery)
+        else:
+            code, reply = hand_over(backend, message, delivery)
+    except LeaseLost:
+        raise
+    except Exception as error:  # whatever it was, the row must not stay behind in "sending"
+        return failure(error, delivery.data_sent)
+    return Outcome(State.SENT, code, reply)
+
+
+def build(delivery: Delivery) -> EmailMultiAlternatives:
     email = delivery.email
+    to, cc = [delivery.recipient], []
+    if email.show_recipients:
+        named = list(email.deliveries.values_list("recipient", "kind"))
+        to = [recipient for recipient, kind in named if kind == Delivery.Kind.TO]
+        cc = [recipient for recipient, kind in named if kind == Delivery.Kind.CC]
     message = EmailMultiAlternatives(
         subject=email.subject,
         body=email.text,
         from_email=email.sender,
-        to=[delivery.recipient],
-        headers={"Message-ID": delivery.message_id},
+        to=to,
+        cc=cc,
+        reply_to=email.reply_to,
+        headers={
+            **email.headers,
+            "Message-ID": delivery.message_id,
+            "Date": format_datetime(email.created_at),
+        },
     )
-    if email.html:
+    if email.html and email.text:
         message.attach_alternative(email.html, "text/html")
+    elif email.html:
+        message.body, message.content_subtype = email.html, "html"
+    for attachment in email.attachments.all():
+        if attachment.content_id:
+            part = MIMEBase(*attachment.content_type.split("/"))
+            part.set_payload(bytes(attachment.content))
+            encode_base64(part)
+            part["Content-ID"] = attachment.content_id
+            part.add_header("Content-Disposition", "inline", filename=attachment.filename)
+            message.attach(part)
+        else:
+            message.attach(attachment.filename, bytes(attachment.content), attachment.content_type)
+    # The envelope has one recipient, whatever the header shows.
+    message.recipients = lambda: [delivery.recipient]
+    return message
+
+
+def hold():
+    """The backend of this process (or thread), its connection kept from one email to the next."""
+    backend = getattr(_held, "backend", None)
+    old = (
+        backend is not None
+        and getattr(backend, "connection", None) is not None
+        and (time.monotonic() - _held.used > IDLE_SECONDS or _held.count >= MESSAGES_A_CONNECTION)
+    )
+    if old:
+        forget()
+    if backend is None or old:
+        _held.backend = get_connection(settings.DELIVERY_BACKEND)
+        _held.count = 0
+    return _held.backend
+
+
+def forget() -> None:
+    """Ends the connection, if there is one."""
+    backend = getattr(_held, "backend", None)
+    _held.backend = None
+    if isinstance(backend, EmailBackend) and backend.connection is not None:
+        with suppress(OSError):
+            if backend.connection.sock is not None:
+                backend.connection.sock.settimeout(1)  # a farewell isn't worth a wait
+        with suppress(Exception):
+            backend.close()
+
+
+def drop(backend: EmailBackend) -> None:
+    """Ends the connection without a farewell."""
+    if backend.connection is not None:
+        with suppress(OSError):
+            backend.connection.close()
+        backend.connection = None
+
+
+def transact(backend, message, content: bytes, delivery: Delivery) -> tuple[int, str]:
+    """MAIL, RCPT, DATA. Returns the server's yes; raises what smtplib would raise."""
+    encoding = message.encoding or settings.DEFAULT_CHARSET
+    sender = sanitize_address(message.from_email, encoding)
+    recipient = sanitize_address(delivery.recipient, encoding)
     try:
-        message.send()
-    except Exception as error:  # whatever it was, the row must not stay behind in "sending"
-        return refusal(error)
-    return None
+        reused = not backend.open()
+        try:
+            code, reply = mail(backend.connection, sender, content)
+        except (smtplib.SMTPServerDisconnected, OSError):
+            if not reused:
+                raise
+            code = 421
+        if code == 421 and reused:  # the server was tired of the connection, not of the email
+            drop(backend)
+            backend.open()
+            code, reply = mail(backend.connection, sender, content)
+        smtp = backend.connection
+        if code != 250:
+            raise smtplib.SMTPSenderRefused(code, reply, sender)
+        code, reply = smtp.rcpt(recipient)
+        if code not in (250, 251):
+            raise smtplib.SMTPRecipientsRefused({recipient: (code, reply)})
+        code, reply = smtp.docmd("data")
+        if code != 354:
+            raise smtplib.SMTPDataError(code, reply)
+        if not delivery.mark_data():
+            drop(backend)
+            raise LeaseLost
+        delivery.data_sent = True
+        smtp.send(re.sub(rb"(?m)^\.", b"..", content) + b"\r\n.\r\n")
+        code, reply = smtp.getreply()
+        if code != 250:
+            raise smtplib.SMTPDataError(code, reply)
+    except smtplib.SMTPResponseException as error:
+        leave(backend, error.smtp_code)
+        raise
+    except smtplib.SMTPRecipientsRefused as error:
+        leave(backend, error.recipients[recipient][0])
+        raise
+    except BaseException:
+        drop(backend)
+        raise
+    _held.used = time.monotonic()
+    _held.count += 1
+    return code, reply.decode(errors="replace")
 
 
-def refusal(error: Exception) -> Refusal:
-    """Sorts an error: permanent only if the server refused this very message for good.
+def mail(smtp: smtplib.SMTP, sender: str, content: bytes):
+    smtp.ehlo_or_helo_if_needed()
+    return smtp.mail(sender, [f"size={len(content)}"] if smtp.has_extn("size") else [])
+
+
+def leave(backend: EmailBackend, code: int) -> None:
+    """Makes the connection ready for the next email after a refusal, or gives it up."""
+    if code == 421 or backend.connection is None:
+        return drop(backend)
+    try:
+        backend.connection.rset()
+        _held.used = time.monotonic()
+    except (smtplib.SMTPException, OSError):
+        drop(backend)
+
+
+def hand_over(backend, message, delivery: Delivery) -> tuple[int | None, str]:
+    """To a backend that isn't Django's own for SMTP, in one call of which no part is known."""
+    if not delivery.mark_data():
+        raise LeaseLost
+    delivery.data_sent = True
+    if not backend.send_messages([message]):
+        delivery.data_sent = False
+        raise RuntimeError("the email backend says that it sent nothing")
+    return None, type(backend).__module__
+
+
+def failure(error: Exception, data_sent: bool) -> Outcome:
+    """Sorts an error: failed only if the server refused this very message for good.
 
     A failed login or a server that turns everybody away is for the operator to mend; meanwhile
-    the email waits.
+    the email waits. Without an answer to the message itself nobody knows.
     """
-    code, reason = None, str(error)
+    code, reason = getattr(error, "status_code", None), str(error)
     if isinstance(error, smtplib.SMTPRecipientsRefused):
         code, reply = next(iter(error.recipients.values()))
         reason = reply.decode(errors="replace")
@@ -62,12 +229,16 @@ def refusal(error: Exception) -> Refusal:
         smtplib.SMTPSenderRefused,
         smtplib.SMTPDataError,
     )
-    permanent = isinstance(error, about_this_message) and code is not None and code >= 500
-    reason = f"{type(error).__name__}: {reason}".replace("\0", "")
-    return Refusal(permanent, code if code and code > 0 else None, reason)
-
-
-def retry_delay(attempts: int) -> timedelta:
-    """How long to wait after so many attempts: doubling, capped, and spread over half of itself."""
-    longest = min(FIRST_RETRY * 2 ** min(attempts - 1, 10), LONGEST_RETRY)
-    return longest * random.uniform(0.5, 1)  # noqa: S311 - spreads load, hides nothing
+    not_even_connected = (ConnectionRefusedError, socket.gaierror, smtplib.SMTPConnectError)
+    answered = isinstance(code, int) and code > 0
+    if isinstance(error, about_this_message) and answered:
+        state = State.FAILED if code >= 500 else State.DEFERRED
+    elif answered and not isinstance(error, smtplib.SMTPException):  # a provider's HTTP status
+        state = State.FAILED if code in (400, 413, 422) else State.DEFERRED
+        state = State.UNCERTAIN if code in (502, 504) else state
+    elif data_sent and not isinstance(error, not_even_connected):
+        state = State.UNCERTAIN
+    else:
+        state = State.DEFERRED
+    answer = f"{type(error).__name__}: {reason}".replace("\0", "")
+    return Outcome(state, code if answered else None, answer)

@@ -1,17 +1,23 @@
+import hmac
+from uuid import UUID
+
+from django.conf import settings
 from django.contrib import messages
 from django.contrib.auth.decorators import login_required
 from django.core.exceptions import ValidationError
 from django.core.paginator import Paginator
 from django.db import Error as DatabaseError
 from django.db import connection
-from django.http import HttpRequest, HttpResponse, JsonResponse
-from django.shortcuts import redirect, render
+from django.http import Http404, HttpRequest, HttpResponse, JsonResponse
+from django.shortcuts import get_object_or_404, redirect, render
 from django.views.decorators.cache import never_cache
 from django.views.decorators.http import require_http_methods, require_safe
+from prometheus_client import CONTENT_TYPE_LATEST
 
 from emails import services
 from emails.forms import EmailForm
-from emails.models import Email
+from emails.metrics import exposition
+from emails.models import State
 
 PAGE_SIZE = 20
 
@@ -32,12 +38,38 @@ def home(request: HttpRequest) -> HttpResponse:
         except ValidationError as error:
             for field, problems in error.message_dict.items():
                 form.add_error(field if field in form.fields else None, problems)
+        except services.OverLimit:
+            form.add_error(None, "You have reached your limit of recipients within an hour.")
         else:
             messages.success(request, "Accepted. It is on its way.")
             return redirect("home")
-    emails = Email.objects.filter(owner=request.user).prefetch_related("deliveries")
+    state, text = request.GET.get("state", ""), request.GET.get("q", "")
+    if state not in State.values:
+        state = ""
+    emails = services.find(request.user, state=state, text=text).prefetch_related("deliveries")
     page = Paginator(emails, PAGE_SIZE).get_page(request.GET.get("page"))
-    return render(request, "emails/home.html", {"form": form, "page": page})
+    context = {
+        "form": form,
+        "page": page,
+        "state": state,
+        "text": text,
+        "counts": services.count_by_state(request.user),
+    }
+    return render(request, "emails/home.html", context)
+
+
+@login_required
+@never_cache
+@require_http_methods(["GET", "POST"])
+def show_email(request: HttpRequest, email_id: UUID) -> HttpResponse:
+    """Where an email stands; POST sends once more what is dead."""
+    emails = services.find(request.user).prefetch_related("deliveries__log", "attachments")
+    email = get_object_or_404(emails.defer("attachments__content"), pk=email_id)
+    if request.method == "POST":
+        count = services.replay(email.deliveries.all())
+        messages.success(request, f"Sends {count} once more.")
+        return redirect("email", email_id)
+    return render(request, "emails/email.html", {"email": email})
 
 
 @never_cache
@@ -50,3 +82,15 @@ def healthz(request: HttpRequest) -> JsonResponse:
     except DatabaseError:
         return JsonResponse({"database": "unavailable"}, status=503)
     return JsonResponse({"database": "ok"})
+
+
+@never_cache
+@require_safe
+def metrics(request: HttpRequest) -> HttpResponse:
+    """For Prometheus, with METRICS_TOKEN as its bearer token; without one nobody sees them."""
+    if not settings.METRICS_TOKEN:
+        raise Http404
+    given = request.headers.get("Authorization", "").encode(errors="replace")
+    if not hmac.compare_digest(given, f"Bearer {settings.METRICS_TOKEN}".encode()):
+        return HttpResponse(status=401, headers={"WWW-Authenticate": "Bearer"})
+    return HttpResponse(exposition(), content_type=CONTENT_TYPE_LATEST)

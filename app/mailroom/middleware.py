@@ -1,3 +1,8 @@
+import re
+import uuid
+
+from emails import context
+
 POLICY = "; ".join(
     (
         "default-src 'self'",
@@ -14,6 +19,21 @@ def content_security_policy(get_response):
     def middleware(request):
         response = get_response(request)
         response.headers.setdefault("Content-Security-Policy", POLICY)
+        return response
+
+    return middleware
+
+
+def request_id(get_response):
+    """An id for each request, the client's own if it sent a sound one; answered and logged."""
+    sound = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+    def middleware(request):
+        own = request.headers.get("X-Request-ID", "")
+        number = own if sound.fullmatch(own) else uuid.uuid4().hex
+        with context.bind(request_id=number):
+            response = get_response(request)
+        response.headers["X-Request-ID"] = number
         return response
 
     return middleware

@@ -9,6 +9,7 @@ import environ
 from celery.schedules import crontab
 from django.core.exceptions import ImproperlyConfigured, ValidationError
 from django.core.validators import validate_email
+from django.utils.module_loading import import_string
 from kombu import Exchange, Queue
 
 from mailroom.tls import VerifiedTLS
@@ -40,6 +41,13 @@ def number(name: str, default: float, minimum: float = 1):
         raise wrong(name, "a number") from None
     if not minimum <= value < float("inf"):
         raise wrong(name, f"a number, {minimum} or more")
+    return value
+
+
+def choice(name: str, *allowed: str) -> str:
+    value = env.str(name, allowed[0])
+    if value not in allowed:
+        raise wrong(name, " or ".join(allowed))
     return value
 
 
@@ -85,6 +93,7 @@ INSTALLED_APPS = [
 ]
 
 MIDDLEWARE = [
+    "mailroom.middleware.request_id",
     "django.middleware.security.SecurityMiddleware",
     "whitenoise.middleware.WhiteNoiseMiddleware",
     "mailroom.middleware.content_security_policy",
@@ -178,7 +187,13 @@ SMTP = url(
     env.email_url_config,
     ("smtp", "smtp+tls", "smtp+ssl", "consolemail"),
 )
-EMAIL_BACKEND = SMTP["EMAIL_BACKEND"]
+# What Django's own mail functions send goes the way of all emails; this is what workers send by.
+EMAIL_BACKEND = "emails.backend.EmailBackend"
+DELIVERY_BACKEND = env.str("DELIVERY_BACKEND", SMTP["EMAIL_BACKEND"])
+try:
+    import_string(DELIVERY_BACKEND)
+except ImportError:
+    raise wrong("DELIVERY_BACKEND", "the path of an email backend that is installed") from None
 EMAIL_HOST = SMTP["EMAIL_HOST"]
 EMAIL_USE_TLS = SMTP.get("EMAIL_USE_TLS", False)
 EMAIL_USE_SSL = SMTP.get("EMAIL_USE_SSL", False)
@@ -194,8 +209,17 @@ ALLOWED_SENDERS = [entry.lower() for entry in env.list("ALLOWED_SENDERS", defaul
 for entry in ALLOWED_SENDERS:
     address("ALLOWED_SENDERS", f"any{entry}" if entry.startswith("@") else entry)
 MAX_RECIPIENTS = number("MAX_RECIPIENTS", 50)
+MAX_EMAIL_BYTES = number("MAX_EMAIL_BYTES", 10 * 1024**2)
+# As JSON, attachments in base64; the form's fields are smaller.
+DATA_UPLOAD_MAX_MEMORY_SIZE = MAX_EMAIL_BYTES * 2 + 65536
+RECIPIENTS_PER_HOUR = number("RECIPIENTS_PER_HOUR", 0, minimum=0)
+DEADLINE_SECONDS = number("DEADLINE_SECONDS", 86400)
+RETRY_SECONDS = number("RETRY_SECONDS", 30.0, minimum=0.1)
+UNCERTAIN_POLICY = choice("UNCERTAIN_POLICY", "resend", "hold")
 RETENTION_DAYS = number("RETENTION_DAYS", 30)
 RELAY_POLL_SECONDS = number("RELAY_POLL_SECONDS", 1.0, minimum=0.05)
+RELAY_THREADS = number("RELAY_THREADS", 4)
+METRICS_TOKEN = env.str("METRICS_TOKEN", "")
 
 # --- Celery -----------------------------------------------------------------------------------
 
@@ -230,6 +254,7 @@ def quorum_queue(name: str) -> Queue:
 CELERY_TASK_QUEUES = [quorum_queue(name) for name in ("mail.v1", "mail.dead.v1", "maintenance.v1")]
 CELERY_TASK_ROUTES = {
     "emails.tasks.deliver": {"queue": "mail.v1"},
+    "emails.tasks.send_email": {"queue": "mail.v1"},
     "emails.tasks.purge": {"queue": "maintenance.v1"},
 }
 CELERY_TASK_DEFAULT_QUEUE = CELERY_TASK_DEFAULT_ROUTING_KEY = "mail.v1"
@@ -251,6 +276,8 @@ CELERY_WORKER_CANCEL_LONG_RUNNING_TASKS_ON_CONNECTION_LOSS = False
 CELERY_WORKER_PREFETCH_MULTIPLIER = 1
 CELERY_WORKER_MAX_TASKS_PER_CHILD = 2000
 CELERY_WORKER_SEND_TASK_EVENTS = True
+# Without it Celery closes the database connection before and after each task.
+CELERY_DB_REUSE_MAX = 1000
 
 # Seconds. The lease of a delivery outlives the hard limit: when it ends, the task is dead.
 CELERY_TASK_TIME_LIMIT = number("TASK_TIME_LIMIT", 120, minimum=6)
@@ -290,6 +317,7 @@ CELERY_BEAT_SCHEDULE = {
 # --- Logging ----------------------------------------------------------------------------------
 
 LOG_LEVEL = env.str("LOG_LEVEL", "INFO").upper()
+LOG_FORMAT = choice("LOG_FORMAT", "line", "json")
 if LOG_LEVEL not in logging.getLevelNamesMapping():
     raise wrong("LOG_LEVEL", "DEBUG, INFO, WARNING, ERROR or CRITICAL")
 
@@ -301,8 +329,16 @@ LOGGING = {
             "()": "mailroom.log.OneLineFormatter",
             "format": "%(asctime)s %(levelname)s %(name)s: %(message)s",
         },
+        "json": {"()": "mailroom.log.JsonFormatter"},
     },
-    "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line"}},
+    "filters": {"ids": {"()": "emails.context.AddIds"}},
+    "handlers": {
+        "stderr": {
+            "class": "logging.StreamHandler",
+            "formatter": LOG_FORMAT,
+            "filters": ["ids"],
+        }
+    },
     "root": {"handlers": ["stderr"], "level": LOG_LEVEL},
     # Django's own configuration mails errors to ADMINS and colours the development server's lines.
     "loggers": {

@@ -7,6 +7,7 @@ from emails.api import api
 
 urlpatterns = [
     path("", views.home, name="home"),
+    path("emails/<uuid:email_id>/", views.show_email, name="email"),
     path(
         "login/",
         LoginView.as_view(template_name="emails/login.html", redirect_authenticated_user=True),
@@ -14,6 +15,7 @@ urlpatterns = [
     ),
     path("logout/", LogoutView.as_view(), name="logout"),
     path("healthz", views.healthz, name="healthz"),
+    path("metrics", views.metrics, name="metrics"),
     path("api/", api.urls),
     path("admin/", admin.site.urls),
 ]

@@ -5,7 +5,7 @@ import threading
 import pytest
 from aiosmtpd.controller import Controller
 
-from emails import services
+from emails import services, smtp
 from emails.models import ApiKey
 
 KEY = "a-key-of-the-tests-0123456789abcdef"
@@ -48,7 +48,9 @@ def free_port() -> int:
 @pytest.fixture(autouse=True)
 def real_smtp(settings):
     """Django's test set-up replaces the backend by one that only remembers."""
-    settings.EMAIL_BACKEND = "django.core.mail.backends.smtp.EmailBackend"
+    settings.EMAIL_BACKEND = "emails.backend.EmailBackend"
+    yield
+    smtp.forget()
 
 
 @pytest.fixture

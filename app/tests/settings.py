@@ -16,7 +16,11 @@ os.environ.update(
     MAX_RECIPIENTS="3",
     LOG_LEVEL="INFO",
 )
-for name in ("STATIC_ROOT", "TASK_TIME_LIMIT", "RETENTION_DAYS", "RELAY_POLL_SECONDS"):
+for name in (
+    *("STATIC_ROOT", "TASK_TIME_LIMIT", "RETENTION_DAYS", "RELAY_POLL_SECONDS", "RELAY_THREADS"),
+    *("DELIVERY_BACKEND", "UNCERTAIN_POLICY", "RETRY_SECONDS", "DEADLINE_SECONDS", "LOG_FORMAT"),
+    *("MAX_EMAIL_BYTES", "RECIPIENTS_PER_HOUR", "METRICS_TOKEN"),
+):
     os.environ.pop(name, None)
 
 from mailroom.settings import *  # noqa: E402, F403

@@ -31,12 +31,15 @@ def test_accepts_an_email_and_tells_its_state(post, client):
     assert [recipient["recipient"] for recipient in body["recipients"]] == GOOD["to"]
     assert body["recipients"][0] | {"recipient": None} == {
         "recipient": None,
+        "kind": "to",
         "state": "queued",
         "attempts": 0,
+        "uncertain_attempts": 0,
         "next_attempt_at": None,
         "sent_at": None,
         "smtp_code": None,
         "error": "",
+        "log": [],
     }
     stored = Email.objects.get()
     assert (stored.sender, stored.html) == ("News <news@example.com>", "<p>Body</p>")
@@ -126,6 +129,7 @@ def test_emails_of_others_are_not_found(client, api_key, accept, django_user_mod
     [
         ((State.SENT, State.SENT), State.SENT),
         ((State.SENT, State.FAILED), State.FAILED),
+        ((State.UNCERTAIN, State.FAILED), State.UNCERTAIN),
         ((State.FAILED, State.DEFERRED), State.DEFERRED),
         ((State.DEFERRED, State.QUEUED), State.QUEUED),
         ((State.QUEUED, State.SENDING), State.SENDING),
@@ -140,7 +144,11 @@ def test_the_state_of_an_email_is_its_least_finished_delivery(accept, states, wh
 
 def test_documents_itself_without_a_cdn(client):
     paths = client.get("/api/openapi.json").json()["paths"]
-    assert set(paths) == {"/api/emails", "/api/emails/{email_id}"}
+    assert set(paths) == {
+        "/api/emails",
+        "/api/emails/{email_id}",
+        "/api/emails/{email_id}/replay",
+    }
     page = client.get("/api/docs").content.decode()
     assert "/static/ninja/swagger-ui-bundle.js" in page
     assert "https://" not in page

@@ -1,3 +1,4 @@
+import json
 import logging
 import sys
 from datetime import timedelta
@@ -6,10 +7,10 @@ from email import message_from_bytes, policy
 import pytest
 from django.utils import timezone
 
-from emails import smtp
+from emails import context, models
 from emails.models import Delivery, Email, State
 from emails.tasks import deliver
-from mailroom.log import OneLineFormatter
+from mailroom.log import JsonFormatter, OneLineFormatter
 
 pytestmark = pytest.mark.django_db
 
@@ -60,13 +61,12 @@ def test_a_temporary_refusal_defers(delivery, mailbox, stage):
     assert run(delivery).state == State.DEFERRED
     assert delivery.last_smtp_code == 451
     assert "try again later" in delivery.last_error
-    assert timedelta(seconds=10) < delivery.next_attempt_at - before < timedelta(seconds=40)
-    assert delivery.lease_until is None
+    assert timedelta(0) < delivery.due_at - before < timedelta(seconds=40)
 
     mailbox.reply = mailbox.recipient_reply = "250 taken"
     assert run(delivery).state == State.DEFERRED, "a stray copy must not send before its time"
-    Delivery.objects.update(next_attempt_at=timezone.now())
-    Delivery.objects.lease(delivery.pk)
+    Delivery.objects.update(due_at=timezone.now())
+    Delivery.objects.lease(1)
     assert run(delivery).state == State.SENT
     assert (delivery.attempts, delivery.last_error) == (2, "")
 
@@ -86,40 +86,41 @@ def test_a_server_that_is_away_defers(delivery):
     assert "ConnectionRefusedError" in delivery.last_error
 
 
-def test_a_slow_server_is_left_after_the_timeout(delivery, mailbox, settings):
-    settings.EMAIL_TIMEOUT = 1
-    mailbox.gate.clear()
-    assert run(delivery).state == State.DEFERRED
-    assert "timed out" in delivery.last_error
-
-
-def test_gives_up_at_the_deadline(delivery):
+def test_gives_up_at_the_deadline(delivery, monkeypatch):
     Email.objects.update(created_at=timezone.now() - timedelta(hours=23, minutes=59, seconds=50))
+    monkeypatch.setattr(models.random, "random", lambda: 1)
     assert run(delivery).state == State.FAILED
+    assert delivery.due_at is None
 
 
-def test_delays_double_up_to_an_hour():
-    delays = [smtp.retry_delay(attempts).total_seconds() for attempts in (1, 2, 3, 50)]
-    for delay, longest in zip(delays, (30, 60, 120, 3600), strict=True):
-        assert longest / 2 <= delay <= longest
+def test_delays_are_anywhere_in_a_range_that_doubles_up_to_an_hour(monkeypatch):
+    for share in (0, 0.5, 1):
+        monkeypatch.setattr(models.random, "random", lambda share=share: share)
+        delays = [models.retry_delay(attempts).total_seconds() for attempts in (1, 2, 3, 50)]
+        assert delays == [share * longest for longest in (30, 60, 120, 3600)]
 
 
 def test_an_outcome_after_the_lease_was_lost_changes_nothing(delivery):
     late = Delivery.objects.claim(delivery.pk)
     Delivery.objects.update(state=State.QUEUED)
     current = Delivery.objects.claim(delivery.pk)
-    assert not late.record(State.FAILED)
+    assert not late.record(State.FAILED, code=550, answer="", seconds=1)
     delivery.refresh_from_db()
     assert delivery.state == State.SENDING
-    assert current.record(State.DEFERRED)
+    assert current.record(State.DEFERRED, code=451, answer="", seconds=1, due_at=timezone.now())
 
 
 def test_logs_name_the_email_but_no_address_and_no_body(delivery, mailbox, caplog):
     mailbox.recipient_reply = "550 bob@example.org is unknown"
+    caplog.handler.addFilter(context.AddIds())
     with caplog.at_level(logging.DEBUG):
         run(delivery)
     (record,) = (record for record in caplog.records if record.name == "emails.tasks")
-    assert OneLineFormatter().format(record).endswith(f"code 550 email={delivery.email_id}")
+    ids = f"email={delivery.email_id} delivery={delivery.pk}"
+    assert OneLineFormatter().format(record).endswith(f"code 550 {ids}")
+    fields = json.loads(JsonFormatter().format(record))
+    assert fields["message"] == "failed after attempt 1, SMTP code 550"
+    assert (fields["email"], fields["delivery"]) == (str(delivery.email_id), str(delivery.pk))
     assert "bob" not in caplog.text
     assert "Body" not in caplog.text
 

@@ -11,8 +11,8 @@ pytestmark = pytest.mark.django_db
 
 def test_deletes_old_finished_emails_in_batches(accept, monkeypatch):
     monkeypatch.setattr(tasks, "PURGE_BATCH", 2)
-    for state in (State.SENT, State.FAILED, State.SENT):
-        accept().deliveries.update(state=state)
+    for state in (State.SENT, State.FAILED, State.SENT, State.UNCERTAIN):
+        accept().deliveries.update(state=state, due_at=None)
     waiting = accept(recipients=["bob@example.org", "eve@example.org"])
     waiting.deliveries.filter(recipient="bob@example.org").update(state=State.SENT)
     Email.objects.update(created_at=timezone.now() - timedelta(days=31))

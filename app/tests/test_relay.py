@@ -10,8 +10,8 @@ import pytest
 from django.core.management import CommandError, call_command
 from django.utils import timezone
 
-from emails.models import Delivery, State
-from emails.relay import Relay
+from emails.models import AT_ONCE, Delivery, State
+from emails.relay import Publisher
 from emails.tasks import deliver
 from mailroom.celery import app
 
@@ -22,22 +22,26 @@ pytestmark = pytest.mark.django_db
 def published(monkeypatch):
     """The delivery ids that would have gone to the broker."""
     ids = []
+    monkeypatch.setattr(Publisher, "_connect", lambda self: None)
     monkeypatch.setattr(deliver, "apply_async", lambda args, **_: ids.extend(args))
     return ids
 
 
 def expire_lease():
-    Delivery.objects.update(lease_until=timezone.now() - timedelta(seconds=1))
+    Delivery.objects.update(due_at=timezone.now() - timedelta(seconds=1))
 
 
 def test_publishes_the_row_id_and_nothing_else(delivery, monkeypatch):
     sent = []
+    unconnected = app.connection_for_write()
+    monkeypatch.setattr(unconnected, "connect", lambda: None)
+    monkeypatch.setattr(app, "connection_for_write", lambda: unconnected)
     monkeypatch.setattr(
         app.amqp,
         "send_task_message",
         lambda _, name, message, **options: sent.append((name, message, options)),
     )
-    Relay().run_once()
+    Publisher().publish_due()
     ((name, message, options),) = sent
     assert name == "emails.tasks.deliver"
     assert message.body[:2] == ((delivery.pk,), {})
@@ -52,65 +56,49 @@ def test_publishes_what_is_due_once(accept, published):
     accept(recipients=["bob@example.org", "eve@example.org"])
     later, done = accept().deliveries.get(), accept().deliveries.get()
     Delivery.objects.filter(pk=later.pk).update(
-        state=State.DEFERRED, next_attempt_at=timezone.now() + timedelta(minutes=1)
+        state=State.DEFERRED, due_at=timezone.now() + timedelta(minutes=1)
     )
     Delivery.objects.filter(pk=done.pk).update(state=State.SENT)
-    relay = Relay()
-    assert relay.run_once() == 2
+    relay = Publisher()
+    assert relay.publish_due() == 2
     assert len(published) == 2
     assert {later.pk, done.pk}.isdisjoint(published)
-    assert relay.run_once() == 0
+    assert relay.publish_due() == 0
 
 
 def test_an_expired_lease_makes_a_delivery_due_again(delivery, published):
-    Relay().run_once()
+    Publisher().publish_due()
     expire_lease()
-    Relay().run_once()
+    Publisher().publish_due()
     assert published == [delivery.pk, delivery.pk]
 
 
 def test_a_delivery_whose_worker_died_is_queued_again(delivery, published):
-    Relay().run_once()
+    Publisher().publish_due()
     Delivery.objects.claim(delivery.pk)
-    assert Relay().run_once() == 0
+    assert Publisher().publish_due() == 0
     expire_lease()
-    Relay().run_once()
+    Publisher().publish_due()
+    Publisher().publish_due()
     delivery.refresh_from_db()
     assert (delivery.state, delivery.attempts) == (State.QUEUED, 1)
     assert published == [delivery.pk, delivery.pk]
-
-
-def test_of_two_relays_one_publishes(delivery, published, monkeypatch):
-    """The second looks at the table before the first has leased anything."""
-    first, second = Relay(), Relay()
-    lease = Delivery.objects.lease
-
-    def late_lease(queryset, pk):
-        monkeypatch.undo()
-        monkeypatch.setattr(deliver, "apply_async", lambda args, **_: published.extend(args))
-        first.run_once()
-        return lease(pk)
-
-    monkeypatch.setattr(type(Delivery.objects.all()), "lease", late_lease)
-    monkeypatch.setattr(type(Delivery.objects), "lease", late_lease)
-    second.run_once()
-    assert published == [delivery.pk]
 
 
 def test_a_broker_that_refuses_costs_no_row(delivery):
     with pytest.raises(CommandError, match="Connection refused"):
         call_command("relay", "--once")
     delivery.refresh_from_db()
-    assert (delivery.state, delivery.lease_until) == (State.QUEUED, None)
+    assert (delivery.state, delivery.due_at) == (State.QUEUED, AT_ONCE)
 
 
 def test_release_leaves_a_claimed_delivery_alone(delivery):
-    until = Delivery.objects.lease(delivery.pk)
+    leased = Delivery.objects.lease(1)
     Delivery.objects.claim(delivery.pk)
-    Delivery.objects.release(delivery.pk, until)
+    Delivery.objects.release(leased)
     delivery.refresh_from_db()
     assert delivery.state == State.SENDING
-    assert delivery.lease_until is not None
+    assert delivery.due_at > timezone.now()
 
 
 @pytest.fixture
@@ -130,7 +118,7 @@ def test_a_silent_broker_holds_the_relay_for_seconds_only(
         call_command("relay", "--once")
     assert time.monotonic() - started < 12
     delivery.refresh_from_db()
-    assert delivery.lease_until is None
+    assert delivery.due_at == AT_ONCE
 
 
 @pytest.mark.parametrize("broker", ["silent", "refusing"])

@@ -17,6 +17,7 @@ from urllib.error import URLError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
+import psycopg
 import pytest
 from django.conf import settings
 from kombu import Connection
@@ -46,7 +47,7 @@ def eventually(check, timeout: float = 30):
 
 
 class System:
-    def __init__(self, directory: Path, smtp_port: int) -> None:
+    def __init__(self, directory: Path, smtp_port: int, database_url: str) -> None:
         self.port = free_port()
         self.directory = directory
         self.env = {
@@ -54,10 +55,11 @@ class System:
             "SECRET_KEY": secrets.token_urlsafe(50),
             "HTTPS_ONLY": "false",
             "ALLOWED_HOSTS": "127.0.0.1",
-            "DATABASE_URL": f"sqlite:///{directory / 'db.sqlite3'}",
+            "DATABASE_URL": database_url,
             "BROKER_URL": BROKER_URL,
             "EMAIL_URL": f"smtp://127.0.0.1:{smtp_port}",
             "RELAY_POLL_SECONDS": "0.1",
+            "RETRY_SECONDS": "1",
             # The lease of a delivery follows from it, and a test waits for its end.
             "TASK_TIME_LIMIT": "6",
         }
@@ -188,8 +190,22 @@ def kill(process: subprocess.Popen) -> None:
 
 
 @pytest.fixture
-def system(tmp_path, mailbox, settings):
-    system = System(tmp_path, settings.EMAIL_PORT)
+def database_url(tmp_path):
+    """An empty database: a file, or one on the server that TEST_DATABASE_URL names."""
+    server = os.environ.get("TEST_DATABASE_URL")
+    if not server:
+        yield f"sqlite:///{tmp_path / 'db.sqlite3'}"
+        return
+    name = f"system_{secrets.token_hex(4)}"
+    with psycopg.connect(server, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
+        yield urlsplit(server)._replace(path=f"/{name}").geturl()
+        connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
+def system(tmp_path, mailbox, settings, database_url):
+    system = System(tmp_path, settings.EMAIL_PORT, database_url)
     with Connection(BROKER_URL) as connection:  # row ids of another test's database mean nothing
         for queue in app.amqp.queues.values():
             bound = queue.bind(connection.default_channel)

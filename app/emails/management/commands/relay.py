@@ -2,7 +2,7 @@ import signal
 
 from django.core.management.base import BaseCommand, CommandError
 
-from emails.relay import Relay
+from emails.relay import Publisher, Relay
 
 
 class Command(BaseCommand):
@@ -12,13 +12,17 @@ class Command(BaseCommand):
         parser.add_argument("--once", action="store_true", help="publish what is due now and exit")
 
     def handle(self, *, once: bool, **_) -> None:
-        relay = Relay()
         if once:
+            publisher = Publisher()
             try:
-                relay.run_once()
+                while publisher.publish_due():
+                    pass
             except Exception as error:
                 raise CommandError(f"not published: {error}") from error
+            finally:
+                publisher.discard_connection()
             return
+        relay = Relay()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: relay.stop())
         relay.run()

@@ -1,4 +1,4 @@
-// Keeps the list's states current without touching a half-written form.
+// Keeps counts and states current without touching a half-written form.
 const PERIOD = 3000;
 
 async function refresh() {
@@ -6,8 +6,8 @@ async function refresh() {
     try {
       const response = await fetch(location.href, { redirect: "error" });
       const page = new DOMParser().parseFromString(await response.text(), "text/html");
-      const list = page.getElementById("emails");
-      if (response.ok && list) document.getElementById("emails").replaceWith(list);
+      const live = page.getElementById("live");
+      if (response.ok && live) document.getElementById("live").replaceWith(live);
     } catch {
       // Logged out or offline: the list stays as it is.
     }

@@ -1,0 +1,30 @@
+"""The ids that every log record of a request, a publication or a task carries."""
+
+import logging
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+FIELDS = ("request_id", "email_id", "delivery_id")
+
+_ids: ContextVar[dict] = ContextVar("ids", default={})  # noqa: B039 - never changed in place
+
+
+@contextmanager
+def bind(**ids):
+    token = _ids.set(_ids.get() | {name: str(value) for name, value in ids.items() if value})
+    try:
+        yield
+    finally:
+        _ids.reset(token)
+
+
+def get(name: str) -> str:
+    return _ids.get().get(name, "")
+
+
+class AddIds(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        for name in FIELDS:
+            if not hasattr(record, name):
+                setattr(record, name, get(name))
+        return True

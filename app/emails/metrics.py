@@ -1,0 +1,97 @@
+"""Figures for Prometheus. All of them are the database's, so any process tells the same."""
+
+from collections import defaultdict
+from datetime import datetime
+
+from django.db.models import Count, F, Min, Sum
+from django.db.models.functions import Greatest
+from django.utils import timezone
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+
+from emails.models import DEAD, UNFINISHED, Delivery, State, Tally
+
+OUTCOMES = (State.SENT, State.DEFERRED, State.UNCERTAIN, State.FAILED)
+
+
+def seconds_since(then: datetime | None) -> float:
+    return max((timezone.now() - then).total_seconds(), 0) if then else 0
+
+
+class Collector:
+    def collect(self):
+        totals, seconds, buckets = defaultdict(int), defaultdict(float), defaultdict(int)
+        rows = Tally.objects.values("name", "bucket").annotate(
+            total=Sum("total"), seconds=Sum("seconds")
+        )
+        for row in rows:
+            totals[row["name"]] += row["total"]
+            if row["name"].startswith("attempts."):
+                seconds["attempts"] += row["seconds"]
+                buckets[row["bucket"]] += row["total"]
+
+        yield CounterMetricFamily(
+            "mailroom_accepted", "Deliveries accepted, one a recipient.", value=totals["accepted"]
+        )
+        attempts = CounterMetricFamily(
+            "mailroom_attempts", "Attempts to send, by outcome.", labels=["outcome"]
+        )
+        for outcome in OUTCOMES:
+            attempts.add_metric([outcome.value], totals[f"attempts.{outcome}"])
+        yield attempts
+        yield CounterMetricFamily(
+            "mailroom_expired", "Deliveries whose deadline passed.", value=totals["expired"]
+        )
+        yield CounterMetricFamily(
+            "mailroom_publish_failures",
+            "Times that the relay could not publish.",
+            value=totals["publish_failures"],
+        )
+        below, cumulated = 0, []
+        for bucket in Tally.BUCKETS:
+            below += buckets[bucket]
+            cumulated.append((str(float(bucket)), below))
+        cumulated.append(("+Inf", below + buckets[0]))
+        yield HistogramMetricFamily(
+            "mailroom_send_seconds",
+            "How long an attempt took.",
+            buckets=cumulated,
+            sum_value=seconds["attempts"],
+        )
+
+        now = dict(
+            Delivery.objects.filter(state__in=UNFINISHED)
+            .values_list("state")
+            .annotate(Count("pk"))
+            .order_by()
+        )
+        waiting = GaugeMetricFamily(
+            "mailroom_deliveries", "Deliveries that are not finished.", labels=["state"]
+        )
+        for state in UNFINISHED:
+            waiting.add_metric([state.value], now.get(state, 0))
+        yield waiting
+        yield GaugeMetricFamily(
+            "mailroom_dead",
+            "Deliveries that failed or are held back, for somebody to look at.",
+            value=Delivery.objects.filter(DEAD).count(),
+        )
+        queued = Delivery.objects.filter(state=State.QUEUED)
+        yield GaugeMetricFamily(
+            "mailroom_queue_age_seconds",
+            "Age of the oldest email that waits for a worker.",
+            value=seconds_since(queued.aggregate(at=Min("email__created_at"))["at"]),
+        )
+        due = Delivery.objects.due().order_by()
+        oldest = due.aggregate(at=Min(Greatest(F("due_at"), F("email__created_at"))))["at"]
+        yield GaugeMetricFamily(
+            "mailroom_oldest_due_seconds",
+            "How long the oldest due delivery has been waiting for the relay.",
+            value=seconds_since(oldest),
+        )
+
+
+def exposition() -> bytes:
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(Collector())
+    return generate_latest(registry)

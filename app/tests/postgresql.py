@@ -1,0 +1,93 @@
+"""A PostgreSQL of its own for a test run: python -m tests.postgresql COMMAND…
+
+From the programs of the installed server, on a free loopback port, in a directory of its own
+that is gone afterwards. The command gets it as TEST_DATABASE_URL.
+"""
+
+import os
+import pwd
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+USER = "mailroom"
+# The server refuses to run as root.
+UNPRIVILEGED = {"user": "nobody", "group": pwd.getpwnam("nobody").pw_gid, "extra_groups": []}
+
+
+def programs() -> Path:
+    """Where the newest installed server has its programs: Debian keeps them off the PATH."""
+    found = sorted(
+        Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name)
+    )
+    on_path = shutil.which("initdb")
+    if not found and not on_path:
+        sys.exit("no PostgreSQL server here; tests/install installs it")
+    return found[-1] if found else Path(on_path).parent
+
+
+class Postgresql:
+    def __init__(self, **settings: str) -> None:
+        self.bin = programs()
+        self.directory = Path(tempfile.mkdtemp(prefix="postgresql-"))
+        self.password = secrets.token_urlsafe(16)
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            self.port = server.getsockname()[1]
+        self.as_user = UNPRIVILEGED if os.geteuid() == 0 else {}
+        if self.as_user:
+            shutil.chown(self.directory, self.as_user["user"], self.as_user["group"])
+        password_file = self.directory / "password"
+        password_file.write_text(self.password)
+        password_file.chmod(0o644)
+        self.run("initdb", "-U", USER, "-A", "scram-sha-256", "--pwfile", str(password_file))
+        password_file.unlink()
+        with (self.directory / "data/postgresql.conf").open("a") as file:
+            file.write(f"port = {self.port}\nlisten_addresses = '127.0.0.1'\n")
+            file.write(f"unix_socket_directories = '{self.directory}'\nmax_connections = 200\n")
+            file.writelines(f"{name} = '{value}'\n" for name, value in settings.items())
+
+    def run(self, program: str, *arguments: str) -> None:
+        command = [str(self.bin / program), "-D", str(self.directory / "data"), *arguments]
+        done = subprocess.run(
+            command,
+            **self.as_user,
+            cwd=self.directory,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise RuntimeError(f"{program} failed: {done.stdout}{done.stderr}")
+
+    def start(self) -> None:
+        self.run("pg_ctl", "start", "-w", "-l", str(self.directory / "log"))
+
+    def stop(self, mode: str = "fast") -> None:
+        self.run("pg_ctl", "stop", "-w", "-m", mode)
+
+    def url(self, database: str = "postgres") -> str:
+        return f"postgresql://{USER}:{self.password}@127.0.0.1:{self.port}/{database}"
+
+    def __enter__(self) -> "Postgresql":
+        self.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.stop("immediate")
+        shutil.rmtree(self.directory)
+
+
+def main() -> int:
+    # Nothing that a test writes has to outlive the machine.
+    with Postgresql(fsync="off") as server:
+        environment = os.environ | {"TEST_DATABASE_URL": server.url()}
+        return subprocess.run(sys.argv[1:], env=environment, check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
