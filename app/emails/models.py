@@ -116,8 +116,8 @@ class Attachment(models.Model):
 class DeliveryQuerySet(models.QuerySet):
     """Every change of state is one conditional UPDATE, so of several contenders one wins.
 
-    Relay: lease -> (publish) -> published, or release if that failed. Worker: claim -> (SMTP, mark_data once the
-    server wants the message) -> record.
+    Relay: lease -> (publish) -> published, or release if that failed. Worker: claim -> (SMTP,
+    mark_data once the server wants the message) -> record.
     """
 
     def due(self):
