@@ -196,7 +196,7 @@ def list_emails(
 
 
 @api.get(
-    "/emails/{uuid:email_id}",
+    "/emails/{email_id}",
     response={200: EmailOut, 401: Detail, 404: Detail, 422: Errors},
     by_alias=False,
     summary="Show it, with every attempt",
@@ -208,7 +208,7 @@ def get_email(request: HttpRequest, email_id: UUID):
 
 
 @api.post(
-    "/emails/{uuid:email_id}/replay",
+    "/emails/{email_id}/replay",
     response={202: Replayed, 401: Detail, 404: Detail, 422: Errors},
     summary="Send once more what failed or is held back",
     tags=["emails"],
@@ -246,7 +246,9 @@ def refuse(request: HttpRequest, error: ValidationError):
 def refuse_malformed(request: HttpRequest, error: MalformedRequest):
     errors: dict[str, list[str]] = {}
     for problem in error.errors:
-        # Location: "body", the name of the view's parameter, the field, an index in a list.
-        field = next(iter(problem["loc"][2:]), "body")
+        # Location: "body", the name of the view's parameter, the field, an index in a list; or
+        # "path", "query" or "header" and the name.
+        place, *names = problem["loc"]
+        field = next(iter(names[1:] if place == "body" else names), "body")
         errors.setdefault(str(field), []).append(problem["msg"])
     return api.create_response(request, {"errors": errors}, status=422)

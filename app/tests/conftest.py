@@ -14,19 +14,37 @@ KEY = "a-key-of-the-tests-0123456789abcdef"
 class Mailbox:
     """An SMTP server on a loopback port: keeps what it takes, answers as it is told.
 
-    `reply` is the answer to the message itself, `recipient_reply` the one to its recipient. While
-    `gate` is cleared it lets every message wait.
+    `reply` is the answer to the message itself, `recipient_reply` the one to its recipient; None
+    ends the connection instead. While `gate` is cleared it lets every message wait.
     """
 
     def __init__(self) -> None:
         self.reply = "250 taken"
+        self.sender_replies = []  # one after the other; then "250 fine"
         self.recipient_reply = "250 fine"
         self.messages = []
+        self.connections = 0
+        self.credentials = []
         self.waiting = threading.Event()
         self.gate = threading.Event()
         self.gate.set()
 
+    async def handle_EHLO(self, server, session, envelope, hostname, responses):
+        session.host_name = hostname
+        self.connections += 1
+        return responses
+
+    async def handle_MAIL(self, server, session, envelope, address, options):
+        reply = self.sender_replies.pop(0) if self.sender_replies else "250 fine"
+        if reply is None:
+            server.transport.abort()
+        envelope.mail_from = address
+        return reply or "421 gone"
+
     async def handle_RCPT(self, server, session, envelope, address, options):
+        if self.recipient_reply is None:
+            server.transport.abort()
+            return "421 gone"
         if self.recipient_reply.startswith("250"):
             envelope.rcpt_tos.append(address)
         return self.recipient_reply
@@ -35,9 +53,11 @@ class Mailbox:
         self.waiting.set()
         while not self.gate.is_set():
             await asyncio.sleep(0.05)
-        if self.reply.startswith("250"):
+        if self.reply is None or self.reply.startswith("250"):
             self.messages.append(envelope)
-        return self.reply
+        if self.reply is None:
+            server.transport.abort()
+        return self.reply or "421 gone"
 
 
 def free_port() -> int:

@@ -1,6 +1,11 @@
-import pytest
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
-from emails.models import ApiKey, Email, State
+import pytest
+from django.db import connection
+from django.utils import timezone
+
+from emails.models import Allowance, ApiKey, Delivery, Email, State
 from tests.conftest import KEY
 
 pytestmark = pytest.mark.django_db
@@ -10,8 +15,12 @@ GOOD = {"subject": "Hello", "text": "Body", "to": ["bob@example.org", "eve@examp
 
 @pytest.fixture
 def post(client, api_key):
-    def post(data, key=KEY):
+    def post(data, key=KEY, idempotency_key=None, request_id=None):
         headers = {"Authorization": f"Bearer {key}"} if key else {}
+        if idempotency_key is not None:
+            headers["Idempotency-Key"] = idempotency_key
+        if request_id is not None:
+            headers["X-Request-ID"] = request_id
         return client.post("/api/emails", data, content_type="application/json", headers=headers)
 
     return post
@@ -152,3 +161,214 @@ def test_documents_itself_without_a_cdn(client):
     page = client.get("/api/docs").content.decode()
     assert "/static/ninja/swagger-ui-bundle.js" in page
     assert "https://" not in page
+
+
+# Idempotency
+
+
+def test_a_key_sent_again_gives_the_first_id_again(post):
+    first = post(GOOD, idempotency_key="order 17")
+    again = post(GOOD, idempotency_key="order 17")
+    assert (first.status_code, again.status_code) == (202, 202)
+    assert first.json() == again.json()
+    assert Email.objects.get().deliveries.count() == 2
+    assert post(GOOD, idempotency_key="order 18").json() != first.json()
+    assert post(GOOD).json() != first.json()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"subject": "Other"},
+        {"text": "Other"},
+        {"html": "<p>Other</p>"},
+        {"to": GOOD["to"][:1]},
+        {"cc": ["carl@example.org"]},
+        {"from": "news@example.com"},
+        {"reply_to": ["news@example.com"]},
+        {"attachments": [{"filename": "a.txt", "content": "YQ=="}]},
+        {"deadline": "2099-01-01T00:00:00Z"},
+        {"show_recipients": True},
+    ],
+)
+def test_a_key_with_other_content_is_a_conflict(post, settings, change):
+    settings.RETENTION_DAYS = 100_000
+    assert post(GOOD, idempotency_key="order 17").status_code == 202
+    answer = post(GOOD | change, idempotency_key="order 17")
+    assert answer.status_code == 409
+    assert "idempotency key" in answer.json()["detail"]
+    assert Email.objects.count() == 1
+
+
+def test_a_key_is_its_owners_own(post, django_user_model):
+    first = post(GOOD, idempotency_key="order 17").json()["id"]
+    ApiKey.objects.update(owner=django_user_model.objects.create_user("mallory"))
+    assert post(GOOD, idempotency_key="order 17").json()["id"] != first
+
+
+@pytest.mark.parametrize("key", ["", "x" * 256, "grün"])
+def test_refuses_a_bad_key(post, key):
+    answer = post(GOOD, idempotency_key=key)
+    assert answer.status_code == 422
+    assert list(answer.json()["errors"]) == ["idempotency_key"]
+
+
+@pytest.mark.skipif(connection.vendor == "sqlite", reason="its in-memory database has one thread")
+@pytest.mark.django_db(transaction=True)
+def test_of_requests_with_one_key_at_the_same_time_one_is_stored(post):
+    def request(_):
+        try:
+            return post(GOOD, idempotency_key="order 17").json()["id"]
+        finally:
+            connection.close()
+
+    with ThreadPoolExecutor(8) as pool:
+        ids = set(pool.map(request, range(24)))
+    assert len(ids) == 1
+    assert Email.objects.count() == 1
+
+
+# Recipients, attachments, deadline
+
+
+def test_cc_bcc_and_reply_to_are_stored_once_each(post):
+    email = GOOD | {
+        "cc": ["carl@example.org", "bob@example.org"],
+        "bcc": [],
+        "reply_to": ["Help <help@example.org>"],
+    }
+    assert post(email).status_code == 202
+    stored = Email.objects.get()
+    kinds = dict(stored.deliveries.values_list("recipient", "kind"))
+    assert kinds == {"bob@example.org": "to", "eve@example.org": "to", "carl@example.org": "cc"}
+    assert stored.reply_to == ["Help <help@example.org>"]
+    assert stored.show_recipients
+
+
+ATTACHMENT = {"filename": "a.txt", "content_type": "text/plain", "content": "YQ=="}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("to", ["a@b.org", "c@d.org", "e@f.org"]),  # one too many with the bcc
+        ("cc", ["carl"]),
+        ("bcc", ["carl\n@example.org"]),
+        ("reply_to", ["carl"]),
+        ("reply_to", ["carl@example.org\nBcc: victim@example.org"]),
+        ("attachments", [ATTACHMENT | {"content": "no base64!"}]),
+        ("attachments", [ATTACHMENT | {"content_type": "text"}]),
+        ("attachments", [ATTACHMENT | {"content_type": "message/rfc822"}]),
+        ("attachments", [ATTACHMENT | {"content_type": "text/plain\nX: y"}]),
+        ("attachments", [ATTACHMENT | {"filename": "a\r\nX: y"}]),
+        ("attachments", [ATTACHMENT | {"size": 1}]),
+        ("attachments", [ATTACHMENT | {"content": "YWFhYQ==" * 300}]),
+        ("deadline", "2020-01-01T00:00:00Z"),
+        ("deadline", "2099-01-01T00:00:00Z"),
+        ("deadline", "2099-01-01T00:00:00"),
+        ("deadline", "tomorrow"),
+    ],
+)
+def test_refuses_bad_extras_and_names_the_field(post, settings, field, value):
+    settings.MAX_EMAIL_BYTES = 1000
+    response = post(GOOD | {"to": ["bob@example.org"], "bcc": ["dan@example.org"], field: value})
+    assert response.status_code == 422
+    assert list(response.json()["errors"]) == [field]
+    assert not Email.objects.exists()
+
+
+def test_a_request_that_is_too_large_is_refused_before_it_is_read(post, settings):
+    settings.DATA_UPLOAD_MAX_MEMORY_SIZE = 1000
+    response = post(GOOD | {"text": "x" * 1000})
+    assert response.status_code == 413
+
+
+# Owners
+
+
+def test_an_owner_has_senders_of_its_own(post, user):
+    Allowance.objects.create(owner=user, senders="shop@example.net @shop.example")
+    assert post(GOOD | {"from": "Shop <shop@example.net>"}).status_code == 202
+    assert post(GOOD | {"from": "any@shop.example"}).status_code == 202
+    assert post(GOOD | {"from": "news@example.com"}).status_code == 422
+    assert post(GOOD).status_code == 422, "the default sender is none of them"
+
+
+def test_an_owner_has_a_limit_of_recipients_an_hour(post, user, settings):
+    settings.RECIPIENTS_PER_HOUR = 4
+    assert post(GOOD, idempotency_key="first").status_code == 202
+    assert post(GOOD).status_code == 202
+    refused = post(GOOD)
+    assert refused.status_code == 429
+    assert int(refused.headers["Retry-After"]) > 0
+    assert post(GOOD, idempotency_key="first").status_code == 202, "it is no new one"
+    Allowance.objects.create(owner=user, recipients_per_hour=6)
+    assert post(GOOD).status_code == 202
+    assert post(GOOD).status_code == 429
+    Email.objects.update(created_at=timezone.now() - timedelta(minutes=61))
+    assert post(GOOD).status_code == 202
+
+
+# Listing and replay
+
+
+@pytest.fixture
+def get(client, api_key):
+    return lambda path: client.get(path, headers={"Authorization": f"Bearer {KEY}"}).json()
+
+
+def test_lists_by_state_text_and_page(get, accept):
+    emails = [accept(subject=f"Number {number}.") for number in range(5)]
+    emails[1].deliveries.update(state=State.FAILED, due_at=None)
+    emails[2].deliveries.update(recipient="carl@example.org")
+
+    def ids(query: str) -> list[str]:
+        return [email["id"] for email in get(f"/api/emails?{query}")["emails"]]
+
+    assert ids("") == [str(email.pk) for email in reversed(emails)]
+    assert ids("state=failed") == [str(emails[1].pk)]
+    assert ids("q=CARL@") == [str(emails[2].pk)]
+    assert ids("q=number 3") == [str(emails[3].pk)]
+    assert ids(f"q={emails[4].pk}") == [str(emails[4].pk)]
+    assert ids("q=%00") == ids("")
+    page = get("/api/emails?limit=2")
+    assert page["next"] == str(emails[3].pk)
+    assert ids(f"limit=2&before={page['next']}") == [str(emails[2].pk), str(emails[1].pk)]
+    assert get("/api/emails?limit=5")["next"] is None
+
+
+def test_replays_what_is_dead_and_nothing_else(client, get, post, accept):
+    email = accept(recipients=["a@example.org", "b@example.org", "c@example.org"])
+    failed, held, sent = email.deliveries.all()
+    email.deliveries.filter(pk=failed.pk).update(state=State.FAILED, due_at=None)
+    email.deliveries.filter(pk=held.pk).update(state=State.UNCERTAIN, due_at=None)
+    email.deliveries.filter(pk=sent.pk).update(state=State.SENT, due_at=None)
+    Email.objects.update(created_at=timezone.now() - timedelta(days=3))
+    headers = {"Authorization": f"Bearer {KEY}"}
+    response = client.post(f"/api/emails/{email.pk}/replay", headers=headers)
+    assert (response.status_code, response.json()) == (202, {"replayed": 2})
+    assert [delivery.state for delivery in email.deliveries.all()] == ["queued", "queued", "sent"]
+    assert {delivery.pk for delivery in Delivery.objects.lease(9)} == {failed.pk, held.pk}, (
+        "they have a new deadline"
+    )
+    response = client.post(f"/api/emails/{email.pk}/replay", headers=headers)
+    assert response.json() == {"replayed": 0}
+
+
+def test_an_accepted_email_needs_no_broker(post, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("a connection to the broker")
+
+    monkeypatch.setattr("kombu.connection.Connection.connect", refuse)
+    monkeypatch.setattr("kombu.connection.Connection._ensure_connection", refuse)
+    monkeypatch.setattr("celery.app.amqp.Producer.publish", refuse)
+    assert post(GOOD).status_code == 202
+
+
+def test_a_request_has_an_id_that_the_email_keeps(client, post, caplog):
+    answer = post(GOOD, request_id="order-17.a")
+    assert answer.headers["X-Request-ID"] == "order-17.a"
+    assert Email.objects.get().request_id == "order-17.a"
+    assert "bob@example.org" not in caplog.text
+    for unsound in ("two words", "x" * 65, "a\u00fc"):
+        assert len(post(GOOD, request_id=unsound).headers["X-Request-ID"]) == 32

@@ -1,16 +1,23 @@
 import json
 import logging
+import smtplib
+import ssl
+import subprocess
 import sys
 from datetime import timedelta
 from email import message_from_bytes, policy
 
 import pytest
+from aiosmtpd.controller import Controller
+from aiosmtpd.smtp import AuthResult
+from django.core import mail
 from django.utils import timezone
 
-from emails import context, models
+from emails import context, models, services, smtp
 from emails.models import Delivery, Email, State
 from emails.tasks import deliver
 from mailroom.log import JsonFormatter, OneLineFormatter
+from tests.conftest import free_port
 
 pytestmark = pytest.mark.django_db
 
@@ -84,6 +91,234 @@ def test_a_server_that_is_away_defers(delivery):
     assert run(delivery).state == State.DEFERRED
     assert delivery.last_smtp_code is None
     assert "ConnectionRefusedError" in delivery.last_error
+
+
+# Uncertain: the server may have taken it, its answer didn't come
+
+
+def test_an_answer_that_does_not_come_is_uncertain_and_sent_again(delivery, mailbox):
+    mailbox.reply = None
+    delivery = run(delivery)
+    assert (delivery.state, delivery.uncertain_attempts) == (State.UNCERTAIN, 1)
+    assert delivery.due_at > timezone.now() - timedelta(seconds=1)
+    assert "SMTPServerDisconnected" in delivery.last_error
+    assert len(mailbox.messages) == 1
+
+    mailbox.reply = "250 taken"
+    assert run(delivery).state == State.UNCERTAIN, "a stray copy must not send before its time"
+    Delivery.objects.update(due_at=timezone.now())
+    Delivery.objects.lease(1)
+    assert run(delivery).state == State.SENT
+    ids = {message_from_bytes(message.content)["Message-ID"] for message in mailbox.messages}
+    assert (len(mailbox.messages), len(ids)) == (2, 1)
+    log = [(attempt.number, attempt.outcome) for attempt in delivery.log.all()]
+    assert log == [(1, State.UNCERTAIN), (2, State.SENT)]
+
+
+def test_it_is_held_back_where_the_policy_says_so(delivery, mailbox, settings):
+    settings.UNCERTAIN_POLICY = "hold"
+    mailbox.reply = None
+    delivery = run(delivery)
+    assert (delivery.state, delivery.due_at, delivery.dead) == (State.UNCERTAIN, None, True)
+    assert not Delivery.objects.due().exists()
+    assert Delivery.objects.replay() == 1
+    assert Delivery.objects.due().exists()
+
+
+def test_a_slow_answer_to_the_message_is_uncertain(delivery, mailbox, settings):
+    settings.EMAIL_TIMEOUT = 1
+    mailbox.gate.clear()
+    assert run(delivery).state == State.UNCERTAIN
+    mailbox.gate.set()
+
+
+@pytest.mark.parametrize("stage", ["sender", "recipient"])
+def test_a_connection_lost_before_the_message_is_certain(delivery, mailbox, stage):
+    if stage == "sender":
+        mailbox.sender_replies = [None]
+    else:
+        mailbox.recipient_reply = None
+    delivery = run(delivery)
+    assert (delivery.state, delivery.uncertain_attempts) == (State.DEFERRED, 0)
+    assert mailbox.messages == []
+
+
+def test_who_lost_its_lease_sends_nothing(delivery, mailbox, monkeypatch):
+    """Such as after a clock that jumped: the relay gave the delivery to somebody else."""
+    rcpt = smtplib.SMTP.rcpt
+
+    def lose(*arguments):
+        Delivery.objects.update(state=State.QUEUED)
+        return rcpt(*arguments)
+
+    monkeypatch.setattr(smtplib.SMTP, "rcpt", lose)
+    assert run(delivery).state == State.QUEUED
+    assert mailbox.messages == []
+    monkeypatch.undo()
+    assert run(delivery).state == State.SENT
+    assert len(mailbox.messages) == 1
+
+
+# Connections
+
+
+def test_a_connection_serves_many_emails(accept, mailbox):
+    for _ in range(5):
+        assert run(accept().deliveries.get()).state == State.SENT
+    mailbox.recipient_reply = "550 no such user"
+    assert run(accept().deliveries.get()).state == State.FAILED
+    mailbox.recipient_reply = "250 fine"
+    assert run(accept().deliveries.get()).state == State.SENT
+    assert mailbox.connections == 1
+
+
+@pytest.mark.parametrize("reply", [None, "421 too many messages"])
+def test_a_server_that_ends_an_old_connection_costs_no_attempt(accept, mailbox, reply):
+    run(accept().deliveries.get())
+    delivery = accept().deliveries.get()
+    mailbox.sender_replies = [reply]
+    assert run(delivery).state == State.SENT
+    assert (Delivery.objects.get(pk=delivery.pk).attempts, mailbox.connections) == (1, 2)
+
+
+def test_an_idle_connection_is_renewed(accept, mailbox, monkeypatch):
+    run(accept().deliveries.get())
+    monkeypatch.setattr(smtp, "IDLE_SECONDS", -1)
+    assert run(accept().deliveries.get()).state == State.SENT
+    assert mailbox.connections == 2
+
+
+def test_logs_in_after_starttls(accept, mailbox, settings, tmp_path, monkeypatch):
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    command = "openssl req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=localhost"
+    names = ["-addext", "subjectAltName=DNS:localhost", "-keyout", key, "-out", certificate]
+    subprocess.run([*command.split(), *names], check=True, capture_output=True)
+    server_side = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    server_side.load_cert_chain(certificate, key)
+
+    def authenticate(server, session, envelope, mechanism, data):
+        mailbox.credentials.append((data.login, data.password))
+        return AuthResult(success=data.password == b"secret")
+
+    port = free_port()
+    options = {"tls_context": server_side, "require_starttls": True}
+    options |= {"authenticator": authenticate, "auth_required": True}
+    server = Controller(mailbox, hostname="localhost", port=port, **options)
+    server.start()
+    settings.EMAIL_HOST, settings.EMAIL_PORT, settings.EMAIL_USE_TLS = "localhost", port, True
+    settings.EMAIL_HOST_USER, settings.EMAIL_HOST_PASSWORD = "mailroom", "secret"
+    try:
+        delivery = run(accept().deliveries.get())
+        assert delivery.state == State.DEFERRED, "nobody vouches for the certificate"
+        assert "CERTIFICATE_VERIFY_FAILED" in delivery.last_error
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        settings.EMAIL_HOST_PASSWORD = "wrong"
+        smtp.forget()
+        assert run(accept().deliveries.get()).state == State.DEFERRED, "for the operator to mend"
+        settings.EMAIL_HOST_PASSWORD = "secret"
+        smtp.forget()
+        assert run(accept().deliveries.get()).state == State.SENT
+    finally:
+        server.stop()
+    assert mailbox.credentials[-1] == (b"mailroom", b"secret")
+
+
+# Other backends
+
+
+def test_any_email_backend_can_deliver(delivery, settings):
+    settings.DELIVERY_BACKEND = "django.core.mail.backends.locmem.EmailBackend"
+    assert run(delivery).state == State.SENT
+    (message,) = mail.outbox
+    assert message.recipients() == ["bob@example.org"]
+
+
+class ProviderError(Exception):
+    """As django-anymail raises it."""
+
+    def __init__(self, status_code):
+        super().__init__("no")
+        self.status_code = status_code
+
+
+@pytest.mark.parametrize(
+    ("error", "state"),
+    [
+        (ProviderError(422), State.FAILED),
+        (ProviderError(429), State.DEFERRED),
+        (ProviderError(401), State.DEFERRED),
+        (ProviderError(503), State.DEFERRED),
+        (ProviderError(504), State.UNCERTAIN),
+        (ProviderError(None), State.UNCERTAIN),
+        (TimeoutError(), State.UNCERTAIN),
+        (ConnectionRefusedError(), State.DEFERRED),
+    ],
+)
+def test_a_providers_error_is_sorted_by_what_is_known(
+    delivery, settings, monkeypatch, error, state
+):
+    settings.DELIVERY_BACKEND = "django.core.mail.backends.locmem.EmailBackend"
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("django.core.mail.backends.locmem.EmailBackend.send_messages", fail)
+    assert run(delivery).state == state
+
+
+# What the recipient sees
+
+
+def headers(mailbox) -> list[tuple]:
+    messages = [
+        message_from_bytes(each.content, policy=policy.default) for each in mailbox.messages
+    ]
+    return [(message["To"], message["Cc"], message["Bcc"]) for message in messages]
+
+
+def test_recipients_see_to_and_cc_but_never_bcc(accept, mailbox, settings):
+    email = accept(recipients=["bob@example.org"], cc=["carl@example.org"], bcc=["dan@example.org"])
+    for delivery in email.deliveries.all():
+        run(delivery)
+    assert headers(mailbox) == [("bob@example.org", "carl@example.org", None)] * 3
+    assert [each.rcpt_tos[0][0] for each in mailbox.messages] == ["b", "c", "d"]
+
+
+def test_recipients_do_not_see_each_other_unless_they_shall(accept, mailbox):
+    both = ["bob@example.org", "eve@example.org"]
+    for delivery in accept(recipients=both).deliveries.all():
+        run(delivery)
+    assert [to for to, _, _ in headers(mailbox)] == both
+    run(accept(recipients=both, show_recipients=True).deliveries.first())
+    assert headers(mailbox)[2][0] == ", ".join(both)
+
+
+def test_attachments_and_dots_arrive_as_they_are(accept, mailbox):
+    text = "one\n.two\n..three\n.\nfour"
+    content = bytes(range(256)) * 10
+    run(
+        accept(
+            text=text,
+            reply_to=["help@example.org"],
+            attachments=[services.File("a.bin", "application/octet-stream", content)],
+        ).deliveries.get()
+    )
+    message = message_from_bytes(mailbox.messages[0].content, policy=policy.default)
+    assert message.get_body(("plain",)).get_content().splitlines() == text.splitlines()
+    (attachment,) = message.iter_attachments()
+    assert attachment.get_content() == content
+    assert attachment.get_filename() == "a.bin"
+    assert message["Reply-To"] == "help@example.org"
+
+
+def test_what_no_message_can_be_made_of_fails_at_once(accept, mailbox):
+    delivery = accept().deliveries.get()
+    Email.objects.update(subject="two\nlines")
+    assert run(delivery).state == State.FAILED
+    assert mailbox.messages == []
+
+
+# The deadline
 
 
 def test_gives_up_at_the_deadline(delivery, monkeypatch):

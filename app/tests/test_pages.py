@@ -1,8 +1,15 @@
+import re
+from datetime import timedelta
+
 import pytest
+from django.contrib.auth.models import Permission
+from django.core.management import CommandError, call_command
 from django.db import OperationalError, connection
 from django.test import Client
+from django.utils import timezone
 
 from emails.models import ApiKey, Delivery, Email, State
+from emails.tasks import deliver
 
 pytestmark = pytest.mark.django_db
 
@@ -61,6 +68,65 @@ def test_the_list_is_paged_newest_first_and_private(client, accept, user, django
     assert "Number" not in client.get("/").content.decode()
 
 
+def test_the_list_is_filtered_searched_and_counted(client, accept, user):
+    for number, state in enumerate((State.SENT, State.FAILED, State.FAILED, State.UNCERTAIN)):
+        accept(subject=f"Number {number}.").deliveries.update(state=state)
+    accept(subject="An old one.").deliveries.update(state=State.SENT)
+    Email.objects.filter(subject="An old one.").update(
+        created_at=timezone.now() - timedelta(days=2)
+    )
+    client.force_login(user)
+
+    def numbers(query: str) -> set[str]:
+        return set(re.findall(r"Number (\d)\.", client.get(f"/{query}").content.decode()))
+
+    assert numbers("") == {"0", "1", "2", "3"}
+    assert numbers("?state=failed") == {"1", "2"}
+    assert numbers("?state=failed&q=number+2") == {"2"}
+    assert numbers("?q=bob@example.org") == {"0", "1", "2", "3"}
+    assert numbers("?q=nobody") == set()
+    assert numbers("?state=nonsense") == {"0", "1", "2", "3"}
+    counts = client.get("/").context["counts"]
+    assert counts == {
+        "queued": 0,
+        "sending": 0,
+        "deferred": 0,
+        "uncertain": 1,
+        "sent": 1,
+        "failed": 2,
+    }
+
+
+def test_an_emails_page_shows_attempts_and_answers_and_sends_again(client, accept, user, mailbox):
+    mailbox.recipient_reply = "550 no such user here"
+    email = accept()
+    deliver(email.deliveries.get().pk)
+    client.force_login(user)
+    url = f"/emails/{email.pk}/"
+    assert url in client.get("/").content.decode()
+    page = client.get(url).content.decode()
+    assert "no such user here" in page
+    assert "550" in page
+    assert '<span class="state failed">failed</span>' in page
+    response = client.post(url, follow=True)
+    assert "Sends 1 once more." in response.content.decode()
+    assert email.deliveries.get().state == State.QUEUED
+
+
+def test_an_emails_page_is_private(client, accept, django_user_model):
+    url = f"/emails/{accept().pk}/"
+    assert client.get(url).status_code == 302
+    client.force_login(django_user_model.objects.create_user("mallory"))
+    assert client.get(url).status_code == 404
+    assert client.post(url).status_code == 404
+
+
+def test_the_form_tells_of_the_limit(client, user, settings):
+    settings.RECIPIENTS_PER_HOUR = 1
+    client.force_login(user)
+    assert "limit of recipients" in client.post("/", FORM).content.decode()
+
+
 def test_what_users_wrote_is_escaped(client, accept, user):
     accept(subject="<script>alert(1)</script>")
     client.force_login(user)
@@ -105,6 +171,40 @@ def test_the_admin_shows_emails_but_does_not_change_them(admin_client, accept):
     assert "bob@example.org" in admin_client.get(url).content.decode()
     assert admin_client.post(url, {"subject": "changed"}).status_code == 403
     assert admin_client.get("/admin/emails/email/add/").status_code == 403
+
+
+def test_the_admin_replays_only_with_its_permission(client, accept, django_user_model):
+    email = accept()
+    email.deliveries.update(state=State.FAILED, due_at=None)
+    staff = django_user_model.objects.create_user("staff", is_staff=True)
+    url = "/admin/emails/delivery/"
+    data = {"action": "replay", "_selected_action": [email.deliveries.get().pk]}
+    client.force_login(staff)
+    assert client.get(url).status_code == 403
+    staff.user_permissions.add(Permission.objects.get(codename="view_delivery"))
+    assert "bob@example.org" in client.get(f"{url}?state__exact=failed").content.decode()
+    client.post(url, data)
+    assert email.deliveries.get().state == State.FAILED
+    staff.user_permissions.add(Permission.objects.get(codename="replay_delivery"))
+    assert "Sends 1 once more." in client.post(url, data, follow=True).content.decode()
+    assert email.deliveries.get().state == State.QUEUED
+
+
+def test_the_command_lists_the_dead_and_sends_them_again(accept, capsys):
+    email, _ = accept(), accept()
+    Delivery.objects.update(state=State.FAILED, due_at=None, last_smtp_code=550)
+    call_command("replay")
+    listed = capsys.readouterr().out
+    assert f"{email.pk} delivery=" in listed
+    assert "failed attempts=0 code=550" in listed
+    assert "bob" not in listed
+    call_command("replay", str(email.pk), send=True)
+    assert "sends 1 once more" in capsys.readouterr().out
+    assert [d.state for d in Delivery.objects.order_by("pk")] == [State.QUEUED, State.FAILED]
+    call_command("replay", state="uncertain", send=True)
+    assert "sends 0" in capsys.readouterr().out
+    with pytest.raises(CommandError, match="ID: expected"):
+        call_command("replay", "nonsense")
 
 
 def test_the_admin_makes_a_key_and_shows_it_once(admin_client, user):

@@ -3,15 +3,19 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
 from django.core.management import CommandError, call_command
+from django.db import connection, transaction
 from django.utils import timezone
 
+from emails import relay as relay_module
 from emails.models import AT_ONCE, Delivery, State
-from emails.relay import Publisher
+from emails.relay import Publisher, Relay
 from emails.tasks import deliver
 from mailroom.celery import app
 
@@ -101,6 +105,99 @@ def test_release_leaves_a_claimed_delivery_alone(delivery):
     assert delivery.due_at > timezone.now()
 
 
+def test_a_worker_lost_after_the_data_makes_it_uncertain(delivery, settings):
+    for policy, due in (("resend", True), ("hold", False)):
+        settings.UNCERTAIN_POLICY = policy
+        Delivery.objects.update(state=State.QUEUED)
+        Delivery.objects.claim(delivery.pk).mark_data()
+        expire_lease()
+        assert Delivery.objects.lease(1) == []
+        delivery.refresh_from_db()
+        assert (delivery.state, delivery.due_at is not None) == (State.UNCERTAIN, due)
+    assert delivery.uncertain_attempts == 2
+    assert [attempt.outcome for attempt in delivery.log.all()] == [State.UNCERTAIN] * 2
+
+
+def test_what_is_past_its_deadline_is_not_published(accept, published):
+    for state in (State.QUEUED, State.UNCERTAIN):
+        accept(deadline=timezone.now() + timedelta(hours=1)).deliveries.update(state=state)
+    old, fine = accept(), accept()
+    Delivery.objects.exclude(email__in=[old, fine]).update(expires_at=timezone.now())
+    type(old).objects.filter(pk=old.pk).update(created_at=timezone.now() - timedelta(days=2))
+    Publisher().publish_due()
+    assert published == [fine.deliveries.get().pk]
+    states = Delivery.objects.exclude(email=fine).order_by("pk").values_list("state", "due_at")
+    assert list(states) == [(State.FAILED, None), (State.UNCERTAIN, None), (State.FAILED, None)]
+
+
+def test_a_relay_that_dies_costs_half_a_minute(delivery, published):
+    """What it took is leased for long only once the broker has it."""
+    Delivery.objects.lease(1)
+    delivery.refresh_from_db()
+    assert delivery.due_at <= timezone.now() + timedelta(seconds=30)
+    expire_lease()
+    Publisher().publish_due()
+    delivery.refresh_from_db()
+    assert delivery.due_at > timezone.now() + timedelta(minutes=9)
+
+
+def test_a_clock_that_was_set_back_makes_nothing_wait(accept):
+    ahead = accept().deliveries.get()
+    Delivery.objects.filter(pk=ahead.pk).update(due_at=timezone.now() + timedelta(hours=2))
+    soon = accept().deliveries.get()
+    Delivery.objects.filter(pk=soon.pk).update(due_at=timezone.now() + timedelta(minutes=50))
+    accept().deliveries.update(state=State.SENT, due_at=timezone.now() + timedelta(hours=2))
+    assert Delivery.objects.mistrust_clock() == 1
+    assert [delivery.pk for delivery in Delivery.objects.due()] == [ahead.pk]
+
+
+def test_what_was_just_accepted_is_due_whatever_the_clock_says(delivery, monkeypatch):
+    earlier = timezone.now() - timedelta(days=400)
+    monkeypatch.setattr("django.utils.timezone.now", lambda: earlier)
+    assert Delivery.objects.due().exists()
+
+
+@pytest.mark.skipif(connection.vendor == "sqlite", reason="one transaction writes at a time there")
+@pytest.mark.django_db(transaction=True)
+def test_relays_do_not_wait_for_each_other(accept):
+    first, second = accept().deliveries.get(), accept().deliveries.get()
+
+    def lease():
+        try:
+            return [delivery.pk for delivery in Delivery.objects.lease(9)]
+        finally:
+            connection.close()
+
+    with ThreadPoolExecutor(1) as pool, transaction.atomic():
+        Delivery.objects.select_for_update().get(pk=first.pk)
+        assert pool.submit(lease).result(timeout=5) == [second.pk]
+
+
+@pytest.mark.skipif(connection.vendor == "sqlite", reason="SQLite tells nobody")
+@pytest.mark.django_db(transaction=True)
+def test_an_email_wakes_the_relay(accept, published, settings):
+    settings.RELAY_POLL_SECONDS = 60.0
+    relay = Relay()
+    thread = threading.Thread(target=relay.run)
+    thread.start()
+    try:
+        eventually(lambda: relay._listening is not None)
+        delivery = accept().deliveries.get()
+        eventually(lambda: published == [delivery.pk])
+    finally:
+        relay.stop()
+        thread.join(timeout=10)
+        connection.close()
+    assert not thread.is_alive()
+
+
+def eventually(check):
+    deadline = time.monotonic() + 10
+    while not check():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 @pytest.fixture
 def silent_broker():
     """A port that takes connections and never says a word."""
@@ -121,6 +218,25 @@ def test_a_silent_broker_holds_the_relay_for_seconds_only(
     assert delivery.due_at == AT_ONCE
 
 
+def test_a_publisher_that_is_stuck_stops_the_watchdogs_food(monkeypatch):
+    monkeypatch.setattr(relay_module, "STUCK_SECONDS", 0.5)
+    told = []
+    monkeypatch.setattr(relay_module.systemd, "notify", told.append)
+    relay = Relay()
+    monkeypatch.setattr(relay, "_wait", lambda: time.sleep(0.1))
+    monkeypatch.setattr(relay, "_publish", lambda publisher: time.sleep(1.5))
+    thread = threading.Thread(target=relay.run)
+    monkeypatch.setattr(Delivery.objects, "mistrust_clock", lambda: 0)
+    thread.start()
+    eventually(lambda: "WATCHDOG=1" in told)
+    time.sleep(0.7)
+    told.clear()
+    time.sleep(0.5)
+    assert told == []
+    relay.stop()
+    thread.join(timeout=10)
+
+
 @pytest.mark.parametrize("broker", ["silent", "refusing"])
 def test_sigterm_ends_the_relay_within_two_seconds(tmp_path, settings, silent_broker, broker):
     port = silent_broker.getsockname()[1] if broker == "silent" else 1
@@ -137,7 +253,14 @@ def test_sigterm_ends_the_relay_within_two_seconds(tmp_path, settings, silent_br
         " recipients=['bob@example.org'])"
     )
     subprocess.run([*manage, "shell", "-v0", "-c", accept], env=env, check=True)
-    relay = subprocess.Popen([*manage, "relay"], env=env, stderr=subprocess.PIPE, text=True)
+    # As under systemd.
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        systemd.settimeout(30)
+        env["NOTIFY_SOCKET"] = str(tmp_path / "notify")
+        relay = subprocess.Popen([*manage, "relay"], env=env, stderr=subprocess.PIPE, text=True)
+        assert systemd.recv(99) == b"READY=1"
+        assert systemd.recv(99) == b"WATCHDOG=1"
     if broker == "silent":
         connection, _ = silent_broker.accept()
         connection.recv(8)  # the protocol header: the relay now waits for an answer

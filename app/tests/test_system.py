@@ -6,6 +6,7 @@ import secrets
 import signal
 import socket
 import socketserver
+import struct
 import subprocess
 import sys
 import threading
@@ -97,9 +98,10 @@ class System:
         return self.process(sys.executable, "manage.py", "relay", **variables)
 
     @contextmanager
-    def worker(self):
-        options = ("-Q", "mail.v1", "-n", f"{secrets.token_hex(4)}@%h", "-c", "2")
-        with self.process(str(BIN / "celery"), "-A", "mailroom", "worker", *options) as process:
+    def worker(self, name: str = "", **variables: str):
+        options = ("-Q", "mail.v1", "-n", f"{name or secrets.token_hex(4)}@%h", "-c", "2")
+        command = (str(BIN / "celery"), "-A", "mailroom", "worker", *options)
+        with self.process(*command, **variables) as process:
 
             def ready():
                 assert process.poll() is None, process.log.read_text()
@@ -123,17 +125,21 @@ class System:
             eventually(answers)
             yield process
 
-    def request(self, path: str, data: dict | None = None) -> dict:
+    def request(self, path: str, data: dict | None = None, request_id: str = "") -> dict:
         request = Request(
             f"http://127.0.0.1:{self.port}{path}",
             data=json.dumps(data).encode() if data else None,
-            headers={"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"},
+            headers={
+                "Authorization": f"Bearer {KEY}",
+                "Content-Type": "application/json",
+                "X-Request-ID": request_id,
+            },
         )
         with urlopen(request, timeout=5) as response:
             return json.load(response) | {"status": response.status}
 
-    def post(self) -> str:
-        accepted = self.request("/api/emails", EMAIL)
+    def post(self, request_id: str = "") -> str:
+        accepted = self.request("/api/emails", EMAIL, request_id)
         assert accepted["status"] == 202
         return accepted["id"]
 
@@ -149,13 +155,18 @@ class System:
 
 
 class Wire(socketserver.ThreadingTCPServer):
-    """Passes bytes on to the broker until it is cut: then it takes them and they are gone."""
+    """Passes bytes on to the broker until it is cut: then it takes them and they are gone.
+
+    `break_clients` ends connections as clients see them; the broker goes on believing in them.
+    """
 
     daemon_threads = True
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), None)
         self.cut = False
+        self.clients: list[socket.socket] = []
+        self.upstreams: list[socket.socket] = []
         url = urlsplit(BROKER_URL)
         self.broker = (url.hostname, url.port or 5672)
         self.url = url._replace(
@@ -163,10 +174,18 @@ class Wire(socketserver.ThreadingTCPServer):
         ).geturl()
 
     def finish_request(self, request, client_address) -> None:
-        with socket.create_connection(self.broker) as upstream:
-            back = threading.Thread(target=self.copy, args=(upstream, request), daemon=True)
-            back.start()
-            self.copy(request, upstream)
+        upstream = socket.create_connection(self.broker)
+        self.clients.append(request)
+        self.upstreams.append(upstream)
+        back = threading.Thread(target=self.copy, args=(upstream, request), daemon=True)
+        back.start()
+        self.copy(request, upstream)
+
+    def break_clients(self) -> None:
+        clients, self.clients = self.clients, []
+        for client in clients:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            client.shutdown(socket.SHUT_RDWR)
 
     def copy(self, source: socket.socket, target: socket.socket) -> None:
         with suppress(OSError):
@@ -180,6 +199,8 @@ class Wire(socketserver.ThreadingTCPServer):
             threading.Thread(target=self.serve_forever, daemon=True).start()
             yield self
             self.shutdown()
+            for upstream in self.upstreams:
+                upstream.close()
 
 
 def kill(process: subprocess.Popen) -> None:
@@ -280,6 +301,80 @@ def test_an_email_survives_the_death_of_its_worker(system, mailbox):
     # The server may have taken the first one too: its client died before the answer.
     ids = {message_from_bytes(message.content)["Message-ID"] for message in mailbox.messages}
     assert ids == {f"<{email_id}.1@localhost>"}
+
+
+def test_a_stopped_worker_finishes_what_it_does_and_gives_the_rest_back(system, mailbox):
+    """As systemd stops it, with KillMode=mixed: TERM to the main process alone."""
+    mailbox.gate.clear()
+    with system.relay():
+        emails = [system.post() for _ in range(6)]
+        with system.worker() as worker:
+            assert mailbox.waiting.wait(timeout=20)
+            eventually(
+                lambda: [system.recipient(email)["state"] for email in emails].count("sending") == 2
+            )
+            worker.send_signal(signal.SIGTERM)
+            eventually(lambda: "warm shutdown" in worker.log.read_text().lower())
+            mailbox.gate.set()
+            assert worker.wait(timeout=30) == 0
+            states = [system.recipient(email)["state"] for email in emails]
+            assert states.count("sent") == 2
+            assert states.count("queued") == 4
+        with system.worker():
+            for email in emails:
+                assert system.wait_for(email, "sent")["attempts"] == 1
+    assert len(mailbox.messages) == 6
+
+
+def test_a_second_worker_of_the_same_name_ends_neither(system, mailbox):
+    with system.relay(), system.worker("twin") as first, system.worker("twin") as second:
+        for _ in range(4):
+            system.wait_for(system.post(), "sent")
+        assert (first.poll(), second.poll()) == (None, None)
+
+
+def test_a_half_open_connection_does_not_end_the_worker(system, mailbox):
+    """Its old connection still owns the queues, for all that the broker knows."""
+    with Wire().running() as wire, system.relay(), system.worker(BROKER_URL=wire.url) as worker:
+        system.wait_for(system.post(), "sent")
+        count = worker.log.read_text().count("Connected to")
+        wire.break_clients()
+        eventually(lambda: worker.log.read_text().count("Connected to") > count)
+        system.wait_for(system.post(), "sent")
+        assert worker.poll() is None
+        assert "Unrecoverable" not in worker.log.read_text()
+
+
+def test_a_worker_tells_systemd_that_it_is_ready_and_lives(system, tmp_path):
+    """Lives: also while it looks for the broker, but not while its loop stands still."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        systemd.settimeout(40)
+        variables = {"NOTIFY_SOCKET": str(tmp_path / "notify")}
+        with Wire().running() as wire, system.worker(BROKER_URL=wire.url, **variables) as worker:
+            assert systemd.recv(99) == b"READY=1"
+            assert systemd.recv(99) == b"WATCHDOG=1"
+            wire.cut = True
+            wire.break_clients()
+            eventually(lambda: "Connection to broker lost" in worker.log.read_text())
+            for _ in range(8):  # longer than a standing loop would be forgiven
+                assert systemd.recv(99) in (b"WATCHDOG=1", b"READY=1")
+            wire.cut = False
+            eventually(lambda: systemd.recv(99) == b"READY=1", timeout=60)
+            worker.send_signal(signal.SIGTERM)
+            eventually(lambda: systemd.recv(99) == b"STOPPING=1")
+
+
+def test_task_messages_and_logs_hold_no_address_and_no_text(system, mailbox):
+    with system.relay(LOG_LEVEL="DEBUG") as relay, system.worker(LOG_LEVEL="DEBUG") as worker:
+        request_id = f"request-{secrets.token_hex(4)}"
+        email_id = system.post(request_id)
+        system.wait_for(email_id, "sent")
+        logs = {"relay": relay.log.read_text(), "worker": worker.log.read_text()}
+    for log in logs.values():
+        assert f"request={request_id} email={email_id}" in log
+        assert "bob@example.org" not in log
+        assert "Through it all" not in log
 
 
 def test_a_worker_declares_every_queue_and_takes_the_purge(system):

@@ -1,0 +1,98 @@
+from datetime import timedelta
+
+import pytest
+from django.utils import timezone
+from prometheus_client.parser import text_string_to_metric_families
+
+from emails import tasks
+from emails.models import Delivery, Email, State, Tally
+from emails.relay import Relay
+
+pytestmark = pytest.mark.django_db
+
+
+@pytest.fixture
+def metrics(client, settings):
+    settings.METRICS_TOKEN = "a-token"
+
+    def metrics() -> dict[str, float]:
+        response = client.get("/metrics", headers={"Authorization": "Bearer a-token"})
+        assert response.status_code == 200
+        text = response.content.decode()
+        assert "example.org" not in text
+        return {
+            "".join((sample.name, *(f" {value}" for value in sample.labels.values()))): sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+        }
+
+    return metrics
+
+
+def test_counts_what_becomes_of_emails_and_keeps_it_after_the_purge(accept, mailbox, metrics):
+    email = accept(recipients=["bob@example.org", "eve@example.org"])
+    assert metrics()["mailroom_accepted_total"] == 2
+    first, second = email.deliveries.all()
+    tasks.deliver(first.pk)
+    mailbox.recipient_reply = "550 no such user"
+    tasks.deliver(second.pk)
+    found = metrics()
+    assert found["mailroom_attempts_total sent"] == found["mailroom_attempts_total failed"] == 1
+    assert found["mailroom_attempts_total uncertain"] == 0
+    assert found["mailroom_send_seconds_count"] == found["mailroom_send_seconds_bucket +Inf"] == 2
+    assert found["mailroom_send_seconds_sum"] > 0
+    assert found["mailroom_dead"] == 1
+
+    Email.objects.update(created_at=timezone.now() - timedelta(days=31))
+    tasks.purge()
+    assert not Email.objects.exists()
+    found = metrics()
+    assert found["mailroom_accepted_total"] == 2
+    assert found["mailroom_attempts_total sent"] == 1
+    assert found["mailroom_dead"] == 0
+
+
+def test_tells_what_waits_and_for_how_long(accept, metrics):
+    assert metrics()["mailroom_oldest_due_seconds"] == metrics()["mailroom_queue_age_seconds"] == 0
+    for state in (State.QUEUED, State.QUEUED, State.DEFERRED):
+        accept().deliveries.update(state=state)
+    Email.objects.update(created_at=timezone.now() - timedelta(minutes=10))
+    found = metrics()
+    assert found["mailroom_deliveries queued"] == 2
+    assert found["mailroom_deliveries deferred"] == 1
+    assert 600 <= found["mailroom_queue_age_seconds"] < 660
+    assert 600 <= found["mailroom_oldest_due_seconds"] < 660
+    Delivery.objects.lease(9)
+    assert metrics()["mailroom_oldest_due_seconds"] == 0
+
+
+def test_counts_an_attempt_in_its_bucket(metrics):
+    for seconds in (0.01, 0.3, 0.3, 500):
+        Tally.add("attempts.sent", seconds)
+    found = metrics()
+    buckets = [
+        found[f"mailroom_send_seconds_bucket {le}"] for le in ("0.05", "0.25", "0.5", "+Inf")
+    ]
+    assert buckets == [1, 1, 3, 4]
+
+
+def test_counts_what_could_not_be_published(delivery, metrics):
+    relay = Relay()
+
+    class Refused:
+        def publish_due(self):
+            relay.stop()
+            raise ConnectionRefusedError
+
+        def discard_connection(self):
+            pass
+
+    relay._publish(Refused())
+    assert metrics()["mailroom_publish_failures_total"] == 1
+
+
+def test_nobody_sees_them_without_the_token(client, settings):
+    assert client.get("/metrics").status_code == 404
+    settings.METRICS_TOKEN = "a-token"
+    for given in ("", "Bearer wrong", "a-token", "Bearer \u00fc"):
+        assert client.get("/metrics", headers={"Authorization": given}).status_code == 401

@@ -1,0 +1,27 @@
+"""What the OpenAPI document says is what the API does, for input that nobody thought of."""
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, settings
+from schemathesis.specs.openapi.checks import negative_data_rejection, positive_data_acceptance
+
+from mailroom.wsgi import application
+from tests.conftest import KEY
+
+# What a sender is allowed to be no schema says; unknown parameters of a query are left alone.
+NOT_IN_THE_DOCUMENT = [positive_data_acceptance, negative_data_rejection]
+
+schema = schemathesis.openapi.from_wsgi("/api/openapi.json", application)
+
+
+@pytest.mark.django_db
+@schema.parametrize()
+@settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+def test_the_api_does_what_its_document_says(case, api_key):
+    case.call_and_validate(
+        headers={"Authorization": f"Bearer {KEY}"}, excluded_checks=NOT_IN_THE_DOCUMENT
+    )
