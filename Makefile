@@ -62,7 +62,7 @@ sandbox-down: $(VENV)/.complete ## Remove the sandbox
 
 # ---- Tests ----
 
-.PHONY: test test-fast lint test-unit test-app-fast test-app test-scenarios
+.PHONY: test test-fast lint test-unit test-app-fast test-app broker-up broker-down test-scenarios
 test: lint test-unit test-app test-scenarios ## Everything
 
 test-fast: lint test-unit test-app-fast ## What takes less than two minutes and needs no host
@@ -81,14 +81,19 @@ test-unit: $(VENV)/.complete ## Modules, filters, templates and the repository i
 test-app-fast: $(APP_VENV)/.complete ## The application's tests that need no broker and no browser
 	cd app && .venv/bin/pytest -m "not browser"
 
-test-app: $(VENV)/.complete $(APP_VENV)/.complete ## The application's tests, with a real RabbitMQ and a browser
+test-app: broker-up ## The application's tests: a real RabbitMQ, SQLite and a real PostgreSQL, a browser
+	url=$$($(TESTBED) info --inventory inventories/app-tests --value broker.url) && cd app && export TEST_BROKER_URL=$$url && \
+		.venv/bin/pytest && .venv/bin/python -m tests.postgresql .venv/bin/pytest -m "not browser"
+	$(MAKE) broker-down
+
+broker-up: $(VENV)/.complete $(APP_VENV)/.complete ## The broker of the application's tests, which bench/mail_* use too
 	testbed/install
 	tests/install
 	$(TESTBED) up --inventory inventories/app-tests
 	ansible-playbook -i inventories/app-tests playbooks/ops/create_secrets.yml
 	ansible-playbook -i inventories/app-tests playbooks/base.yml playbooks/broker.yml
-	url=$$($(TESTBED) info --inventory inventories/app-tests --value broker.url) && \
-		cd app && TEST_BROKER_URL=$$url .venv/bin/pytest
+
+broker-down: $(VENV)/.complete
 	$(TESTBED) down --inventory inventories/app-tests
 
 test-scenarios: $(VENV)/.complete ## All Molecule scenarios; one of them: make molecule-rabbitmq

@@ -197,6 +197,10 @@ REFUSED = {
             "django_processes are called web; web, worker, beat and flower are services of their own.",
         ),
         ({"django_processes": [PROCESS, PROCESS]}, "django_processes are called relay, relay; each needs a name of its own."),
+        (
+            {"django_processes": [{**PROCESS, "watchdog": 60}]},
+            "django_processes has a watchdog in relay; allowed is one with readiness notify.",
+        ),
         ({"django_releases_kept": 0}, "django_releases_kept is 0; allowed is 1 or more."),
     ],
     "celery": [
@@ -218,6 +222,10 @@ REFUSED = {
         ({"celery_workers": [{**WORKER, "time_limit": 60, "soft_time_limit": 90}]}, LATE),
         # 300 is the time_limit that the role gives to one without.
         ({"celery_workers": [{**WORKER, "soft_time_limit": 300}]}, LATE),
+        (
+            {"celery_workers": [{**WORKER, "watchdog": 60}]},
+            "celery_workers has a watchdog in mail; allowed is one with readiness notify.",
+        ),
     ],
     "flower": [
         ({"flower_name": "x" * 30}, f"flower_name is '{'x' * 30}'; allowed is a lower-case word of at most 24 letters,"),
