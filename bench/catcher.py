@@ -1,8 +1,8 @@
 """An SMTP server with faults, for the measurements: python bench/catcher.py PORT LOG [DELAY]
 
 What becomes of a message is decided by the first word of its recipient's address: slow-, later- (451 the first time), refused-
-(550), before- (the connection ends before DATA, the first time), after- (the connection ends without an answer to a message that was
-taken, the first time); all others are taken. Each message taken is a line of LOG: time, Message-ID, recipient.
+(550), before- (the connection ends before DATA, the first time), after- (the message is taken and the connection ends without an
+answer, the first time); all others are taken. Each message taken is a line of LOG: time, Message-ID, recipient.
 """
 
 from __future__ import annotations

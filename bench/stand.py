@@ -24,6 +24,16 @@ from urllib.parse import urlsplit
 PROJECT = Path(__file__).resolve().parents[1]
 APP = PROJECT / "app"
 BIN = APP / ".venv" / "bin"
+# As the roles start them.
+GUNICORN = (
+    BIN / "gunicorn",
+    "--no-control-socket",
+    "--workers=2",
+    "--threads=4",
+    "--worker-tmp-dir=/dev/shm",
+    "--access-logfile=-",
+)
+WORKER_OPTIONS = ("--concurrency=2", "--without-gossip", "--without-mingle", "--task-events", "--loglevel=INFO")
 INVENTORY = "inventories/app-tests"
 
 
@@ -220,11 +230,9 @@ class Stand:
 
     def start(self, *names: str) -> None:
         commands = {
-            "web": [BIN / "gunicorn", "--no-control-socket", "--workers=2", "--threads=4", "--worker-tmp-dir=/dev/shm"]
-            + [f"--bind=127.0.0.1:{self.port}", "mailroom.wsgi:application"],
+            "web": [*GUNICORN, f"--bind=127.0.0.1:{self.port}", "mailroom.wsgi:application"],
             "relay": [BIN / "python", "manage.py", "relay"],
-            "worker": [BIN / "celery", "--app=mailroom", "worker", "--queues=mail.v1", "--hostname=mail@%h", "--concurrency=2"]
-            + ["--without-gossip", "--without-mingle", "--loglevel=INFO"],
+            "worker": [BIN / "celery", "--app=mailroom", "worker", "--queues=mail.v1", "--hostname=mail@%h", *WORKER_OPTIONS],
         }
         for name in names:
             self.processes[name] = Process(commands[name], self.environment, self.directory / f"{name}.log")

@@ -1,7 +1,11 @@
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from django.db import connection
 from playwright.sync_api import expect, sync_playwright
+
+from emails.models import Delivery, State
 
 ARGUMENTS = [
     "--headless",
@@ -34,6 +38,13 @@ def send(page, subject: str) -> None:
     page.get_by_role("button", name="Send").click()
 
 
+def fail_first() -> None:
+    """As a worker does that was refused."""
+    delivery = Delivery.objects.claim(Delivery.objects.order_by("pk").first().pk)
+    delivery.record(State.FAILED, code=550, answer="no such user", seconds=0.1)
+    connection.close()
+
+
 @pytest.mark.browser
 def test_log_in_send_and_see_it_in_the_list(live_server, user, page):
     complaints = []
@@ -58,6 +69,20 @@ def test_log_in_send_and_see_it_in_the_list(live_server, user, page):
     send(other_tab, "From another tab")
     expect(emails.first).to_contain_text("From another tab")
     expect(page.get_by_label("Subject")).to_have_value("Half-written")
+
+    # Counts and states are live, and so is an email's own page.
+    failed = page.get_by_role("link", name="failed")
+    expect(failed).to_have_text("failed 0")
+    with ThreadPoolExecutor(1) as database:  # Playwright holds this thread's event loop
+        database.submit(fail_first).result()
+    expect(failed).to_have_text("failed 1")
+    failed.click()
+    expect(emails).to_have_count(1)
+    emails.get_by_role("link", name="From a browser").click()
+    expect(page.get_by_role("cell", name="550 no such user")).to_be_visible()
+    page.get_by_role("button", name="Send once more").click()
+    expect(page.get_by_role("status")).to_contain_text("Sends 1 once more.")
+    expect(page.locator(".state").first).to_have_text("queued")
 
     page.goto(f"{live_server.url}/api/docs")
     expect(page.get_by_text("Accept an email")).to_be_visible()
