@@ -186,7 +186,8 @@ class Client:
             self.connection.close()
             self.connection = None
             raise
-        return response.status, json.loads(text or b"{}")
+        is_json = response.headers.get_content_type() == "application/json"
+        return response.status, json.loads(text) if is_json else {}
 
 
 class Stand:

@@ -1,9 +1,11 @@
 import base64
 import binascii
+import logging
 from datetime import datetime
 from uuid import UUID
 
 from django.core.exceptions import RequestDataTooBig, ValidationError
+from django.db import InterfaceError, OperationalError
 from django.http import HttpRequest, HttpResponse
 from django.shortcuts import get_object_or_404
 from django.urls import reverse
@@ -16,6 +18,9 @@ from emails import services
 from emails.models import ApiKey, Delivery, State
 
 OVER_LIMIT_SECONDS = 300
+
+
+logger = logging.getLogger(__name__)
 
 
 class BearerKey(HttpBearer):
@@ -129,6 +134,7 @@ class Detail(Schema):
         413: Detail,
         422: Errors,
         429: Detail,
+        503: Detail,
     },
     summary="Accept an email",
     tags=["emails"],
@@ -229,6 +235,16 @@ def refuse_over_limit(request: HttpRequest, error: services.OverLimit) -> HttpRe
     detail = "Too many recipients within an hour."
     response = api.create_response(request, {"detail": detail}, status=429)
     response.headers["Retry-After"] = str(OVER_LIMIT_SECONDS)
+    return response
+
+
+@api.exception_handler(OperationalError)
+@api.exception_handler(InterfaceError)
+def say_unavailable(request: HttpRequest, error: Exception) -> HttpResponse:
+    logger.error("the database doesn't answer: %s", type(error).__name__)
+    detail = "The database doesn't answer. Nothing was accepted, or try again with the same key."
+    response = api.create_response(request, {"detail": detail}, status=503)
+    response.headers["Retry-After"] = "5"
     return response
 
 

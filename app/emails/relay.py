@@ -153,11 +153,13 @@ class Relay:
             self._listening = connection.connection
         deadline = time.monotonic() + seconds
         while not self._stopping.is_set() and (left := deadline - time.monotonic()) > 0:
-            if any(self._listening.notifies(timeout=min(left, 0.5), stop_after=1)):
-                self._stopping.wait(SETTLE_SECONDS)
-                for _ in self._listening.notifies(timeout=0):
-                    pass
-                return
+            # The driver's own connection raises the driver's own errors.
+            with connection.wrap_database_errors:
+                told = list(self._listening.notifies(timeout=min(left, 0.5), stop_after=1))
+                if told:
+                    self._stopping.wait(SETTLE_SECONDS)
+                    list(self._listening.notifies(timeout=0))
+                    return
 
     def _publish(self, publisher: Publisher) -> None:
         pause = 0.5

@@ -2,7 +2,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
-from django.db import connection
+from django.db import InterfaceError, OperationalError, connection
 from django.utils import timezone
 
 from emails.models import Allowance, ApiKey, Delivery, Email, State
@@ -353,6 +353,17 @@ def test_replays_what_is_dead_and_nothing_else(client, get, post, accept):
     )
     response = client.post(f"/api/emails/{email.pk}/replay", headers=headers)
     assert response.json() == {"replayed": 0}
+
+
+@pytest.mark.parametrize("error", [OperationalError, InterfaceError])
+def test_a_database_that_is_away_is_told_from_a_fault(post, monkeypatch, error):
+    def fail(*_):
+        raise error("server closed the connection")
+
+    monkeypatch.setattr(ApiKey, "authenticate", fail)
+    answer = post(GOOD)
+    assert answer.status_code == 503
+    assert answer.headers["Retry-After"] == "5"
 
 
 def test_an_accepted_email_needs_no_broker(post, monkeypatch):

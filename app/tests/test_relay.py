@@ -191,6 +191,28 @@ def test_an_email_wakes_the_relay(accept, published, settings):
     assert not thread.is_alive()
 
 
+@pytest.mark.skipif(connection.vendor == "sqlite", reason="it has no connection to lose")
+@pytest.mark.django_db(transaction=True)
+def test_a_relay_outlives_its_connections_to_the_database(accept, published, settings):
+    relay = Relay()
+    thread = threading.Thread(target=relay.run)
+    thread.start()
+    try:
+        eventually(lambda: relay._listening is not None)
+        with connection.cursor() as cursor:
+            cursor.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            )
+        delivery = accept().deliveries.get()
+        eventually(lambda: published == [delivery.pk])
+    finally:
+        relay.stop()
+        thread.join(timeout=10)
+        connection.close()
+    assert not thread.is_alive()
+
+
 def eventually(check):
     deadline = time.monotonic() + 10
     while not check():
