@@ -43,6 +43,8 @@ def in_app_environment() -> None:
         sys.exit("app/.venv is missing: make test-app-fast makes it")
     if Path(sys.prefix) != APP / ".venv":
         os.execv(BIN / "python", [str(BIN / "python"), *sys.argv])  # noqa: S606 - the same script
+    # So that what was started is ended, however the script is.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
 
 
 def say(text: str) -> None:
@@ -182,10 +184,10 @@ class Client:
             self.connection.request("POST", path, json.dumps(body), headers)
             response = self.connection.getresponse()
             text = response.read()
-        except (OSError, http.client.HTTPException):
+        except (OSError, http.client.HTTPException) as error:
             self.connection.close()
             self.connection = None
-            raise
+            raise ConnectionError(str(error)) from error
         is_json = response.headers.get_content_type() == "application/json"
         return response.status, json.loads(text) if is_json else {}
 
