@@ -29,7 +29,7 @@ AUTHORITIES = "etc/apt/testbed-ca.pem"
 
 NPM = ("npm", "ci", "--omit=dev", "--ignore-scripts", "--no-audit", "--no-fund")
 
-DEBIAN_SUITES = {"debian13": "trixie"}
+DEBIAN_SUITES = {"debian13": "trixie", "debian-testing": "testing"}
 
 
 @dataclass(frozen=True)
