@@ -13,7 +13,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export MOLECULE_COMMAND_BORDERS := 0
 
 # The longest first, so that the last ones end together.
-SCENARIOS := site celery django flower rabbitmq postgresql firewall services erlang ca_certificates
+SCENARIOS := site rabbitmq rabbitmq43 celery django flower postgresql firewall services erlang ca_certificates
 # Scenarios that run at a time; each waits for its hosts more than it computes.
 JOBS ?= 2
 
