@@ -32,9 +32,9 @@ def api(url, variables):
 def connect(published, variables):
     connections = []
 
-    def connection():
-        password = variables["secret_rabbitmq_app_password"]
-        found = amqp.Connection(f"127.0.0.1:{published(5672)}", "mailroom", password, virtual_host="mailroom", connect_timeout=10)
+    def connection(user="mailroom", secret="app"):
+        password = variables[f"secret_rabbitmq_{secret}_password"]
+        found = amqp.Connection(f"127.0.0.1:{published(5672)}", user, password, virtual_host="mailroom", connect_timeout=10)
         found.connect()
         connections.append(found)
         return found
@@ -81,7 +81,8 @@ def test_denied_features_are_denied(connect, host):
 
 def test_prefetch_for_a_whole_channel_is_taken_for_that_of_each_consumer(connect):
     """What the denied global_qos comes to: two consumers of one channel get a message each, not one between them."""
-    channel = connect().channel()
+    # The application's user may not publish to the default exchange.
+    channel = connect("admin", "administrator").channel()
     channel.queue_declare("mail.qos", durable=True, auto_delete=False, arguments={"x-queue-type": "classic"})
     channel.basic_qos(0, 1, True)
     received = []
