@@ -109,7 +109,9 @@ def parse(directory: Path, listing: dict) -> Inventory:
         ports = _ports(name, "testbed_ports", variables.get("testbed_ports") or {})
         if 22 in ports:
             raise TestbedError(f"{name}: testbed_ports: SSH (22) is always published; leave it out")
-        hosts.append(Host(name, platform, {22: 0, **ports}, variables.get("testbed_image") or os.environ.get("TESTBED_IMAGE")))
+        # The one of the environment is of the usual platform.
+        usual = os.environ.get("TESTBED_IMAGE") if platform == MAIL_PLATFORM else None
+        hosts.append(Host(name, platform, {22: 0, **ports}, variables.get("testbed_image") or usual))
         if variables.get("testbed_mail_catcher") is True:
             wanted = _ports(name, "testbed_mail_ports", variables.get("testbed_mail_ports") or {})
             catchers.add(tuple(sorted(wanted.items())))

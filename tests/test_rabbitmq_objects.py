@@ -534,15 +534,18 @@ def test_guest_goes(api, run):
     assert not run(api.url)["changed"]
 
 
-def test_a_purge_keeps_a_virtual_host_with_something_in_it_unless_it_is_named(api, run):
+def test_a_purge_keeps_a_virtual_host_with_something_in_it_unless_it_is_named(api, run, monkeypatch):
+    warned = []
+    # How Ansible hands on a warning depends on what else of it was loaded by then.
+    monkeypatch.setattr(objects.AnsibleModule, "warn", lambda _, text: warned.append(text))
     api.definitions["vhosts"] += [{"name": name} for name in ("a/b", "empty", "in use", "app")]
     api.queues["a/b"] = [{"name": "q", "messages": 3}]
     api.connections["in use"] = [{}]
     wanted = {"vhosts": [{"name": "app", "default_queue_type": "quorum"}], "purge": True}
     checked = run(api.url, check=True, **wanted)
     assert checked["removed"] == ["vhost empty"]
-    # Ansible gives the same warning once a process.
-    assert "rabbitmq_purge_vhosts with its name would remove it" in str(checked["warnings"])
+    assert len(warned) == 2
+    assert "rabbitmq_purge_vhosts with its name would remove it" in warned[0]
     first = run(api.url, **wanted)
     assert first["removed"] == ["vhost empty"]
     assert first["kept"] == [
