@@ -32,8 +32,8 @@ def api(url, variables):
 def connect(published, variables):
     connections = []
 
-    def connection(user="mailroom", secret="app"):
-        password = variables[f"secret_rabbitmq_{secret}_password"]
+    def connection(user="mailroom", of="app"):
+        password = variables[f"secret_rabbitmq_{of}_password"]
         found = amqp.Connection(f"127.0.0.1:{published(5672)}", user, password, virtual_host="mailroom", connect_timeout=10)
         found.connect()
         connections.append(found)
