@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import requests
 
+PROJECT = Path(__file__).resolve().parents[1]
 UNITS = "--unit='rabbitmq-server*' --unit='mailroom*' --unit='example*'"
 
 
@@ -26,6 +32,47 @@ def published(variables):
 def url(published):
     """Gives for a port of the host the base URL on this machine."""
     return lambda port: f"http://127.0.0.1:{published(port)}"
+
+
+@pytest.fixture(scope="session")
+def inventory(request):
+    """The scenario's inventory; scenarios may share their tests."""
+    return Path(request.config.getoption("ansible_inventory")).resolve()
+
+
+@pytest.fixture
+def reboot(inventory, host):
+    """Reboots the host; returns when it answers again."""
+
+    def restart():
+        words = ["restart", "--inventory", inventory, host.backend.get_hostname()]
+        subprocess.run([sys.executable, "-m", "testbed", *words], cwd=PROJECT, check=True, capture_output=True)
+
+    return restart
+
+
+@pytest.fixture(scope="module")
+def run_playbook(inventory, host):
+    """Runs a playbook on the scenario's host, with further variables; gives the finished process."""
+
+    def run(playbook, *arguments, **variables):
+        words = [playbook, "--limit", host.backend.get_hostname(), "--extra-vars", json.dumps(variables), *arguments]
+        return subprocess.run(
+            [Path(sys.executable).parent / "ansible-playbook", "-i", inventory, *words],
+            cwd=PROJECT,
+            env={**os.environ, "ANSIBLE_CONFIG": str(PROJECT / "ansible.cfg"), "ANSIBLE_FORCE_COLOR": "false"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def is_el(host):
+    """Whether the host is of the Red Hat family."""
+    return host.exists("dnf")
 
 
 @pytest.fixture

@@ -11,11 +11,11 @@ import json
 import shutil
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from testbed import machine
-from testbed.inventory import MAIL, MAIL_PLATFORM, PLATFORMS, Host
+from testbed.inventory import MAIL, PLATFORMS, Host
 from testbed.machine import TestbedError, podman
 from testbed.progress import run_long, say
 
@@ -26,6 +26,9 @@ RECIPE = 2
 SOURCES = "etc/apt/sources.list.d/debian.sources"
 SETTINGS = "etc/apt/apt.conf.d/90testbed"
 AUTHORITIES = "etc/apt/testbed-ca.pem"
+
+# Where a stand-in keeps the variables that its inventory needs, and the files they speak of.
+STAND_IN_FILES = "/etc/testbed"
 
 NPM = ("npm", "ci", "--omit=dev", "--ignore-scripts", "--no-audit", "--no-fund")
 
@@ -47,8 +50,14 @@ class Image:
 
     @property
     def root(self) -> str:
-        """The platform whose bare root the image stands on: its own, but for the mail catcher."""
-        return MAIL_PLATFORM if self.platform == MAIL else self.platform
+        """The platform whose bare root the image stands on: its own, unless its folder names another."""
+        named = self.folder / "root"
+        return named.read_text().strip() if named.exists() else self.platform
+
+    @property
+    def stands_in(self) -> bool:
+        """Tell whether the image makes of another platform's root a host that is not the real one."""
+        return not self.published and (self.folder / "stand-in").is_dir()
 
     @property
     def packages(self) -> list[str]:
@@ -79,8 +88,10 @@ def _reference(name: str, digest: hashlib._Hash) -> str:
 
 def image_of(host: Host) -> Image:
     """Return the image that `host` runs, whether it is there yet or not."""
-    suite = DEBIAN_SUITES.get(MAIL_PLATFORM if host.platform == MAIL else host.platform)
-    return Image(host.platform, host.base_image, _apt_files(suite) if suite else ())
+    image = Image(host.platform, host.base_image)
+    # A published image of what is no Debian has nothing to do with the machine's mirrors.
+    suite = None if host.base_image and (image.folder / "stand-in").is_dir() else DEBIAN_SUITES.get(image.root)
+    return replace(image, added=_apt_files(suite) if suite else ())
 
 
 def ensure(images: set[Image]) -> None:

@@ -31,6 +31,11 @@ class Container:
     running: bool
     published: dict[int, int]  # port in the host: port on the machine's loopback
 
+    @property
+    def platform(self) -> str:
+        """What the host was made as, whatever its inventory says by now."""
+        return str(self.definition["image"]).rpartition("/")[2].partition(":")[0]
+
 
 def containers() -> list[Container]:
     """Return all containers of the testbed on this machine, of whichever clone."""

@@ -31,8 +31,20 @@ def host_variables(container: Container) -> dict[str, object]:
         "ansible_ssh_private_key_file": str(ssh.private_key(container.stack)),
         "ansible_ssh_common_args": ssh.common_arguments(container.stack),
         "testbed_address": container.host,
+        "testbed_platform": container.platform,
         "testbed_published": _published(container),
+        **_said_by_the_host(container),
     }
+
+
+def _said_by_the_host(container: Container) -> dict[str, object]:
+    """Return what a stand-in says of its local repositories, and where files that it speaks of are."""
+    files = ssh.host_files(container.stack, container.host)
+    try:
+        said = yaml.safe_load((files / "variables.yml").read_text())
+    except FileNotFoundError:
+        return {}
+    return {"testbed_files": str(files), **said}
 
 
 def group_variables(mail: Container | None) -> dict[str, object]:

@@ -16,7 +16,7 @@ from testbed.machine import TestbedError
 CLONE = Path(__file__).resolve().parents[1]
 PLATFORMS = Path(__file__).resolve().parent / "images"
 MAIL = "mail"  # the mail catcher's name on the network, and the folder of its image
-MAIL_PLATFORM = "debian13"  # what its image is built upon
+MAIL_PLATFORM = "debian13"  # whose published image it starts from, where hosts do
 MAIL_SMTP_PORT = 1025
 MAIL_WEB_PORT = 1080
 MAIL_PORTS = {MAIL_WEB_PORT: 0}  # hosts need no published port for SMTP
@@ -97,9 +97,9 @@ def parse(directory: Path, listing: dict) -> Inventory:
     hosts = []
     catchers = set()
     for name, variables in sorted(listing.get("_meta", {}).get("hostvars", {}).items()):
-        platform = variables.get("testbed_platform")
-        if platform is None:
+        if variables.get("testbed_platform") is None:
             continue
+        platform = os.environ.get("TESTBED_PLATFORM") or variables["testbed_platform"]
         if not HOST_NAME.fullmatch(name):
             raise TestbedError(
                 f"{name}: a testbed host is reached by its name, so only lower-case letters, digits, '-' and '.' are possible in it"
@@ -109,9 +109,8 @@ def parse(directory: Path, listing: dict) -> Inventory:
         ports = _ports(name, "testbed_ports", variables.get("testbed_ports") or {})
         if 22 in ports:
             raise TestbedError(f"{name}: testbed_ports: SSH (22) is always published; leave it out")
-        # The one of the environment is of the usual platform.
-        usual = os.environ.get("TESTBED_IMAGE") if platform == MAIL_PLATFORM else None
-        hosts.append(Host(name, platform, {22: 0, **ports}, variables.get("testbed_image") or usual))
+        image = variables.get("testbed_image") or os.environ.get(f"TESTBED_IMAGE_{platform.upper().replace('-', '_')}")
+        hosts.append(Host(name, platform, {22: 0, **ports}, image))
         if variables.get("testbed_mail_catcher") is True:
             wanted = _ports(name, "testbed_mail_ports", variables.get("testbed_mail_ports") or {})
             catchers.add(tuple(sorted(wanted.items())))

@@ -32,6 +32,11 @@ def directory(stack: str) -> Path:
     return path
 
 
+def host_files(stack: str, host: str) -> Path:
+    """Return where the files lie that a stand-in host gives to its inventory; only such a host has the directory."""
+    return directory(stack) / "hosts" / host
+
+
 def private_key(stack: str) -> Path:
     """Return the private key (mode 0600) that opens all hosts of a stack, making it if needed."""
     path = directory(stack) / "id_ed25519"

@@ -151,6 +151,11 @@ def _create(inventory: Inventory, host: Host) -> None:
     say(host.name, "created")
     container = _inspect(name)
     _introduce(container)
+    files = ssh.host_files(stack, host.name)
+    shutil.rmtree(files, ignore_errors=True)
+    if build.image_of(host).stands_in:
+        files.mkdir(parents=True)
+        podman("cp", f"{name}:{build.STAND_IN_FILES}/.", str(files))
     if not _wait(container, BOOT):
         log = podman("logs", "--tail", "15", name, check=False)
         raise TestbedError(f"{host.name}: does not answer within {BOOT} s\n{log.stdout}{log.stderr}")

@@ -45,7 +45,10 @@ REFUSED = {
     # By Ansible, from argument_specs.
     "rabbitmq specs": [
         ({"rabbitmq_open_files": "many"}, "'rabbitmq_open_files' is of type str and we were unable to convert to int: \"'many'\""),
-        ({"rabbitmq_source": "snap"}, "value of rabbitmq_source must be one of: distribution, team_rabbitmq, got: snap"),
+        (
+            {"rabbitmq_source": "snap"},
+            "value of rabbitmq_source must be one of: automatic, distribution, team_rabbitmq, folder, got: snap",
+        ),
         (
             {"rabbitmq_policies": [{**POLICY, "apply_to": "queue"}]},
             "value of apply_to must be one of: all, queues, classic_queues, quorum_queues, streams, exchanges, got: queue found in "
@@ -175,7 +178,26 @@ REFUSED = {
             "postgresql_clients name the database mailroom, which postgresql_databases does not list.",
         ),
     ],
+    "rabbitmq platform": [
+        ({"host_platform": "el8"}, "host_platform is 'el8'; wiring_versions knows debian13, ubuntu2404, el9, el10. Elsewhere set"),
+    ],
+    "rabbitmq sources": [
+        (
+            {"rabbitmq_folder": "/nowhere", "rabbitmq_source": "folder"},
+            "rabbitmq_folder is '/nowhere', where the controller has no RPM.",
+        ),
+        (
+            {"rabbitmq_repository_keys": [{"key": "k.asc", "fingerprint": "9F4587F226208342"}]},
+            "rabbitmq_repository_keys has the fingerprint 9F4587F226208342; allowed are 40 hexadecimal digits, as the key's owner "
+            "publishes them. A key ID is too short to tell keys apart.",
+        ),
+    ],
     "erlang": [
+        ({"erlang_source": "folder"}, "erlang_folder is '', where the controller has no RPM."),
+        (
+            {"erlang_repository_keys": [{"key": "k.asc", "fingerprint": "6B73A36E6026DFCA"}]},
+            "erlang_repository_keys has the fingerprint 6B73A36E6026DFCA; allowed are 40 hexadecimal digits,",
+        ),
         ({"erlang_version": "OTP-27"}, "erlang_version is 'OTP-27'; allowed is a version or its beginning, such as 27 or 27.3."),
     ],
     "django": [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from types import SimpleNamespace
 
 import pytest
 from ansible.module_utils.testing import patch_module_args
@@ -157,6 +158,13 @@ def test_newest_looks_at_links_and_not_behind_them(tmp_path):
     os.utime(link, (1000, 1000), follow_symlinks=False)
     assert units.newest([str(link), str(tmp_path / "missing")]) == 1000
     assert units.newest([]) == 0
+
+
+def test_a_packages_file_counts_from_when_it_was_put_in_its_place(monkeypatch):
+    """rpm gives it the time at which it was built, which may be years before."""
+    monkeypatch.setattr(units.os, "lstat", lambda path: SimpleNamespace(st_mtime=1000, st_ctime=2000))
+    assert units.newest(["/usr/bin/erl"]) == 2000
+    assert units.newest(["/etc/rabbitmq/rabbitmq.conf"]) == 1000
 
 
 @pytest.mark.parametrize("stamp", ["ExecMainStartTimestampMonotonic", "ActiveEnterTimestampMonotonic"])

@@ -79,10 +79,8 @@ def rendered(tmp_path_factory):
     (folder / "templates").symlink_to(ROOT / "roles/services/templates")
     (folder / "files").symlink_to(ROOT / "roles/flower/files")
     files = [ROOT / f"roles/{role}/vars/main{name}.yml" for role, name in (("services", ""), ("django", ""), ("celery", "/main"))]
-    files += [
-        ROOT / "roles/flower/vars/main.yml",
-        *(ROOT / "roles/rabbitmq/vars" / name for name in ("Debian.yml", "main/checklist.yml")),
-    ]
+    files += [ROOT / f"roles/flower/vars/{name}.yml" for name in ("main", "Debian")]
+    files += [ROOT / f"roles/rabbitmq/vars/{name}.yml" for name in ("Debian", "main/checklist")]
     tasks = [{"debug": {"msg": "{{ __services_units }}"}, "vars": services_of(role)} for role in ROLES[1:]]
     tasks += [{"debug": {"msg": f"{{{{ lookup('template', '{ROOT}/roles/{source}') }}}}"}} for source in TEMPLATES.values()]
     play = {"hosts": "all", "gather_facts": False, "vars_files": [str(file) for file in files], "tasks": [FACTS, *tasks]}

@@ -31,7 +31,7 @@ def container(host: str = "node1", **changes) -> containers.Container:
         "stack": "tb-x-sandbox",
         "clone": Path("/clone"),
         "inventory": DIRECTORY,
-        "definition": {},
+        "definition": {"image": "localhost/testbed/debian13:0123456789ab"},
         "running": True,
         "published": {22: 40022, 8000: 8000},
     }
@@ -199,6 +199,32 @@ def test_images_do_not_depend_on_who_runs_them():
     assert first.reference == second.reference
 
 
+def test_a_stand_in_is_made_of_another_platforms_root():
+    debian, el9 = (build.image_of(Host("a", platform, {22: 0})) for platform in ("debian13", "el9"))
+    assert (debian.stands_in, el9.stands_in) == (False, True)
+    assert el9.base == debian.base
+    assert el9.reference != debian.reference
+
+
+def test_a_published_image_is_no_stand_in():
+    published = build.image_of(Host("a", "el9", {22: 0}, "example.org/rocky:9"))
+    assert not published.stands_in
+    assert published.base == "example.org/rocky:9"
+    # The machine's mirrors are Debian's.
+    assert published.added == ()
+
+
+def test_the_environment_names_images_and_a_platform(monkeypatch):
+    hosts = listing(a={"testbed_platform": "debian13"}, b={"testbed_platform": "el9"}, localhost={})
+    monkeypatch.setenv("TESTBED_IMAGE_EL9", "example.org/rocky:9")
+    assert [(host.platform, host.base_image) for host in parse(DIRECTORY, hosts).hosts] == [
+        ("debian13", None),
+        ("el9", "example.org/rocky:9"),
+    ]
+    monkeypatch.setenv("TESTBED_PLATFORM", "debian13")
+    assert [host.platform for host in parse(DIRECTORY, hosts).hosts] == ["debian13", "debian13"]
+
+
 def test_podmans_merged_port_ranges_are_taken_apart():
     labels = {"host": "a", "stack": "s", "clone": "/c", "inventory": "/i", "definition": "{}"}
     entry = {
@@ -259,6 +285,17 @@ def test_variables_are_literal_and_private(tmp_path, monkeypatch):
     assert generated.write(tmp_path, hosts) == []
     generated.remove(tmp_path)
     assert list(tmp_path.glob("*_vars")) == []
+
+
+def test_a_stand_in_says_where_its_repositories_are(tmp_path):
+    files = ssh.host_files("tb-x-sandbox", "node1")
+    files.mkdir(parents=True)
+    (files / "variables.yml").write_text("erlang_repository_urls: [file:///srv]\n")
+    generated.write(tmp_path, [container()])
+    text = (tmp_path / "host_vars/node1/testbed.yml").read_text()
+    assert "file:///srv" in text
+    assert f"testbed_files: {files}" in text
+    assert "testbed_platform: debian13" in text
 
 
 def test_other_variables_stay_when_the_generated_ones_go(tmp_path):

@@ -5,6 +5,7 @@ They are made once for each clone, below Molecule's folder of temporary files, a
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import ipaddress
@@ -56,13 +57,14 @@ def certificate(name, key, issuer, issuer_key, *, authority):
 def main():
     clone = hashlib.sha256(str(Path(__file__).resolve()).encode()).hexdigest()[:8]
     folder = Path(tempfile.gettempdir()) / f"authorities-{clone}"
-    if not (folder / "complete").exists():
-        folder.mkdir(mode=0o700, exist_ok=True)
+    if not folder.exists():
+        # Ansible asks once a host, at the same time: the first one that is ready counts.
+        draft = Path(tempfile.mkdtemp(prefix=f"{folder.name}-"))
         for name in NAMES:
             key, server_key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
             authority = f"Test authority {name}"
-            (folder / f"{name}.crt").write_bytes(certificate(authority, key, authority, key, authority=True))
-            (folder / f"{name}-server.pem").write_bytes(
+            (draft / f"{name}.crt").write_bytes(certificate(authority, key, authority, key, authority=True))
+            (draft / f"{name}-server.pem").write_bytes(
                 server_key.private_bytes(
                     serialization.Encoding.PEM,
                     serialization.PrivateFormat.PKCS8,
@@ -70,7 +72,8 @@ def main():
                 )
                 + certificate("127.0.0.1", server_key, authority, key, authority=False)
             )
-        (folder / "complete").touch()
+        with contextlib.suppress(OSError):
+            draft.rename(folder)
     print(folder, end="")
 
 

@@ -112,5 +112,5 @@ def test_code_is_read_only_for_the_service(host):
 
 def test_management_commands_run_as_the_application(host):
     with host.sudo():
-        assert host.check_output("mailroom-manage shell -c 'import os; print(os.geteuid())' | tail -1") != "0"
-        assert "[ ]" not in host.check_output("mailroom-manage showmigrations")
+        assert host.check_output("/usr/local/bin/mailroom-manage shell -c 'import os; print(os.geteuid())' | tail -1") != "0"
+        assert "[ ]" not in host.check_output("/usr/local/bin/mailroom-manage showmigrations")

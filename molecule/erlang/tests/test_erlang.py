@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 
 def erl(host, expression):
     return host.check_output(f"erl -noshell -eval 'io:format(\"~p\", [{expression}]), halt().'")
@@ -25,9 +27,116 @@ def test_just_in_time_compiler_is_in(host):
     assert erl(host, "erlang:system_info(emu_flavor)") == "jit"
 
 
-def test_another_version_is_not_taken(host):
-    """What apt would do: the pin outranks whatever else a repository offers."""
+def test_another_version_is_not_taken(host, is_el):
+    """What the package manager would do: the pin outranks whatever else a repository offers."""
+    if is_el:
+        with host.sudo():
+            offered = host.check_output("dnf --quiet repoquery --queryformat '%{version}\n' erlang").split()
+        assert offered and all(version.startswith("27.") for version in offered)
+        return
     policy = host.check_output("apt-cache policy erlang-base")
     candidate = next(line for line in policy.splitlines() if "Candidate:" in line)
     assert candidate.split(":", 1)[1].strip().startswith("1:27.")
     assert " 1001" in policy
+
+
+# What is refused: on the stand-in of an EL host, whose local repositories have bad ones among them.
+
+
+@pytest.fixture(scope="module")
+def stand_in(variables):
+    if "testbed_bad_repositories" not in variables:
+        pytest.skip("There are bad repositories on the stand-in of an EL host alone.")
+    return variables
+
+
+@pytest.fixture(scope="module")
+def install(host, stand_in, run_playbook):
+    """Runs the role on a host that has neither Erlang nor its key; gives what Ansible said. Ends with an Erlang that works."""
+    team = stand_in["erlang_repository_keys"][0]["fingerprint"]
+
+    def run(**variables):
+        with host.sudo():
+            # Nothing is there to remove after the first refusal. `dnf clean all` would leave the key that signs metadata.
+            host.run(f"rpm --erase --nodeps erlang; rpm --erase gpg-pubkey-{team[-8:].lower()}")
+            host.check_output("rm -rf /var/cache/dnf /var/cache/ansible-erlang")
+        return run_playbook("molecule/erlang/converge.yml", **variables)
+
+    yield run
+    done = run()
+    assert done.returncode == 0, done.stdout
+    assert host.package("erlang").is_installed
+
+
+@pytest.fixture
+def refused(host, install):
+    """Runs the role, which has to fail and to leave nothing installed; gives what Ansible said."""
+
+    def run(**variables):
+        done = install(**variables)
+        assert done.returncode == 2, done.stdout
+        assert not host.package("erlang").is_installed
+        return " ".join(done.stdout.split())
+
+    return run
+
+
+@pytest.fixture
+def folder(host, stand_in, tmp_path):
+    """Gives a folder of this machine with the package of one of the bad repositories."""
+
+    def fetch(kind):
+        with host.sudo():
+            (path,) = host.check_output(
+                f"ls {stand_in['testbed_bad_repositories'].removeprefix('file://')}/{kind}/*/el/9/*/*.rpm"
+            ).split()
+            (tmp_path / "erlang.rpm").write_bytes(host.file(path).content)
+        return str(tmp_path)
+
+    return fetch
+
+
+def test_package_that_was_tampered_with_is_refused(refused, stand_in):
+    said = refused(erlang_repository_urls=[f"{stand_in['testbed_bad_repositories']}/tampered/erlang"])
+    assert "erlang-27.9-1" in said
+    assert "A package or metadata that is unsigned, altered, or signed by another key" in said
+
+
+def test_package_that_a_stranger_signed_is_refused(refused, stand_in):
+    """In metadata that the right key signed."""
+    said = refused(erlang_repository_urls=[f"{stand_in['testbed_bad_repositories']}/foreign/erlang"])
+    assert "Failed to validate GPG signature for erlang-27.9-1" in said
+
+
+def test_repository_without_a_signature_is_refused(refused, stand_in):
+    said = refused(erlang_repository_urls=[f"{stand_in['testbed_bad_repositories']}/unsigned/erlang"])
+    assert "repomd.xml.asc" in said
+    assert "Erlang was not installed from file:///srv/repositories/bad/unsigned/erlang" in said
+
+
+def test_repository_that_is_signed_by_another_key_is_refused(refused, stand_in):
+    stranger = {"key": f"{stand_in['testbed_files']}/stranger.asc", "fingerprint": stand_in["testbed_stranger"]["fingerprint"]}
+    said = refused(erlang_repository_keys=[stranger])
+    assert "GPG signature verification error" in said
+    assert "If the mirror has moved to another key, put it there" in said
+
+
+def test_key_with_another_fingerprint_never_reaches_the_host(host, refused, stand_in):
+    key = {"key": f"{stand_in['testbed_files']}/stranger.asc", "fingerprint": "A16A42516F6A691BC1FF5621E495BB49CC4BBE5B"}
+    said = refused(erlang_repository_keys=[key])
+    assert "not A16A42516F6A691BC1FF5621E495BB49CC4BBE5B as is written there. Nothing was added to the host." in said
+    assert not host.file("/etc/pki/rpm-gpg/RPM-GPG-KEY-A16A42516F6A691BC1FF5621E495BB49CC4BBE5B").exists
+
+
+def test_signed_rpm_of_a_folder_is_installed(host, install, folder):
+    """The one of the repository without a signature: it is its metadata that nobody signed."""
+    done = install(erlang_source="folder", erlang_folder=folder("unsigned"))
+    assert done.returncode == 0, done.stdout
+    assert host.package("erlang").version == "27.9"
+
+
+def test_rpm_of_a_folder_that_was_tampered_with_is_refused(refused, folder):
+    path = folder("tampered")
+    said = refused(erlang_source="folder", erlang_folder=path)
+    assert "NOT OK" in said
+    assert f"Erlang was not installed from {path}" in said

@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import requests
-
-SCENARIO = Path(__file__).resolve().parents[1]
 
 
 def reachable(url, port):
@@ -36,15 +30,10 @@ def test_port_is_closed_to_all_others(url, port):
     assert not reachable(url, port)
 
 
-def test_rules_hold_after_a_reboot(host, url, eventually):
+def test_rules_hold_after_a_reboot(host, url, reboot, eventually):
     with host.sudo():
         assert host.service("firewalld").is_enabled
-    subprocess.run(
-        [sys.executable, "-m", "testbed", "restart", "--inventory", SCENARIO / "inventory", "host1"],
-        cwd=SCENARIO.parents[1],
-        check=True,
-        capture_output=True,
-    )
+    reboot()
     eventually(lambda: host.service("firewalld").is_running)
     eventually(lambda: reachable(url, 7001))
     assert not reachable(url, 7002)

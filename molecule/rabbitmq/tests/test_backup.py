@@ -53,12 +53,12 @@ def api(url, variables):
 
 
 @pytest.fixture
-def play(tmp_path):
+def play(tmp_path, variables):
     def run(playbook, *arguments):
         done = subprocess.run(
             [
                 Path(sys.executable).parent / "ansible-playbook", "-i", ROOT / "molecule/rabbitmq/inventory", playbook,
-                "--diff", "--extra-vars", f"backup_directory={tmp_path}", *arguments,
+                "--limit", variables["inventory_hostname"], "--diff", "--extra-vars", f"backup_directory={tmp_path}", *arguments,
             ],
             cwd=ROOT,
             env={**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg")},
@@ -82,7 +82,9 @@ def comparable(definitions):
     }
 
 
-def test_backup_is_restored_onto_a_bare_host(api, play, host, tmp_path):
+def test_backup_is_restored_onto_a_bare_host(api, play, host, variables, tmp_path):
+    if variables["testbed_platform"] != "debian13":
+        pytest.skip("How the package goes is Debian's; the playbooks know no platform.")
     api("PUT", "users/keeper", json={"password": "Secret-of-the-keeper", "tags": "management"})
     api("POST", "definitions", json=BY_HAND)
     before = comparable(api("GET", "definitions"))

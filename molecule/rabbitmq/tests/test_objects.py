@@ -59,12 +59,12 @@ LISTS = ("rabbitmq_vhosts", "rabbitmq_users", "rabbitmq_policies")
 @pytest.fixture(scope="module")
 def own(host):
     """What the scenario's converge has put into the broker."""
-    names = ", ".join(f"'{name}': {name}" for name in LISTS)
+    names = ", ".join(f"'{key}': {key}" for key in LISTS)
     return host.ansible("debug", f"msg={{{{ {{{names}}} }}}}", check=False)["msg"]
 
 
 @pytest.fixture
-def role(tmp_path, own, api):
+def role(tmp_path, own, api, variables):
     """Runs the role's objects with what the scenario has and more; gives the module's answer. Ends as the scenario was."""
     task = {
         "include_role": {"name": "rabbitmq", "tasks_from": "objects"},
@@ -72,10 +72,20 @@ def role(tmp_path, own, api):
     }
     play = {"hosts": "broker", "become": True, "gather_facts": False, "tasks": [task]}
     (tmp_path / "play.json").write_text(json.dumps([play]))
+    name = variables["inventory_hostname"]
 
     def run(*words, **more):
-        (tmp_path / "extra.json").write_text(json.dumps({**more, **{name: own[name] + more.get(name, []) for name in LISTS}}))
-        command = [Path(sys.executable).with_name("ansible-playbook"), "-i", INVENTORY, "-e", f"@{tmp_path}/extra.json", "-vvv"]
+        (tmp_path / "extra.json").write_text(json.dumps({**more, **{key: own[key] + more.get(key, []) for key in LISTS}}))
+        command = [
+            Path(sys.executable).with_name("ansible-playbook"),
+            "-i",
+            INVENTORY,
+            "-e",
+            f"@{tmp_path}/extra.json",
+            "-l",
+            name,
+            "-vvv",
+        ]
         environment = {
             **os.environ,
             "ANSIBLE_STDOUT_CALLBACK": "ansible.posix.json",
@@ -87,7 +97,7 @@ def role(tmp_path, own, api):
         for secret in (CLERK["password"], "Hidden-uri", own["rabbitmq_users"][0]["password"]):
             assert secret not in done.stdout + done.stderr
         answer = json.JSONDecoder().raw_decode(done.stdout[done.stdout.index('{\n    "custom_stats"') :])[0]
-        return answer["plays"][0]["tasks"][-1]["hosts"]["broker1"]
+        return answer["plays"][0]["tasks"][-1]["hosts"][name]
 
     yield run
     for parameter in api("GET", "global-parameters"):

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 import uuid
-from pathlib import Path
 
 import pytest
 import requests
 
-SCENARIO = Path(__file__).resolve().parents[1]
-PROJECT = SCENARIO.parents[1]
 WORKERS = ["services : Units of mailroom/celery"]
 
 
@@ -51,18 +45,11 @@ def send(site, variables):
 
 
 @pytest.fixture(scope="module")
-def playbook():
+def playbook(run_playbook):
     """Runs site.yml on the scenario's inventory, as an operator does; gives what it changed, task by task."""
 
-    def run(*arguments):
-        done = subprocess.run(
-            [Path(sys.executable).parent / "ansible-playbook", "-i", SCENARIO / "inventory", "site.yml", *arguments],
-            cwd=PROJECT,
-            env={**os.environ, "ANSIBLE_CONFIG": str(PROJECT / "ansible.cfg"), "ANSIBLE_FORCE_COLOR": "false"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+    def run(*arguments, **variables):
+        done = run_playbook("site.yml", *arguments, **variables)
         assert done.returncode == 0, done.stdout + done.stderr
         changed = re.findall(r"^TASK \[([^\]]+)\] \**\n(?:(?!TASK|PLAY).*\n)*?changed: ", done.stdout, re.MULTILINE)
         assert len(changed) == int(re.search(r"changed=(\d+)", done.stdout).group(1)), done.stdout
@@ -128,13 +115,8 @@ def test_killed_worker_comes_back(send, inbox, systemctl, eventually):
     assert inbox().count(subject) == 2
 
 
-def test_all_is_up_again_after_a_reboot(send, inbox, systemctl, eventually):
-    subprocess.run(
-        [sys.executable, "-m", "testbed", "restart", "--inventory", SCENARIO / "inventory", "site1"],
-        cwd=PROJECT,
-        check=True,
-        capture_output=True,
-    )
+def test_all_is_up_again_after_a_reboot(send, inbox, systemctl, reboot, eventually):
+    reboot()
     subject, state = eventually(send, seconds=60)
     eventually(lambda: state() == "sent", seconds=90)
     assert inbox().count(subject) == 2
@@ -179,8 +161,8 @@ def test_restart_that_a_killed_run_forgot_is_made_up_for(host, playbook, systemc
 
 
 def test_worker_that_is_no_longer_listed_is_removed(playbook, systemctl):
-    kept = '{"celery_workers": [{"name": "mail", "queues": ["mail.v1", "maintenance.v1"], "time_limit": 120}]}'
-    assert playbook("--tags", "celery", "--extra-vars", kept) == WORKERS
+    kept = [{"name": "mail", "queues": ["mail.v1", "maintenance.v1"], "time_limit": 120}]
+    assert playbook("--tags", "celery", celery_workers=kept) == WORKERS
     assert "maintenance" not in systemctl("list-units --all --plain --no-legend 'mailroom-worker@*'")
     assert playbook("--tags", "celery") == WORKERS
     assert systemctl("is-active mailroom-worker@maintenance") == "active"

@@ -119,13 +119,18 @@ def started_at(properties):
 
 
 def newest(paths):
-    """The latest modification time of the paths that exist, links not followed; 0.0 where none does."""
+    """The latest modification time of the paths that exist, links not followed; 0.0 where none does.
+
+    What lies under /usr comes from packages, and rpm gives a file the time at which it was built: there the time counts at
+    which it was put in its place.
+    """
     times = [0.0]
     for path in paths:
         try:
-            times.append(os.lstat(path).st_mtime)
+            found = os.lstat(path)
         except FileNotFoundError:
             continue
+        times.append(found.st_ctime if path.startswith("/usr/") else found.st_mtime)
     return max(times)
 
 

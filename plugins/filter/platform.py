@@ -1,0 +1,33 @@
+"""The family of a host's platform, of which roles read their values and steps; a platform that they do not know is refused."""
+
+from __future__ import annotations
+
+from ansible.errors import AnsibleFilterError
+
+FAMILIES = {
+    "Debian": "Debian 13, Ubuntu 24.04 and 26.04",
+    "RedHat": "RHEL, Rocky Linux, AlmaLinux, CentOS Stream and Oracle Linux 9 and 10",
+}
+VERSIONS = {
+    "Debian": ("13",),
+    "Ubuntu": ("24.04", "26.04"),
+    **dict.fromkeys(("RedHat", "Rocky", "AlmaLinux", "CentOS", "OracleLinux"), ("9", "10")),
+}
+OLD_EL = "its dnf can be used by Python 3.6 alone, on which Ansible no longer runs"
+
+
+def platform_family(facts, *families):
+    """`Debian` or `RedHat`, from the facts of a host (subset `distribution`); a role that knows fewer families names them."""
+    families = families or tuple(FAMILIES)
+    name, family = facts["distribution"], facts["os_family"]
+    version = facts["distribution_version" if name == "Ubuntu" else "distribution_major_version"]
+    if version in VERSIONS.get(name, ()) and family in families:
+        return family
+    reason = f": {OLD_EL}" if family == "RedHat" and version == "8" else ""
+    known = ", ".join(FAMILIES[known] for known in families)
+    raise AnsibleFilterError(f"{name} {facts['distribution_version']} is not supported{reason}. Supported are {known}.")
+
+
+class FilterModule:
+    def filters(self):
+        return {"platform_family": platform_family}

@@ -1,0 +1,199 @@
+"""What each platform gets: sources, repositories, keys and Python, by the roles' own values, against what their owners publish."""
+
+from __future__ import annotations
+
+import configparser
+import json
+
+import pytest
+import yaml
+from ansible.errors import AnsibleFilterError
+from helpers import ROOT, load, playbook
+
+platform_family = load("plugins/filter/platform.py").platform_family
+
+
+def facts(distribution, version, family, release=""):
+    return {
+        "distribution": distribution,
+        "distribution_version": version,
+        "distribution_major_version": version.split(".")[0],
+        "distribution_release": release,
+        "os_family": family,
+    }
+
+
+HOSTS = {
+    "debian13": facts("Debian", "13.1", "Debian", "trixie"),
+    "ubuntu2404": facts("Ubuntu", "24.04", "Debian", "noble"),
+    "ubuntu2604": facts("Ubuntu", "26.04", "Debian", "resolute"),
+    "el9": facts("Rocky", "9.6", "RedHat"),
+    "el10": facts("AlmaLinux", "10.0", "RedHat"),
+}
+
+# RabbitMQ's pages "Installing on RPM-based Linux" and "Installing on Debian and Ubuntu"; fingerprints as gpg shows them.
+RELEASE_KEY = "0A9AF2115F4687BD29803A206B73A36E6026DFCA"
+ERLANG_KEY = "A16A42516F6A691BC1FF5621E495BB49CC4BBE5B"
+SIGNING_KEYS = "https://github.com/rabbitmq/signing-keys/releases/download/3.0/"
+EXPRESSIONS = (
+    "__erlang_source",
+    "__erlang_keys",
+    "__rabbitmq_source",
+    "__rabbitmq_keys",
+    "__django_python",
+    "__django_packages",
+    "__flower_packages",
+)
+
+
+@pytest.fixture(scope="module")
+def values(tmp_path_factory):
+    """For each host its values, and texts of its repositories: yum's files, apt's addresses."""
+    folder = tmp_path_factory.mktemp("platforms")
+    defaults = {}
+    for role in ("erlang", "rabbitmq", "django", "flower"):
+        defaults |= yaml.safe_load((ROOT / f"roles/{role}/defaults/main.yml").read_text())
+    hosts = {name: {"known": found, "rabbitmq_version": "4.2"} for name, found in HOSTS.items()}
+    (folder / "hosts.json").write_text(json.dumps({"all": {"hosts": hosts, "vars": defaults}}))
+    # As gathered facts, which the inventory can't give.
+    tasks = [{"set_fact": {name: f"{{{{ known.{name} }}}}" for name in HOSTS["el9"]} | {"cacheable": True}}]
+    for role in ("erlang", "rabbitmq", "django", "flower"):
+        tasks.append({"include_vars": f"{ROOT}/roles/{role}/vars/{{{{ ansible_facts | platform_family }}}}.yml"})
+    shown = {name: f"{{{{ {name} }}}}" for name in EXPRESSIONS}
+    tasks.append({"debug": {"msg": shown}})
+    for role, name in (("erlang", "rabbitmq-erlang"), ("rabbitmq", "rabbitmq-server")):
+        template = f"{{{{ lookup('template', '{ROOT}/roles/{role}/templates/{name}.repo.j2') }}}}"
+        tasks.append({"debug": {"msg": template}, "when": "ansible_facts['os_family'] == 'RedHat'"})
+        (task,) = [
+            task
+            for task in yaml.safe_load((ROOT / f"roles/{role}/tasks/repository-Debian.yml").read_text())
+            if "ansible.builtin.deb822_repository" in task
+        ]
+        addresses = {"debug": {"msg": task["ansible.builtin.deb822_repository"]["uris"]}, "vars": task["vars"]}
+        tasks.append({**addresses, "when": "ansible_facts['os_family'] == 'Debian'"})
+    play = {"hosts": "all", "gather_facts": False, "tasks": tasks}
+    (folder / "play.json").write_text(json.dumps([play]))
+    code, answer, output = playbook("-i", folder, folder / "play.json")
+    assert code == 0, output
+    found = {}
+    for name in HOSTS:
+        said = [task["hosts"][name]["msg"] for task in answer["plays"][0]["tasks"] if "msg" in task["hosts"].get(name, {})]
+        found[name] = {**said[0], "repositories": [text for text in said[1:] if text != "Conditional result was False"]}
+    return found
+
+
+def yum(values, host):
+    """The sections of a host's repository files, by name."""
+    parsed = configparser.ConfigParser(interpolation=None)
+    for text in values[host]["repositories"]:
+        parsed.read_string(text)
+    return {name: dict(parsed[name]) for name in parsed.sections()}
+
+
+@pytest.mark.parametrize("host", ["el9", "el10"])
+def test_yums_sections_are_those_that_team_rabbitmq_publishes(values, host):
+    """el/9 serves EL 10: there is no el/10."""
+    found = yum(values, host)
+    assert {name: section["baseurl"].split() for name, section in found.items()} == {
+        "modern-erlang": [f"https://yum{n}.rabbitmq.com/erlang/el/9/$basearch" for n in (1, 2)],
+        "modern-erlang-noarch": [f"https://yum{n}.rabbitmq.com/erlang/el/9/noarch" for n in (1, 2)],
+        "rabbitmq-el9": [f"https://yum{n}.rabbitmq.com/rabbitmq/el/9/$basearch" for n in (2, 1)],
+        "rabbitmq-el9-noarch": [f"https://yum{n}.rabbitmq.com/rabbitmq/el/9/noarch" for n in (2, 1)],
+    }
+    for section in found.values():
+        assert (section["gpgcheck"], section["repo_gpgcheck"], section["sslverify"]) == ("1", "1", "1")
+        # What the published /etc/pki/tls/certs/ca-bundle.crt is a link to.
+        assert section["sslcacert"] == "/etc/pki/ca-trust/extracted/pem/tls-ca-bundle.pem"
+        assert all(key.startswith("file:///etc/pki/rpm-gpg/RPM-GPG-KEY-") for key in section["gpgkey"].split())
+
+
+def test_yums_sections_give_the_pinned_series_alone(values):
+    found = yum(values, "el9")
+    assert found["modern-erlang"]["includepkgs"] == "erlang-27,erlang-27.*"
+    assert found["rabbitmq-el9-noarch"]["includepkgs"] == "rabbitmq-server-4.2.*"
+    assert {section["priority"] for section in found.values()} == {"10"}
+
+
+def test_keys_are_those_that_are_published(values):
+    assert [(key["key"], key["fingerprint"]) for key in values["el9"]["__erlang_keys"]] == [
+        (f"{SIGNING_KEYS}cloudsmith.rabbitmq-erlang.{ERLANG_KEY[-16:]}.key", ERLANG_KEY),
+        (f"{SIGNING_KEYS}rabbitmq-release-signing-key.asc", RELEASE_KEY),
+    ]
+    assert [key["fingerprint"] for key in values["el10"]["__rabbitmq_keys"]] == [RELEASE_KEY]
+    for host in ("debian13", "ubuntu2404"):
+        for role in ("erlang", "rabbitmq"):
+            (key,) = values[host][f"__{role}_keys"]
+            assert key == {"key": f"https://keys.openpgp.org/vks/v1/by-fingerprint/{RELEASE_KEY}", "fingerprint": RELEASE_KEY}
+    assert yum(values, "el9")["modern-erlang"]["gpgkey"].split() == [
+        f"file:///etc/pki/rpm-gpg/RPM-GPG-KEY-{key}" for key in (ERLANG_KEY, RELEASE_KEY)
+    ]
+
+
+def test_apts_addresses_are_those_that_team_rabbitmq_publishes(values):
+    assert values["ubuntu2404"]["repositories"] == [
+        [f"https://deb{n}.rabbitmq.com/{name}/ubuntu/noble" for n in (1, 2)] for name in ("rabbitmq-erlang", "rabbitmq-server")
+    ]
+    assert values["debian13"]["repositories"][1][0] == "https://deb1.rabbitmq.com/rabbitmq-server/debian/trixie"
+
+
+@pytest.mark.parametrize(
+    ("host", "source"),
+    [
+        ("debian13", "distribution"),
+        ("ubuntu2404", "team_rabbitmq"),
+        ("ubuntu2604", "distribution"),
+        ("el9", "team_rabbitmq"),
+        ("el10", "team_rabbitmq"),
+    ],
+)
+def test_the_default_source_follows_the_platform(values, host, source):
+    assert (values[host]["__erlang_source"], values[host]["__rabbitmq_source"]) == (source, source)
+
+
+@pytest.mark.parametrize(
+    ("host", "python", "package"),
+    [
+        ("debian13", "python3", "python3-venv"),
+        ("ubuntu2404", "python3", "python3-venv"),
+        ("el9", "python3.12", "python3.12"),
+        ("el10", "python3", "python3"),
+    ],
+)
+def test_python_follows_the_platform(values, host, python, package):
+    assert values[host]["__django_python"] == python
+    assert values[host]["__django_packages"] == values[host]["__flower_packages"] == [package]
+
+
+# Platforms
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_supported_platforms_have_a_family(host):
+    assert platform_family(HOSTS[host]) == HOSTS[host]["os_family"]
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        (facts("Debian", "12.9", "Debian"), "Debian 12.9 is not supported. Supported are Debian 13, Ubuntu 24.04 and 26.04, RHEL,"),
+        (facts("Ubuntu", "22.04", "Debian"), "Ubuntu 22.04 is not supported."),
+        (facts("Fedora", "43", "RedHat"), "Fedora 43 is not supported."),
+        (
+            facts("Rocky", "8.10", "RedHat"),
+            "Rocky 8.10 is not supported: its dnf can be used by Python 3.6 alone, on which Ansible no",
+        ),
+        (facts("Archlinux", "rolling", "Archlinux"), "Archlinux rolling is not supported."),
+    ],
+)
+def test_other_platforms_are_refused_with_the_list(found, words):
+    with pytest.raises(AnsibleFilterError) as caught:
+        platform_family(found)
+    assert words in str(caught.value)
+    assert "CentOS Stream and Oracle Linux 9 and 10." in str(caught.value)
+
+
+def test_a_role_that_knows_one_family_refuses_the_other():
+    assert platform_family(HOSTS["debian13"], "Debian") == "Debian"
+    with pytest.raises(AnsibleFilterError) as caught:
+        platform_family(HOSTS["el9"], "Debian")
+    assert str(caught.value).startswith("Rocky 9.6 is not supported. Supported are Debian 13, Ubuntu 24.04 and 26.04.")
