@@ -109,7 +109,7 @@ def parse(directory: Path, listing: dict) -> Inventory:
         ports = _ports(name, "testbed_ports", variables.get("testbed_ports") or {})
         if 22 in ports:
             raise TestbedError(f"{name}: testbed_ports: SSH (22) is always published; leave it out")
-        image = variables.get("testbed_image") or os.environ.get(f"TESTBED_IMAGE_{platform.upper()}")
+        image = variables.get("testbed_image") or os.environ.get(f"TESTBED_IMAGE_{platform.upper().replace('-', '_')}")
         hosts.append(Host(name, platform, {22: 0, **ports}, image))
         if variables.get("testbed_mail_catcher") is True:
             wanted = _ports(name, "testbed_mail_ports", variables.get("testbed_mail_ports") or {})

@@ -29,7 +29,10 @@ NO_DATABASES = {"postgresql_databases": [], "postgresql_clients": []}
 POLICY = {"name": "p", "vhost": "mailroom", "pattern": "^p", "definition": {}}
 
 KNOWN = "from a version on: RabbitMQ 4.3.3 on Erlang 27 or 29, RabbitMQ 4.3.0 on Erlang 26.2 or 27,"
-NO_VHOST = "rabbitmq_users or rabbitmq_policies name the virtual host {}, which rabbitmq_vhosts does not list."
+NO_VHOST = (
+    "rabbitmq_users, policies, parameters, exchanges, queues or bindings name the virtual host {}, which rabbitmq_vhosts does "
+    "not list."
+)
 LATE = "celery_workers has a soft_time_limit that is not below the time_limit, in mail."
 
 
@@ -53,7 +56,7 @@ REFUSED = {
         ),
         (
             {"rabbitmq_users": [{**USER, "tag": []}]},
-            "rabbitmq_users.tag. Supported parameters include: name, password, permissions, tags.",
+            "rabbitmq_users.tag. Supported parameters include: limits, name, password, permissions, tags, topic_permissions.",
         ),
     ],
     "rabbitmq secrets": [({"secret_rabbitmq_erlang_cookie": "{{ not_generated }}"}, "'not_generated' is undefined")],
@@ -62,6 +65,9 @@ REFUSED = {
             {"celery_workers": [{**WORKER, "pool": "fork"}]},
             "value of pool must be one of: prefork, threads, solo, got: fork found in celery_workers",
         ),
+    ],
+    "rabbitmq administrator": [
+        ({"rabbitmq_administrator": "guest"}, "rabbitmq_administrator may not be guest: the role removes that user."),
     ],
     # By role_variable_faults.
     "rabbitmq types": [
@@ -117,7 +123,8 @@ REFUSED = {
         ({"rabbitmq_memory_high_watermark": 2}, "rabbitmq_memory_high_watermark is 2; allowed is 0.1 to 0.9."),
         (
             {"rabbitmq_disk_free_limit": "2 gigs"},
-            "rabbitmq_disk_free_limit is '2 gigs'; allowed is a number with its unit, such as 2GB.",
+            "rabbitmq_disk_free_limit is '2 gigs'; allowed is a number with its unit, such as 2GB, or a multiple of the memory, "
+            "such as 0.6.",
         ),
         (
             {"rabbitmq_listeners": ["127.0.0.1"]},
@@ -130,6 +137,21 @@ REFUSED = {
         ),
         ({"rabbitmq_users": [{**USER, "permissions": [{"vhost": "elsewhere"}]}]}, NO_VHOST.format("elsewhere")),
         ({"rabbitmq_policies": [{**POLICY, "vhost": "elsewhere"}]}, NO_VHOST.format("elsewhere")),
+        ({"rabbitmq_queues": [{"name": "q", "vhost": "elsewhere"}]}, NO_VHOST.format("elsewhere")),
+        (
+            {"rabbitmq_parameters": [{"component": "operator_policy", "vhost": "mailroom", "name": "p", "value": {}}]},
+            "rabbitmq_parameters may not list operator_policy: the limits of rabbitmq_vhosts and rabbitmq_operator_policies are "
+            "for that.",
+        ),
+        (
+            {"rabbitmq_distribution_address": "localhost"},
+            "rabbitmq_distribution_address is 'localhost'; allowed is an IPv4 address, such as 127.0.0.1.",
+        ),
+        ({"rabbitmq_purge_vhosts": ["old"]}, "rabbitmq_purge_vhosts names old, which takes rabbitmq_purge to be true."),
+        (
+            {"rabbitmq_purge": True, "rabbitmq_purge_vhosts": ["mailroom"]},
+            "rabbitmq_purge_vhosts names mailroom, which rabbitmq_vhosts lists.",
+        ),
     ],
     "postgresql": [
         ({"postgresql_port": 0}, "postgresql_port is 0; allowed is 1 to 65535."),

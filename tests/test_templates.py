@@ -31,6 +31,8 @@ HOSTS = {
         "rabbitmq_permitted_deprecated_features": ["transient_nonexcl_queues", "global_qos"],
         "rabbitmq_settings": {"channel_max": 64, "log.console": True, "ssl_options.verify": "verify_peer"},
         "rabbitmq_open_files": 100000,
+        "rabbitmq_distribution_address": "192.0.2.1",
+        "rabbitmq_disk_free_limit": "2GB",
         "django_web_listen": ["[::1]:8001", "/run/other.sock"],
         "django_web_timeout": 60,
         "django_processes": [
@@ -45,11 +47,16 @@ HOSTS = {
 ROLES = ("services", "rabbitmq", "django", "celery", "flower")
 TEMPLATES = {
     "rabbitmq.conf": "rabbitmq/templates/rabbitmq.conf.j2",
+    "rabbitmq-env.conf": "rabbitmq/templates/rabbitmq-env.conf.j2",
+    "erl_inetrc": "rabbitmq/templates/erl_inetrc.j2",
     "enabled_plugins": "rabbitmq/templates/enabled_plugins.j2",
     "definitions.json": "rabbitmq/templates/definitions.json.j2",
     "environment": "django/templates/environment.j2",
     "manage": "django/templates/manage.j2",
 }
+
+# What a host is like comes from no host here.
+FACTS = {"set_fact": {"hostname": "node", "cacheable": True}}
 
 
 def services_of(role):
@@ -72,15 +79,16 @@ def rendered(tmp_path_factory):
     (folder / "templates").symlink_to(ROOT / "roles/services/templates")
     (folder / "files").symlink_to(ROOT / "roles/flower/files")
     files = [ROOT / f"roles/{role}/vars/main{name}.yml" for role, name in (("services", ""), ("django", ""), ("celery", "/main"))]
-    files += [ROOT / "roles/flower/vars/main.yml", ROOT / "roles/flower/vars/Debian.yml", ROOT / "roles/rabbitmq/vars/Debian.yml"]
+    files += [ROOT / f"roles/flower/vars/{name}.yml" for name in ("main", "Debian")]
+    files += [ROOT / f"roles/rabbitmq/vars/{name}.yml" for name in ("Debian", "main/checklist", "main/services")]
     tasks = [{"debug": {"msg": "{{ __services_units }}"}, "vars": services_of(role)} for role in ROLES[1:]]
     tasks += [{"debug": {"msg": f"{{{{ lookup('template', '{ROOT}/roles/{source}') }}}}"}} for source in TEMPLATES.values()]
-    play = {"hosts": "all", "gather_facts": False, "vars_files": [str(file) for file in files], "tasks": tasks}
+    play = {"hosts": "all", "gather_facts": False, "vars_files": [str(file) for file in files], "tasks": [FACTS, *tasks]}
     (folder / "play.json").write_text(json.dumps([play]))
     filters = ":".join(str(ROOT / path) for path in ("plugins/filter", "roles/rabbitmq/filter_plugins"))
-    code, answer, output = playbook("-i", folder, folder / "play.json", ANSIBLE_FILTER_PLUGINS=filters)
+    code, answer, output = playbook("-i", folder / "hosts.json", folder / "play.json", ANSIBLE_FILTER_PLUGINS=filters)
     assert code == 0, output
-    results = [task["hosts"] for task in answer["plays"][0]["tasks"]]
+    results = [task["hosts"] for task in answer["plays"][0]["tasks"][1:]]
     found = {}
     for host in HOSTS:
         units = [unit for result in results[: len(ROLES) - 1] for unit in result[host]["msg"]]
@@ -109,6 +117,11 @@ def test_the_brokers_usual_configuration(rendered):
     assert found["deprecated_features.permit.transient_nonexcl_queues"] == "false"
     assert found["definitions.local.path"] == "/etc/rabbitmq/definitions.json"
     assert "listeners.tcp.2" not in found
+    # What is in memory may have to go to the disk.
+    assert float(found["disk_free_limit.relative"]) >= float(found["vm_memory_high_watermark.relative"])
+    # Settings that have no effect any more, or that would let in what RabbitMQ 4.3 denies.
+    assert not [name for name in found if name.startswith("cluster_partition_handling")]
+    assert "true" not in [value for name, value in found.items() if name.startswith("deprecated_features")]
 
 
 def test_the_brokers_configuration_by_other_variables(rendered):
@@ -121,9 +134,24 @@ def test_the_brokers_configuration_by_other_variables(rendered):
     assert not [name for name in found if name.startswith("prometheus")]
     assert found["deprecated_features.permit.transient_nonexcl_queues"] == "true"
     assert found["deprecated_features.permit.global_qos"] == "true"
+    assert found["deprecated_features.permit.amqp_address_v1"] == "false"
+    assert found["disk_free_limit.absolute"] == "2GB"
+    assert "disk_free_limit.relative" not in found
+    assert found["distribution.listener.interface"] == "192.0.2.1"
+    # The role's own value of a setting gives way.
     assert found["channel_max"] == "64"
     assert found["log.console"] == "true"
     assert found["ssl_options.verify"] == "verify_peer"
+
+
+def test_a_node_on_the_loopback_finds_itself_there(rendered):
+    usual, other = (rendered[host] for host in ("usual", "other"))
+    assert dict(settings(usual["rabbitmq-env.conf"]))["ERL_EPMD_ADDRESS"] == "127.0.0.1"
+    assert '{host, {127, 0, 0, 1}, ["node"]}.' in usual["erl_inetrc"]
+    assert usual["epmd.socket"].endswith("ListenStream=\nListenStream=127.0.0.1:4369\n")
+    assert settings(other["rabbitmq-env.conf"]) == [("ERL_MAX_PORTS", "100000")]
+    assert "host" not in other["erl_inetrc"].splitlines()[-1]
+    assert other["epmd.socket"].endswith("ListenStream=\nListenStream=4369\n")
 
 
 def test_plugins_are_an_erlang_term_in_a_fixed_order(rendered):
@@ -166,6 +194,7 @@ def test_which_units_a_host_has(rendered):
     app["worker alone"] = {"worker@mail.service", "worker@maintenance.service"}
     for host, names in app.items():
         wanted = {f"mailroom-{name}" for name in names} | {"mailroom.target", "mailroom-flower.service", "rabbitmq-server.service"}
+        wanted.add("epmd.socket")
         assert set(rendered[host]) - set(TEMPLATES) == wanted
 
 
@@ -219,7 +248,7 @@ def test_systemd_finds_no_fault_with_the_units(rendered, tmp_path):
     for host, files in rendered.items():
         folder = tmp_path / host.replace(" ", "-")
         folder.mkdir()
-        for name in files.keys() - TEMPLATES.keys() - {"rabbitmq-server.service"}:
+        for name in files.keys() - TEMPLATES.keys() - {"rabbitmq-server.service", "epmd.socket"}:
             # The programs are not on this machine.
             (folder / name).write_text(re.sub(r"^ExecStart=/opt/\S+", "ExecStart=/bin/true", files[name], flags=re.MULTILINE))
         command = ["systemd-analyze", "verify", "--man=no", *sorted(folder.iterdir())]

@@ -1,0 +1,82 @@
+"""The broker's host of the measurements: made, converged, reached and removed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+
+PROJECT = Path(__file__).resolve().parents[1]
+INVENTORY = PROJECT / "bench" / "broker"
+BIN = PROJECT / ".venv" / "bin"
+HOST = "bench1"
+VHOST = "mailroom"
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def run(*words: object, check: bool = True, **more) -> subprocess.CompletedProcess[str]:
+    """Run a command on this machine; where it must succeed and does not, show what it said and end."""
+    done = subprocess.run([*map(str, words)], cwd=PROJECT, capture_output=True, text=True, check=False, **more)
+    if check and done.returncode:
+        sys.exit(f"{' '.join(map(str, words))} failed\n{done.stdout[-3000:]}{done.stderr[-2000:]}")
+    return done
+
+
+def testbed(*words: object, check: bool = True) -> subprocess.CompletedProcess[str]:
+    return run(BIN / "python", "-m", "testbed", words[0], "--inventory", INVENTORY, *words[1:], check=check)
+
+
+def on_host(script: str, check: bool = True) -> str:
+    """What a shell of the host says to a script, as root."""
+    return testbed("exec", HOST, "--", "sh", "-c", script, check=check).stdout.strip()
+
+
+def playbook(path: str, *words: object, **variables: object) -> dict:
+    """Run a playbook; give seconds, tasks and changes."""
+    extra = ["--extra-vars", json.dumps(variables)] if variables else []
+    begin = time.monotonic()
+    environment = {**os.environ, "ANSIBLE_FORCE_COLOR": "false"}
+    done = run(BIN / "ansible-playbook", "-i", INVENTORY, path, *words, *extra, env=environment)
+    seconds = time.monotonic() - begin
+    ok, changed = map(int, re.search(r"ok=(\d+)\s+changed=(\d+)", done.stdout).groups())
+    return {"seconds": seconds, "tasks": ok, "changed": changed}
+
+
+@contextlib.contextmanager
+def broker(keep: bool) -> Iterator[None]:
+    """A host with the broker as the role leaves it."""
+    say("making a host and a broker on it")
+    testbed("up")
+    try:
+        run(BIN / "ansible-playbook", "-i", INVENTORY, "playbooks/ops/create_secrets.yml")
+        playbook("playbooks/base.yml")
+        playbook("playbooks/broker.yml")
+        yield
+    finally:
+        if not keep:
+            testbed("down")
+            secrets().unlink(missing_ok=True)
+
+
+def secrets() -> Path:
+    return INVENTORY / "group_vars" / "all" / "91-secrets.yml"
+
+
+def secret(name: str) -> str:
+    return yaml.safe_load(secrets().read_text())[f"secret_{name}"]
+
+
+def published(port: int) -> int:
+    found = yaml.safe_load((INVENTORY / "host_vars" / HOST / "testbed.yml").read_text())
+    return found["testbed_published"][str(port)]

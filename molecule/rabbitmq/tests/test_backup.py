@@ -1,0 +1,134 @@
+"""What a backup of the broker brings back onto a bare host."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import requests
+
+ROOT = Path(__file__).resolve().parents[3]
+
+BARE = (
+    "systemctl stop rabbitmq-server && DEBIAN_FRONTEND=noninteractive apt-get -qq purge --yes rabbitmq-server >/dev/null 2>&1; "
+    "rm -rf /etc/rabbitmq /var/lib/rabbitmq /var/log/rabbitmq && ! command -v rabbitmqctl"
+)
+BY_HAND = {
+    "vhosts": [{"name": "kept/1", "metadata": {"description": "by hand", "default_queue_type": "classic"}}],
+    "permissions": [{"user": "keeper", "vhost": "kept/1", "configure": "", "write": ".*", "read": ""}],
+    "topic_permissions": [{"user": "keeper", "vhost": "kept/1", "exchange": "letters", "write": "^a", "read": ""}],
+    "parameters": [{"component": "vhost-limits", "vhost": "kept/1", "name": "limits", "value": {"max-queues": 4}}],
+    "policies": [
+        {"vhost": "kept/1", "name": "p", "pattern": "", "apply-to": "all", "priority": 2, "definition": {"max-length": 5}}
+    ],
+    "exchanges": [{"vhost": "kept/1", "name": "letters", "type": "topic", "durable": True, "auto_delete": False, "arguments": {}}],
+    "queues": [{"vhost": "kept/1", "name": "q", "durable": True, "auto_delete": False, "arguments": {"x-queue-type": "classic"}}],
+    "bindings": [
+        {
+            "vhost": "kept/1",
+            "source": "letters",
+            "destination": "q",
+            "destination_type": "queue",
+            "routing_key": "a.#",
+            "arguments": {},
+        }
+    ],
+}
+# What names the broker and the export itself.
+OF_THE_NODE = ("original_cluster_name", "explanation")
+
+
+@pytest.fixture
+def api(url, variables):
+    def ask(method, path, auth=("admin", variables["secret_rabbitmq_administrator_password"]), **more):
+        response = requests.request(method, f"{url(15672)}/api/{path}", auth=auth, timeout=30, **more)
+        response.raise_for_status()
+        return response.json() if response.content else None
+
+    return ask
+
+
+@pytest.fixture
+def play(tmp_path, variables):
+    def run(playbook, *arguments):
+        done = subprocess.run(
+            [
+                Path(sys.executable).parent / "ansible-playbook", "-i", ROOT / "molecule/rabbitmq/inventory", playbook,
+                "--limit", variables["inventory_hostname"], "--diff", "--extra-vars", f"backup_directory={tmp_path}", *arguments,
+            ],
+            cwd=ROOT,
+            env={**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg")},
+            capture_output=True,
+            text=True,
+            check=False,
+        )  # fmt: skip
+        return done.returncode, done.stdout + done.stderr
+
+    return run
+
+
+def comparable(definitions):
+    """Lists without their order, and without what is a node's own."""
+    return {
+        kind: sorted(json.dumps(entry, sort_keys=True) for entry in value if entry.get("name") != "internal_cluster_id")
+        if isinstance(value, list)
+        else value
+        for kind, value in definitions.items()
+        if kind not in OF_THE_NODE
+    }
+
+
+def test_backup_is_restored_onto_a_bare_host(api, play, host, variables, tmp_path):
+    if variables["testbed_platform"] != "debian13":
+        pytest.skip("How the package goes is Debian's; the playbooks know no platform.")
+    api("PUT", "users/keeper", json={"password": "Secret-of-the-keeper", "tags": "management"})
+    api("POST", "definitions", json=BY_HAND)
+    before = comparable(api("GET", "definitions"))
+    with host.sudo():
+        configuration = host.check_output("cd /etc/rabbitmq && sha256sum * && stat --format '%n %U:%G %a' *")
+    code, output = play("playbooks/ops/backup_rabbitmq.yml")
+    assert code == 0, output
+    found = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert found == {"definitions.json": 0o600, "rabbitmq.tar.gz": 0o600}
+    # Neither a hash nor a password was printed.
+    assert not [
+        user["name"] for user in json.loads((tmp_path / "definitions.json").read_text())["users"] if user["password_hash"] in output
+    ]
+
+    with host.sudo():
+        host.check_output(BARE)
+    code, output = play("playbooks/broker.yml")
+    assert code == 0, output
+    assert comparable(api("GET", "definitions")) != before
+    code, output = play("playbooks/ops/restore_rabbitmq.yml")
+    assert code != 0
+    assert "-e confirm=yes" in output
+    code, output = play("playbooks/ops/restore_rabbitmq.yml", "--extra-vars", "confirm=yes")
+    assert code == 0, output
+    assert comparable(api("GET", "definitions")) == before
+    # The hash is that of the password.
+    assert api("GET", "whoami", auth=("keeper", "Secret-of-the-keeper"))["name"] == "keeper"
+    with host.sudo():
+        assert host.check_output("cd /etc/rabbitmq && sha256sum * && stat --format '%n %U:%G %a' *") == configuration
+    api("DELETE", "vhosts/kept%2F1")
+    api("DELETE", "users/keeper")
+
+
+def test_restore_says_what_is_not_as_in_the_backup(api, play, tmp_path):
+    """A queue that is there in another form stays as it is, whatever the backup says."""
+    code, output = play("playbooks/ops/backup_rabbitmq.yml")
+    assert code == 0, output
+    kept = json.loads((tmp_path / "definitions.json").read_text())
+    kept["queues"] = [
+        {"vhost": "mailroom", "name": "mail.q", "durable": True, "auto_delete": False, "arguments": {"x-queue-type": "stream"}}
+    ]
+    (tmp_path / "definitions.json").write_text(json.dumps(kept))
+    api("PUT", "queues/mailroom/mail.q", json={"durable": True, "arguments": {"x-queue-type": "classic"}})
+    code, output = play("playbooks/ops/restore_rabbitmq.yml", "--extra-vars", "confirm=yes")
+    api("DELETE", "queues/mailroom/mail.q")
+    assert code != 0
+    assert "does not have as the backup has it: queues mail.q in mailroom." in output

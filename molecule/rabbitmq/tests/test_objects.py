@@ -1,0 +1,243 @@
+"""What is in a broker as data: the role's module against the real broker, by runs of the role's own task file."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import amqp
+import pytest
+import requests
+
+ROOT = Path(__file__).resolve().parents[3]
+INVENTORY = ROOT / "molecule/rabbitmq/inventory"
+
+LIMITED = {"name": "shop/eu", "description": "of the tests", "limits": {"max-queues": 3}}
+CLERK = {
+    "name": "clerk",
+    "password": "Secret-of-the-clerk",
+    "tags": ["management"],
+    "limits": {"max-connections": 2, "max-channels": 5},
+    "permissions": [{"vhost": "shop/eu", "configure": "^order", "write": ".*", "read": ".*"}],
+    "topic_permissions": [
+        {"vhost": "shop/eu", "exchange": "orders", "write": "^order[.]", "read": ".*"},
+        {"vhost": "shop/eu", "exchange": "amq.topic", "write": "", "read": ""},
+    ],
+}
+IN_IT = {
+    "rabbitmq_policies": [{"name": "p", "vhost": "shop/eu", "pattern": "^order", "definition": {"max-length": 10}}],
+    "rabbitmq_operator_policies": [
+        {"name": "o", "vhost": "shop/eu", "pattern": ".*", "apply_to": "queues", "definition": {"max-length": 7}}
+    ],
+    "rabbitmq_parameters": [
+        {"component": "federation-upstream", "vhost": "shop/eu", "name": "u", "value": {"uri": "amqp://clerk:Hidden-uri@localhost"}}
+    ],
+    "rabbitmq_global_parameters": [{"name": "shop", "value": {"open": True}}],
+    "rabbitmq_exchanges": [{"name": "orders", "vhost": "shop/eu"}],
+    "rabbitmq_queues": [{"name": "orders.v1", "vhost": "shop/eu"}],
+    "rabbitmq_bindings": [{"vhost": "shop/eu", "source": "orders", "destination": "orders.v1", "routing_key": "order.#"}],
+}
+
+
+@pytest.fixture(scope="module")
+def api(url, variables):
+    def ask(method, path, **more):
+        auth = ("admin", variables["secret_rabbitmq_administrator_password"])
+        response = requests.request(method, f"{url(15672)}/api/{path}", auth=auth, timeout=10, **more)
+        response.raise_for_status()
+        return response.json() if response.content else None
+
+    return ask
+
+
+LISTS = ("rabbitmq_vhosts", "rabbitmq_users", "rabbitmq_policies")
+
+
+@pytest.fixture(scope="module")
+def own(host):
+    """What the scenario's converge has put into the broker."""
+    names = ", ".join(f"'{key}': {key}" for key in LISTS)
+    return host.ansible("debug", f"msg={{{{ {{{names}}} }}}}", check=False)["msg"]
+
+
+@pytest.fixture
+def role(tmp_path, own, api, variables):
+    """Runs the role's objects with what the scenario has and more; gives the module's answer. Ends as the scenario was."""
+    task = {
+        "include_role": {"name": "rabbitmq", "tasks_from": "objects"},
+        "vars": {"__rabbitmq_bare": False, "__rabbitmq_conf_dir": "/etc/rabbitmq"},
+    }
+    play = {"hosts": "broker", "become": True, "gather_facts": False, "tasks": [task]}
+    (tmp_path / "play.json").write_text(json.dumps([play]))
+    name = variables["inventory_hostname"]
+
+    def run(*words, **more):
+        (tmp_path / "extra.json").write_text(json.dumps({**more, **{key: own[key] + more.get(key, []) for key in LISTS}}))
+        command = [
+            Path(sys.executable).with_name("ansible-playbook"),
+            "-i",
+            INVENTORY,
+            "-e",
+            f"@{tmp_path}/extra.json",
+            "-l",
+            name,
+            "-vvv",
+        ]
+        environment = {
+            **os.environ,
+            "ANSIBLE_STDOUT_CALLBACK": "ansible.posix.json",
+            "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"),
+        }
+        done = subprocess.run(
+            [*command, *words, tmp_path / "play.json"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        )
+        for secret in (CLERK["password"], "Hidden-uri", own["rabbitmq_users"][0]["password"]):
+            assert secret not in done.stdout + done.stderr
+        answer = json.JSONDecoder().raw_decode(done.stdout[done.stdout.index('{\n    "custom_stats"') :])[0]
+        return answer["plays"][0]["tasks"][-1]["hosts"][name]
+
+    yield run
+    for parameter in api("GET", "global-parameters"):
+        if parameter["name"] == "shop":
+            api("DELETE", "global-parameters/shop")
+    run(rabbitmq_purge=True, rabbitmq_purge_vhosts=["shop/eu", "left"])
+    assert not run(rabbitmq_purge=True)["changed"]
+
+
+def test_everything_at_once_and_then_nothing(role, api):
+    data = {**IN_IT, "rabbitmq_vhosts": [LIMITED], "rabbitmq_users": [CLERK]}
+    checked = role("--check", **data)
+    assert checked["changed"]
+    assert "vhost shop/eu" not in [vhost["name"] for vhost in api("GET", "vhosts")]
+    first = role(**data)
+    assert first.get("diff") == checked["diff"], first
+    assert not role(**data)["changed"]
+    # A limit and a grant are taken back, the rest stays.
+    less = {**CLERK, "limits": {"max-channels": 5}, "topic_permissions": CLERK["topic_permissions"][:1]}
+    data |= {"rabbitmq_vhosts": [{**LIMITED, "limits": {}}], "rabbitmq_users": [less]}
+    assert role(**data, rabbitmq_purge=True)["removed"] == ["topic permissions of clerk on amq.topic in shop/eu"]
+    assert api("GET", "user-limits/clerk") == [{"user": "clerk", "value": {"max-channels": 5}}]
+    assert [entry["exchange"] for entry in api("GET", "users/clerk/topic-permissions")] == ["orders"]
+    assert not role(**data, rabbitmq_purge=True)["changed"]
+
+
+def test_what_the_data_says_is_what_clients_meet(role, published, api, eventually):
+    role(**IN_IT, rabbitmq_vhosts=[LIMITED], rabbitmq_users=[CLERK])
+
+    def connect(password=CLERK["password"]):
+        found = amqp.Connection(f"127.0.0.1:{published(5672)}", "clerk", password, virtual_host="shop/eu", connect_timeout=10)
+        found.connect()
+        return found
+
+    with connect() as connection:
+        channel = connection.channel()
+        channel.basic_publish(amqp.Message("one"), exchange="orders", routing_key="order.one")
+        assert channel.queue_declare("orders.v1", passive=True).queue == "orders.v1"
+        # The operator's bound is below the policy's.
+        found = eventually(lambda: api("GET", "queues/shop%2Feu/orders.v1").get("effective_policy_definition"))
+        assert found == {"max-length": 7}
+        with pytest.raises(amqp.exceptions.AccessRefused, match="write access to topic 'invoice'"):
+            channel.basic_publish(amqp.Message("two"), exchange="orders", routing_key="invoice")
+            channel.queue_declare("orders.v1", passive=True)
+    connections = [connect(), connect()]
+    with pytest.raises(amqp.exceptions.NotAllowed, match="limit"):
+        connect()
+    for connection in connections:
+        connection.close()
+    role(**IN_IT, rabbitmq_vhosts=[LIMITED], rabbitmq_users=[{**CLERK, "password": "Secret-of-the-clerk-2"}])
+    with pytest.raises(amqp.exceptions.AccessRefused):
+        connect()
+    connect("Secret-of-the-clerk-2").close()
+
+
+def test_a_purge_says_what_it_removes_and_spares_what_clients_made(role, api):
+    role(**IN_IT, rabbitmq_vhosts=[LIMITED, {"name": "left"}], rabbitmq_users=[CLERK])
+    api("PUT", "queues/mailroom/mail.spared", json={"durable": True, "arguments": {"x-queue-type": "quorum"}})
+    api(
+        "POST",
+        "exchanges/shop%2Feu/orders/publish",
+        json={"properties": {}, "routing_key": "order.1", "payload": "1", "payload_encoding": "string"},
+    )
+    removed = ["vhost left", "user clerk", "policy p in shop/eu", "operator policy o in shop/eu"]
+    checked = role("--check", rabbitmq_purge=True)
+    assert checked["removed"] == removed
+    result = role(rabbitmq_purge=True)
+    assert result["removed"] == removed
+    (kept,) = result["kept"]
+    assert kept.startswith("vhost shop/eu is not listed and stays: it has 1 queues, ")
+    assert {(queue["vhost"], queue["name"]) for queue in api("GET", "queues")} == {
+        ("mailroom", "mail.spared"),
+        ("shop/eu", "orders.v1"),
+    }
+    assert [exchange["name"] for exchange in api("GET", "exchanges/shop%2Feu") if exchange["name"] == "orders"] == ["orders"]
+    assert not role(rabbitmq_purge=True)["changed"]
+    assert role(rabbitmq_purge=True, rabbitmq_purge_vhosts=["shop/eu"])["removed"] == ["vhost shop/eu"]
+    api("DELETE", "queues/mailroom/mail.spared")
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_a_queue_that_is_there_in_another_form_is_an_error(role, api, published, own, durable):
+    """A durable one of another type is seen before anything is sent; one that is in no definitions is noticed afterwards."""
+    role(rabbitmq_vhosts=[LIMITED], rabbitmq_users=[CLERK])
+    connection = amqp.Connection(f"127.0.0.1:{published(5672)}", "clerk", CLERK["password"], virtual_host="shop/eu")
+    connection.connect()
+    arguments = {"x-queue-type": "classic"}
+    # An exclusive queue goes with its connection.
+    connection.channel().queue_declare("order", durable=durable, exclusive=not durable, auto_delete=False, arguments=arguments)
+    result = role(rabbitmq_vhosts=[LIMITED], rabbitmq_users=[CLERK], rabbitmq_queues=[{"name": "order", "vhost": "shop/eu"}])
+    assert result["failed"]
+    assert "queue order in shop/eu" in result["msg"]
+    assert ("can't be made" if durable else "transient or exclusive") in result["msg"]
+    connection.close()
+    if durable:
+        api("DELETE", "queues/shop%2Feu/order")
+    result = role(rabbitmq_vhosts=[LIMITED], rabbitmq_users=[CLERK], rabbitmq_queues=[{"name": "order", "vhost": "shop/eu"}])
+    assert result["changed"]
+    assert not result.get("failed")
+
+
+def test_a_policy_that_the_broker_refuses_is_told_and_the_next_run_finishes(role, api):
+    data = {"rabbitmq_vhosts": [LIMITED], "rabbitmq_users": [CLERK]}
+    policy = {"name": "p", "vhost": "shop/eu", "pattern": "^order", "definition": {"no-such-key": 1}}
+    result = role(**data, rabbitmq_policies=[policy])
+    assert result["failed"]
+    assert "answered 400" in result["msg"]
+    assert "no-such-key" in result["msg"]
+    # What came before it in the import is there.
+    assert "shop/eu" in [vhost["name"] for vhost in api("GET", "vhosts")]
+    result = role(**data, rabbitmq_policies=[{**policy, "definition": {"max-length": 1}}])
+    assert result["diff"]["after"].keys() == {"limits of vhost shop/eu", "policy p in shop/eu"}
+    assert not result.get("failed")
+
+
+def test_a_broker_that_is_down_is_told(role, host):
+    with host.sudo():
+        host.check_output("rabbitmqctl stop_app")
+    try:
+        result = role("--check")
+    finally:
+        with host.sudo():
+            host.check_output("rabbitmqctl start_app")
+    assert "does not answer" in result["msg"]
+    assert "not compared" in result["msg"]
+
+
+def test_a_broker_that_stood_there_before_is_told_what_would_change(role, api, own):
+    """Its administrator is known, its users and policies were made by hand: first the check, which changes nothing."""
+    api("PUT", "vhosts/left", json={"default_queue_type": "classic"})
+    api("PUT", "users/by-hand", json={"password": "by hand", "tags": "management"})
+    api("PUT", "users/guest", json={"password": "guest", "tags": "administrator"})
+    api("PUT", "permissions/left/by-hand", json={"configure": ".*", "write": ".*", "read": ".*"})
+    listed = {"rabbitmq_vhosts": [{"name": "left"}]}
+    before = api("GET", "definitions")
+    checked = role("--check", **listed)
+    assert checked["diff"]["before"]["vhost left"]["default_queue_type"] == "classic"
+    assert checked["diff"]["after"]["vhost left"]["default_queue_type"] == "quorum"
+    assert checked["removed"] == ["user guest"]
+    assert role("--check", **listed, rabbitmq_purge=True)["removed"] == ["user guest", "user by-hand"]
+    assert api("GET", "definitions") == before
+    assert role(**listed)["diff"] == checked["diff"]
+    assert "by-hand" in [user["name"] for user in api("GET", "users")]
