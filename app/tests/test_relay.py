@@ -250,13 +250,15 @@ def test_a_publisher_that_is_stuck_stops_the_watchdogs_food(monkeypatch):
     thread = threading.Thread(target=relay.run)
     monkeypatch.setattr(Delivery.objects, "mistrust_clock", lambda: 0)
     thread.start()
-    eventually(lambda: "WATCHDOG=1" in told)
-    time.sleep(0.7)
-    told.clear()
-    time.sleep(0.5)
-    assert told == []
-    relay.stop()
-    thread.join(timeout=10)
+    try:
+        eventually(lambda: "WATCHDOG=1" in told)
+        time.sleep(0.7)
+        told.clear()
+        time.sleep(0.5)
+        assert told == []
+    finally:
+        relay.stop()
+        thread.join(timeout=10)
 
 
 @pytest.mark.parametrize("broker", ["silent", "refusing"])
