@@ -189,7 +189,7 @@ def test_other_platforms_are_refused_with_the_list(found, words):
     with pytest.raises(AnsibleFilterError) as caught:
         platform_family(found)
     assert words in str(caught.value)
-    assert "CentOS Stream and Oracle Linux 9 and 10." in str(caught.value)
+    assert "CentOS Stream and Oracle Linux 9 and 10, macOS 14, 15, 26 and 27." in str(caught.value)
 
 
 def test_a_role_that_knows_one_family_refuses_the_other():

@@ -7,9 +7,11 @@ from ansible.errors import AnsibleFilterError
 FAMILIES = {
     "Debian": "Debian 13, Ubuntu 24.04 and 26.04",
     "RedHat": "RHEL, Rocky Linux, AlmaLinux, CentOS Stream and Oracle Linux 9 and 10",
+    "Darwin": "macOS 14, 15, 26 and 27",
 }
 VERSIONS = {
     "Debian": ("13",),
+    "MacOSX": ("14", "15", "26", "27"),
     "Ubuntu": ("24.04", "26.04"),
     **dict.fromkeys(("RedHat", "Rocky", "AlmaLinux", "CentOS", "OracleLinux"), ("9", "10")),
 }
@@ -17,7 +19,7 @@ OLD_EL = "its dnf can be used by Python 3.6 alone, on which Ansible no longer ru
 
 
 def platform_family(facts, *families):
-    """`Debian` or `RedHat`, from the facts of a host (subset `distribution`); a role that knows fewer families names them."""
+    """`Debian`, `RedHat` or `Darwin`, from a host's facts (subset `distribution`); a role that knows fewer families names them."""
     families = families or tuple(FAMILIES)
     name, family = facts["distribution"], facts["os_family"]
     version = facts["distribution_version" if name == "Ubuntu" else "distribution_major_version"]
