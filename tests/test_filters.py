@@ -274,7 +274,7 @@ TABLE = yaml.safe_load((ROOT / "roles/rabbitmq/vars/main/compatibility.yml").rea
         ("4.3.3", "26.2", "refused"),
         ("4.3.2", "29", "refused"),
         ("4.3", "26.2", "refused"),
-        ("4.3", "28", "refused"),
+        ("4.3", "28", "paired"),
         ("4.3", "29", "paired"),
         ("4.2.10", "26.2.5", "refused"),
         ("4.2.9", "27", "supported"),

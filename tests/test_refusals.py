@@ -28,7 +28,7 @@ DATABASE_USER = {"name": "orders", "password": f"{MARK}orders"}
 NO_DATABASES = {"postgresql_databases": [], "postgresql_clients": []}
 POLICY = {"name": "p", "vhost": "mailroom", "pattern": "^p", "definition": {}}
 
-KNOWN = "from a version on: RabbitMQ 4.3.3 on Erlang 27 or 29, RabbitMQ 4.3.0 on Erlang 26.2 or 27,"
+KNOWN = "from a version on: RabbitMQ 4.3.3 on Erlang 27 or 28 or 29, RabbitMQ 4.3.0 on Erlang 26.2 or 27 or 28,"
 NO_VHOST = (
     "rabbitmq_users, policies, parameters, exchanges, queues or bindings name the virtual host {}, which rabbitmq_vhosts does "
     "not list."
@@ -115,7 +115,7 @@ REFUSED = {
                 versions(*pair),
                 f"rabbitmq_version {pair[0]} does not run on Erlang {pair[1]} (rabbitmq_erlang_version); known are, {KNOWN}",
             )
-            for pair in (("3.13", "27"), ("4.0", "28"), ("4.0", "29"), ("4.3", "28"))
+            for pair in (("3.13", "27"), ("4.0", "28"), ("4.0", "29"), ("4.2", "29"))
         ),
         ({"rabbitmq_erlang_cookie": MARK[:15]}, "rabbitmq_erlang_cookie must be 20 to 255 letters and digits."),
         ({"rabbitmq_administrator_password": MARK[:11]}, "rabbitmq_administrator_password must have 12 characters at least."),
@@ -179,7 +179,10 @@ REFUSED = {
         ),
     ],
     "rabbitmq platform": [
-        ({"host_platform": "el8"}, "host_platform is 'el8'; wiring_versions knows debian13, ubuntu2404, el9, el10. Elsewhere set"),
+        (
+            {"host_platform": "el8"},
+            "host_platform is 'el8'; wiring_versions knows debian13, ubuntu2404, el9, el10, macos. Elsewhere set",
+        ),
     ],
     "rabbitmq sources": [
         (
@@ -201,6 +204,10 @@ REFUSED = {
         ({"erlang_version": "OTP-27"}, "erlang_version is 'OTP-27'; allowed is a version or its beginning, such as 27 or 27.3."),
     ],
     "django": [
+        (
+            {"django_prefix": "~/.local"},
+            "django_prefix is '~/.local'; allowed is an absolute path without spaces or a last slash, or none.",
+        ),
         (
             {"django_name": "Mail Room"},
             "django_name is 'Mail Room'; allowed is a lower-case word of at most 31 letters, digits and hyphens.",
@@ -227,6 +234,10 @@ REFUSED = {
     ],
     "celery": [
         (
+            {"celery_prefix": "/Users/me/My Apps"},
+            "celery_prefix is '/Users/me/My Apps'; allowed is an absolute path without spaces or a last slash, or none.",
+        ),
+        (
             {"celery_requirements": "/nowhere"},
             "celery_requirements is '/nowhere', which is no lock on the controller that pins Celery.",
         ),
@@ -250,6 +261,10 @@ REFUSED = {
         ),
     ],
     "flower": [
+        (
+            {"flower_prefix": "/Users/me/"},
+            "flower_prefix is '/Users/me/'; allowed is an absolute path without spaces or a last slash, or none.",
+        ),
         ({"flower_name": "x" * 30}, f"flower_name is '{'x' * 30}'; allowed is a lower-case word of at most 24 letters,"),
         ({"flower_port": 70000}, "flower_port is 70000; allowed is 1 to 65535."),
         ({"flower_password": MARK[:11]}, "flower_password must have 12 characters at least."),

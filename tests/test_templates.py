@@ -80,7 +80,7 @@ def rendered(tmp_path_factory):
     (folder / "files").symlink_to(ROOT / "roles/flower/files")
     files = [ROOT / f"roles/{role}/vars/main{name}.yml" for role, name in (("services", ""), ("django", ""), ("celery", "/main"))]
     files += [ROOT / f"roles/flower/vars/{name}.yml" for name in ("main", "Debian")]
-    files += [ROOT / f"roles/rabbitmq/vars/{name}.yml" for name in ("Debian", "main/checklist", "main/services")]
+    files += [ROOT / f"roles/rabbitmq/vars/{name}.yml" for name in ("main/main", "Debian", "main/checklist", "main/services")]
     tasks = [{"debug": {"msg": "{{ __services_units }}"}, "vars": services_of(role)} for role in ROLES[1:]]
     tasks += [{"debug": {"msg": f"{{{{ lookup('template', '{ROOT}/roles/{source}') }}}}"}} for source in TEMPLATES.values()]
     play = {"hosts": "all", "gather_facts": False, "vars_files": [str(file) for file in files], "tasks": [FACTS, *tasks]}

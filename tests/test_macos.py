@@ -1,0 +1,224 @@
+"""What a Mac gets, by the roles' own values: property lists of agents and daemons, paths, how Homebrew's releases are judged."""
+
+from __future__ import annotations
+
+import json
+import os
+import plistlib
+import shutil
+import subprocess
+
+import pytest
+import yaml
+from helpers import MARK, ROOT, common_variables, playbook
+
+PREFIX = "/Users/me/.local"
+FACTS = {
+    "agents": {"architecture": "arm64", "effective_user_id": 501, "user_id": "me", "user_dir": "/Users/me"},
+    "daemons": {"architecture": "x86_64", "effective_user_id": 0, "user_id": "root", "user_dir": "/var/root"},
+}
+WIRED = {
+    "service_address": "localhost",
+    "rabbitmq_listeners": ["127.0.0.1:5672"],
+    "wiring_broker_url": f"amqp://{MARK}",
+    "flower_broker_url": f"amqp://{MARK}",
+    "flower_broker_api": "",
+    "django_web": True,
+    "celery_beat": True,
+    "celery_workers": [{"name": "slow", "queues": ["a", "b"], "time_limit": 900}],
+    "django_web_listen": ["[::1]:8001", "/run/other.sock"],
+    "rabbitmq_version": "4.2",
+    "erlang_version": "27",
+    "homebrew_user": "brewer",
+    "wiring_prefix": "{{ (ansible_facts['effective_user_id'] == 0) | ternary('', '/Users/me/.local') }}",
+}
+ROLES = ("rabbitmq", "django", "celery", "flower")
+# Cases of Homebrew's RabbitMQ: what it would install, what is installed, the Erlang; the level, and what a refusal says.
+FORMULAE = {
+    "supported": ("4.2.10", [], "27", "supported", ""),
+    "installed": ("4.3.5", ["4.2.10_1"], "27", "supported", ""),
+    "paired": ("4.2.10", [], "28", "paired", ""),
+    "refused": ("4.2.10", [], "29", "refused", "RabbitMQ 4.2.10 of Homebrew does not run on Erlang 29"),
+    "another series": ("4.3.5", [], "27", "supported", "rabbitmq_version is '4.2', and Homebrew has one RabbitMQ alone, 4.3.5"),
+}
+ERLANGS = {"29.0.2": "erlang@27", "27.3.4": "erlang", "28.4.1": "erlang@27"}
+
+
+def services_of(role):
+    (task,) = yaml.safe_load((ROOT / f"roles/{role}/tasks/service.yml").read_text())
+    return task["vars"]
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    """What the tasks of one play say, by host: the jobs of each role, the logs' rules, and the judgements."""
+    folder = tmp_path_factory.mktemp("macos")
+    common_variables(folder)
+    defaults = [yaml.safe_load((ROOT / f"roles/{role}/defaults/main.yml").read_text()) for role in ("services", "erlang", *ROLES)]
+    hosts = {"hosts": {"agents": {}, "daemons": {}}, "vars": {name: value for values in defaults for name, value in values.items()}}
+    (folder / "hosts.json").write_text(json.dumps({"all": hosts}))
+    (folder / "group_vars/all/10-wired.json").write_text(json.dumps(WIRED))
+    (folder / "templates").symlink_to(ROOT / "roles/services/templates")
+    (folder / "files").symlink_to(ROOT / "roles/flower/files")
+    known = json.dumps({host: {**facts, "user_gid": 20, "os_family": "Darwin"} for host, facts in FACTS.items()})
+    set_facts = {name: f"{{{{ known[inventory_hostname].{name} }}}}" for name in (*FACTS["agents"], "user_gid", "os_family")}
+    files = ["services/vars/main", "django/vars/main", "celery/vars/main/main", "flower/vars/main"]
+    files += ["rabbitmq/vars/main/main", "rabbitmq/vars/main/compatibility", "rabbitmq/vars/main/services"]
+    tasks = [{"set_fact": {**set_facts, "cacheable": True}, "vars": {"known": json.loads(known)}}]
+    tasks += [{"include_vars": f"{ROOT}/roles/{role}/vars/Darwin.yml"} for role in ("erlang", "rabbitmq", "django", "flower")]
+    shown = []
+
+    def show(name, value, **variables):
+        shown.append(name)
+        tasks.append({"debug": {"msg": value}, "vars": variables})
+
+    for role in ROLES:
+        show(role, "{{ __services_jobs }}", **services_of(role))
+    show("logs", "{{ lookup('template', 'newsyslog.conf.j2') }}", **services_of("celery"))
+    show("domain", "{{ [__services_job_dir, __services_user] }}", **services_of("django"))
+    show("paths", "{{ [__django_python, __django_ca_bundle, __django_manage, __rabbitmq_program, __django_packages[0]] }}")
+    for case, (stable, installed, erlang, _, _) in FORMULAE.items():
+        formula = {"versions": {"stable": stable}, "installed": [{"version": version} for version in installed]}
+        said = {"stdout": json.dumps({"formulae": [formula]})}
+        value = [
+            "{{ __rabbitmq_formula_level }}",
+            "{{ __rabbitmq_formula_rules | rejectattr('holds') | map(attribute='otherwise') | join }}",
+        ]
+        there = {"stat": {"exists": False}}
+        show(case, value, __rabbitmq_info=said, rabbitmq_erlang_version=erlang, __rabbitmq_brew_services=there)
+    for stable in ERLANGS:
+        said = {"stdout": json.dumps({"formulae": [{"versions": {"stable": stable}}]})}
+        show(stable, "{{ __erlang_formula }}", __erlang_info=said)
+    play = {"hosts": "agents,daemons", "gather_facts": False, "tasks": tasks}
+    play["vars_files"] = [f"{ROOT}/roles/{name}.yml" for name in files]
+    (folder / "play.json").write_text(json.dumps([play]))
+    filters = ":".join(str(ROOT / path) for path in ("plugins/filter", "roles/rabbitmq/filter_plugins"))
+    code, answer, output = playbook("-i", folder, folder / "play.json", ANSIBLE_FILTER_PLUGINS=filters)
+    assert code == 0, output
+    results = [task["hosts"] for task in answer["plays"][0]["tasks"]][-len(shown) :]
+    return {host: {name: result[host]["msg"] for name, result in zip(shown, results, strict=True)} for host in FACTS}
+
+
+@pytest.fixture(scope="module")
+def plists(answers):
+    """For each host its property lists by label."""
+    return {
+        host: {job["name"]: plistlib.loads(job["content"].encode()) for role in ROLES for job in found[role]}
+        for host, found in answers.items()
+    }
+
+
+def test_which_jobs_a_mac_has(plists):
+    app = {"web", "relay", "worker@slow", "beat", "flower", "django-logs", "celery-logs", "flower-logs"}
+    for host in FACTS:
+        assert set(plists[host]) == {f"mailroom-{name}" for name in app} | {"rabbitmq-server", "rabbitmq-logs"}
+
+
+def test_every_job_is_kept_alive_and_holds_no_secret(plists, answers):
+    for host, found in plists.items():
+        for name, plist in found.items():
+            assert plist["Label"] == name
+            assert MARK not in str(plist)
+            assert plist["StandardErrorPath"] == plist["StandardOutPath"]
+            assert plist["Umask"] == 0o027
+            if name.endswith("-logs"):
+                assert plist["StartInterval"] == 3600
+                assert "KeepAlive" not in plist
+                continue
+            assert (plist["KeepAlive"], plist["RunAtLoad"], plist["AbandonProcessGroup"]) == (True, True, False)
+            assert plist["ThrottleInterval"] == 5
+            assert plist["HardResourceLimits"] == plist["SoftResourceLimits"] == {"NumberOfFiles": 65536}
+        assert MARK not in json.dumps(answers[host])
+
+
+def test_apples_plutil_finds_no_fault_with_them(answers, tmp_path):
+    if not shutil.which("plutil"):
+        pytest.skip("There is no plutil on this machine.")
+    for job in (job for found in answers.values() for role in ROLES for job in found[role]):
+        file = tmp_path / "job.plist"
+        file.write_text(job["content"])
+        done = subprocess.run(["plutil", "-lint", file], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout
+
+
+def test_agents_are_the_users_own_and_daemons_name_theirs(plists, answers):
+    for plist in plists["agents"].values():
+        assert "UserName" not in plist
+        assert plist["LimitLoadToSessionType"] == ["Aqua", "Background"]
+        assert plist["StandardOutPath"].startswith("/Users/me/Library/Logs/")
+    users = {name: plist["UserName"] for name, plist in plists["daemons"].items()}
+    assert (users["mailroom-web"], users["mailroom-beat"]) == ("mailroom", "mailroom")
+    assert (users["mailroom-flower"], users["rabbitmq-server"]) == ("mailroom-flower", "brewer")
+    # The job that turns logs over is no more than those whose logs they are.
+    assert users["mailroom-flower-logs"] == "mailroom-flower"
+    assert plists["daemons"]["mailroom-web"]["StandardOutPath"] == "/Library/Logs/mailroom/django/mailroom-web.log"
+    assert answers["agents"]["domain"] == ["/Users/me/Library/LaunchAgents", "me"]
+    assert answers["daemons"]["domain"] == ["/Library/LaunchDaemons", "mailroom"]
+
+
+def test_a_worker_has_longer_to_stop_than_its_tasks_have(plists):
+    plist = plists["agents"]["mailroom-worker@slow"]
+    assert "--time-limit=900" in plist["ProgramArguments"]
+    assert plist["ExitTimeOut"] > 900
+
+
+def test_the_web_service_listens_by_itself(plists):
+    words = plists["agents"]["mailroom-web"]["ProgramArguments"]
+    assert {"--bind=[::1]:8001", "--bind=unix:/run/other.sock"} <= set(words)
+    assert not [word for word in words if "worker-tmp-dir" in word]
+
+
+def test_a_job_reads_its_environment_and_becomes_its_command(plists, tmp_path):
+    """By the very words of the property list, with another environment and another command."""
+    shell = plists["agents"]["mailroom-relay"]["ProgramArguments"]
+    assert shell[3:5] == ["/Users/me/Library/Logs/mailroom/django/mailroom-relay.pid", f"{PREFIX}/etc/mailroom/environment"]
+    assert shell[5:] == [f"{PREFIX}/opt/mailroom/current/venv/bin/python", "manage.py", "relay"]
+    (tmp_path / "environment").write_text("""QUOTE='it'\\''s "$HOME"'\n""")
+    pid_file = tmp_path / "pid"
+    command = ["/bin/sh", "-c", 'printf "%s|%s|%s" "$$" "$QUOTE" "$1"', "name", "a  b"]
+    words = [*shell[:3], pid_file, tmp_path / "environment", *command]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, env={"PATH": os.defpath})
+    assert done.stdout == f"""{pid_file.read_text().strip()}|it's "$HOME"|a  b"""
+    done = subprocess.run([*shell[:3], pid_file, tmp_path / "missing", "echo", "ran"], capture_output=True, text=True, check=False)
+    assert (done.returncode != 0, done.stdout) == (True, "")
+
+
+def test_the_broker_is_found_below_homebrews_prefix_with_the_erlang_that_was_asked_for(plists, answers):
+    for host, homebrew in (("agents", "/opt/homebrew"), ("daemons", "/usr/local")):
+        plist = plists[host]["rabbitmq-server"]
+        assert plist["ProgramArguments"][5:] == [f"{homebrew}/opt/rabbitmq/sbin/rabbitmq-server"]
+        path = plist["EnvironmentVariables"]["PATH"].split(":")
+        assert path[:3] == [f"{homebrew}/opt/{name}" for name in ("erlang@27/bin", "erlang/bin", "rabbitmq/sbin")]
+        python, bundle, _, broker, package = answers[host]["paths"]
+        assert (python, package) == (f"{homebrew}/bin/python3.13", "python@3.13")
+        assert bundle.startswith(homebrew)
+        assert broker == plist["ProgramArguments"][5]
+    assert answers["agents"]["paths"][2] == f"{PREFIX}/bin/mailroom-manage"
+    assert answers["daemons"]["paths"][2] == "/usr/local/bin/mailroom-manage"
+
+
+def test_each_log_is_turned_over_by_the_signal_that_ends_its_job(answers, plists):
+    for host, owner in (("agents", "me:20"), ("daemons", "mailroom:")):
+        lines = [line.split() for line in answers[host]["logs"].splitlines() if not line.startswith("#")]
+        logs = {line[0]: line for line in lines}
+        for name in ("mailroom-worker@slow", "mailroom-beat"):
+            plist = plists[host][name]
+            line = logs.pop(plist["StandardOutPath"])
+            assert line[1:7] == [owner, "640", "5", "10240", "*", "B"]
+            assert line[7:] == [plist["ProgramArguments"][3], "15"]
+        assert not logs
+
+
+@pytest.mark.parametrize("case", FORMULAE)
+def test_homebrews_rabbitmq_is_judged(answers, case):
+    level, refusal = answers["agents"][case]
+    assert level == FORMULAE[case][3]
+    assert bool(refusal) == bool(FORMULAE[case][4])
+    assert refusal.startswith(FORMULAE[case][4])
+    if level == "refused":
+        assert 'With erlang_version and rabbitmq_erlang_version "27" the formula erlang@27 is installed' in refusal
+
+
+@pytest.mark.parametrize("stable", ERLANGS)
+def test_an_older_erlang_is_the_formula_with_its_number(answers, stable):
+    assert answers["agents"][stable] == ERLANGS[stable]
