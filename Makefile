@@ -12,8 +12,8 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # Frames around each line would hide pytest's closing counts.
 export MOLECULE_COMMAND_BORDERS := 0
 
-# The longest first, so that the last ones end together. All but site and rabbitmq43 have a host of each platform.
-SCENARIOS := site site-el9 rabbitmq rabbitmq43 celery django flower postgresql firewall services erlang ca_certificates
+# The longest first, so that the last ones end together. All but site, macos and rabbitmq43 have a host of each platform.
+SCENARIOS := site site-el9 macos rabbitmq rabbitmq43 celery django flower postgresql firewall services erlang ca_certificates
 # Scenarios that run at a time; each waits for its hosts more than it computes.
 JOBS ?= 2
 # make sandbox PLATFORM=el9: the same on another platform of testbed/images.

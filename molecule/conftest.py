@@ -99,6 +99,9 @@ def pytest_runtest_makereport(item, call):
     """On a failure, show what the host's services said."""
     report = (yield).get_result()
     if report.when == "call" and report.failed and "host" in item.funcargs:
-        with item.funcargs["host"].sudo():
-            journal = item.funcargs["host"].run(f"journalctl --no-pager --lines=60 --output=short-iso {UNITS}").stdout
-        report.sections.append(("journal of the host", journal))
+        host = item.funcargs["host"]
+        with host.sudo():
+            done = host.run(f"journalctl --no-pager --lines=60 --output=short-iso {UNITS}")
+        if done.rc:
+            done = host.run("tail -n 20 ~/Library/Logs/rabbitmq/*.log ~/Library/Logs/mailroom/*/*.log")
+        report.sections.append(("journal of the host", done.stdout))

@@ -1,0 +1,162 @@
+"""The whole environment as LaunchAgents of one user: on the stand-in of testbed/images/macos, or on a real Mac."""
+
+from __future__ import annotations
+
+import re
+import uuid
+
+import pytest
+import requests
+
+JOBS = ["services : Jobs of mailroom/celery"]
+
+
+@pytest.fixture(scope="module")
+def site(url):
+    return url(8000)
+
+
+@pytest.fixture(scope="module")
+def inbox(variables):
+    """The subjects of all mails in the mail catcher."""
+    port = variables["testbed_mail_published"]["1080"]
+
+    def subjects():
+        mails = requests.get(f"http://127.0.0.1:{port}/api/email", timeout=10).json()
+        return [mail["subject"] for mail in (mails["emails"] if isinstance(mails, dict) else mails)]
+
+    return subjects
+
+
+@pytest.fixture
+def send(site, variables):
+    """Asks for an email; gives its subject and a look at its state."""
+    headers = {"Authorization": f"Bearer {variables['secret_app_api_key']}"}
+
+    def post():
+        subject = f"test {uuid.uuid4()}"
+        email = {"subject": subject, "text": "Hello.", "to": ["one@example.net"]}
+        answer = requests.post(f"{site}/api/emails", json=email, headers=headers, timeout=5)
+        assert answer.status_code == 202, answer.text
+        status = f"{site}/api/emails/{answer.json()['id']}"
+        return subject, lambda: requests.get(status, headers=headers, timeout=5).json()["state"]
+
+    return post
+
+
+@pytest.fixture
+def launchctl(host):
+    uid = host.check_output("id -u")
+    return lambda verb, label, *words: host.run(f"launchctl {' '.join([verb, *words])} gui/{uid}/{label}")
+
+
+@pytest.fixture
+def process(launchctl):
+    """The number of a job's process, or None."""
+
+    def number(label):
+        found = re.search(r"^\tpid = (\d+)$", launchctl("print", label).stdout, re.MULTILINE)
+        return found and int(found[1])
+
+    return number
+
+
+@pytest.fixture
+def playbook(run_playbook):
+    """Runs the workers' playbook as an operator does; gives what it changed, task by task."""
+
+    def run(**variables):
+        done = run_playbook("playbooks/workers.yml", **variables)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return re.findall(r"^TASK \[([^\]]+)\] \**\n(?:(?!TASK|PLAY).*\n)*?changed: ", done.stdout, re.MULTILINE)
+
+    return run
+
+
+@pytest.fixture
+def logs(host):
+    return f"{host.check_output('echo $HOME')}/Library/Logs/mailroom"
+
+
+def test_email_arrives_and_flower_has_counted_its_task(send, inbox, url, eventually):
+    subject, state = send()
+    eventually(lambda: state() == "sent")
+    assert inbox().count(subject) == 1
+    counted = r'flower_events_total\{task="emails\.tasks\.deliver",type="task-succeeded"'
+    eventually(lambda: re.search(counted, requests.get(f"{url(5555)}/metrics", timeout=10).text))
+
+
+def test_nothing_of_it_runs_as_root(host):
+    """Not one process; the broker's port mapper neither, which leaves its group."""
+    mine = host.check_output("id -un")
+    lines = host.check_output("ps -A -o user=,args=").splitlines()
+    found = [line.split()[0] for line in lines if re.search(r"gunicorn|celery|relay|beam\.smp|/epmd", line)]
+    assert len(found) > 8
+    assert set(found) == {mine}
+
+
+def test_secrets_are_nobody_elses(host, variables):
+    home = host.check_output("echo $HOME")
+    seen = host.check_output(f"cat {home}/Library/LaunchAgents/*.plist; ps -A -o args; cat {home}/Library/Logs/mailroom/*/*.log")
+    for name, secret in variables.items():
+        if name.startswith("secret_") and name != "secret_names":
+            assert secret not in seen, name
+    # Whoever reads the environment passes a folder that is its owner's alone.
+    open_ = host.check_output(f"find {home}/.local/etc/mailroom {home}/.local/var/lib/mailroom* -maxdepth 0 -perm -g+x")
+    assert open_ == ""
+    assert variables["secret_django_key"] in host.check_output(f"cat {home}/.local/etc/mailroom/environment")
+
+
+def test_killed_worker_comes_back(host, send, process, eventually):
+    before = process("mailroom-worker@mail")
+    host.check_output(f"kill -9 {before}")
+    eventually(lambda: process("mailroom-worker@mail") not in (None, before))
+    _, state = send()
+    eventually(lambda: state() == "sent", seconds=60)
+
+
+def test_log_that_grew_is_turned_over_and_its_process_writes_the_new_one(host, launchctl, logs, process, eventually):
+    """By the job that runs every hour."""
+    before = process("mailroom-beat")
+    host.check_output(f"head -c 11000000 /dev/zero >> {logs}/celery/mailroom-beat.log")
+    assert launchctl("kickstart", "mailroom-celery-logs").rc == 0
+    eventually(lambda: process("mailroom-beat") not in (None, before))
+    assert host.file(f"{logs}/celery/mailroom-beat.log.0").size >= 11000000
+    eventually(lambda: "beat: Starting" in host.file(f"{logs}/celery/mailroom-beat.log").content_string)
+    host.check_output(f"rm {logs}/celery/mailroom-beat.log.0")
+
+
+def test_what_hands_did_to_jobs_is_repaired_and_the_others_are_left_alone(host, playbook, process, launchctl):
+    """An edited property list, a job that was booted out and disabled, and an environment that is younger than its processes."""
+    agents = f"{host.check_output('echo $HOME')}/Library/LaunchAgents"
+    web = process("mailroom-web")
+    host.check_output(f"sed -i.bak 's/<integer>150</<integer>1</' '{agents}/mailroom-worker@mail.plist'")
+    host.check_output(f"rm '{agents}/mailroom-worker@mail.plist.bak'")
+    launchctl("bootout", "mailroom-beat")
+    assert launchctl("disable", "mailroom-beat").rc == 0
+    host.check_output("touch ~/.local/etc/mailroom/environment")
+    before = process("mailroom-worker@maintenance")
+    assert playbook() == JOBS
+    assert process("mailroom-beat")
+    assert process("mailroom-worker@maintenance") not in (None, before)
+    assert "exit timeout = 150" in launchctl("print", "mailroom-worker@mail").stdout
+    assert process("mailroom-web") == web
+    assert playbook() == []
+
+
+def test_worker_that_is_no_longer_listed_is_booted_out(playbook, process, launchctl):
+    kept = [{"name": "mail", "queues": ["mail.v1", "maintenance.v1"], "time_limit": 120}]
+    assert playbook(celery_workers=kept) == [*JOBS, "services : When logs are turned over"][::-1]
+    gone = launchctl("print", "mailroom-worker@maintenance")
+    assert (gone.rc, "Could not find service" in gone.stderr) == (113, True)
+    playbook()
+    assert process("mailroom-worker@maintenance")
+
+
+def test_all_is_up_again_after_a_reboot(reboot, send, inbox, variables, eventually):
+    if "testbed_platform" not in variables:
+        pytest.skip("A real Mac is not rebooted.")
+    reboot()
+    subject, state = eventually(send, seconds=60)
+    eventually(lambda: state() == "sent", seconds=90)
+    assert inbox().count(subject) == 1
