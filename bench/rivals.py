@@ -44,8 +44,10 @@ from django.core.mail import send_mail  # noqa: E402 - as above
 from django.http import JsonResponse  # noqa: E402 - as above
 from django.urls import path  # noqa: E402 - as above
 
-# All of Celery's own settings, but for a name that the broker's user may use.
-app = Celery("rivals", broker=os.environ["BROKER_URL"], task_default_queue="mail.rivals")
+# All of Celery's own settings, but for names that the broker's user may use. To a direct exchange Celery would publish by the
+# nameless one, which that user may not.
+names = {"task_default_queue": "mail.rivals", "task_default_exchange_type": "topic"}
+app = Celery("rivals", broker=os.environ["BROKER_URL"], **names)
 app.set_default()
 
 

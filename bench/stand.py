@@ -33,7 +33,14 @@ GUNICORN = (
     "--worker-tmp-dir=/dev/shm",
     "--access-logfile=-",
 )
-WORKER_OPTIONS = ("--concurrency=2", "--without-gossip", "--without-mingle", "--task-events", "--loglevel=INFO")
+WORKER_OPTIONS = (
+    "--concurrency=2",
+    "--without-gossip",
+    "--without-mingle",
+    "--task-events",
+    "--prefetch-multiplier=4",
+    "--loglevel=INFO",
+)
 INVENTORY = "inventories/app-tests"
 
 

@@ -8,10 +8,11 @@ import time
 import uuid
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
+from itertools import count
 
 from django.conf import settings
 from django.db import connection, models, transaction
-from django.db.models import F, Q
+from django.db.models import Exists, F, OuterRef, Q
 from django.utils import timezone
 
 # What a relay has taken it publishes within this, or gives it back.
@@ -127,16 +128,27 @@ class DeliveryQuerySet(models.QuerySet):
         )
 
     def mistrust_clock(self) -> int:
-        """Makes due what waits for a time later than any that is ever set.
+        """Makes due what waits for a time later than any that is set in its state.
 
         The clock was wrong when it was set, or has been set back since.
         """
-        longest = max(LONGEST_RETRY, PUBLISHED_LEASE, sending_lease()) * 1.1
-        far = self.filter(due_at__gt=timezone.now() + longest, state__in=UNFINISHED)
-        return far.update(due_at=AT_ONCE)
+        now = timezone.now()
+        too_far = Q(state=State.QUEUED, due_at__gt=now + PUBLISHED_LEASE * 1.1)
+        too_far |= Q(state=State.SENDING, due_at__gt=now + sending_lease() * 1.1)
+        for attempts in count(1):
+            longest = longest_retry(attempts)
+            last = longest == LONGEST_RETRY
+            too_far |= Q(
+                state__in=(State.DEFERRED, State.UNCERTAIN),
+                due_at__gt=now + longest * 1.1,
+                **{"attempts__gte" if last else "attempts": attempts},
+            )
+            if last:
+                break
+        return self.filter(too_far).update(due_at=AT_ONCE)
 
-    def lease(self, count: int) -> list["Delivery"]:
-        """Takes up to `count` due deliveries for publishing, the oldest first.
+    def lease(self, most: int) -> list["Delivery"]:
+        """Takes up to `most` due deliveries for publishing, the oldest first.
 
         Several relays take different ones: PostgreSQL skips what another one is about to take,
         SQLite lets one transaction write at a time. What has passed its deadline is ended, and
@@ -150,7 +162,7 @@ class DeliveryQuerySet(models.QuerySet):
             if connection.features.has_select_for_update_skip_locked:
                 due = due.select_for_update(skip_locked=True, of=("self",))
             taken, abandoned = [], []
-            for delivery in due.select_related("email").only(*LEASED_FIELDS)[:count]:
+            for delivery in due.select_related("email").only(*LEASED_FIELDS)[:most]:
                 kept = abandoned if delivery.state == State.SENDING else taken
                 kept.append(delivery)
             for delivery in abandoned:
@@ -194,7 +206,10 @@ class DeliveryQuerySet(models.QuerySet):
             started_at=now,
             due_at=now + sending_lease(),
         )
-        return self.select_related("email").get(pk=pk) if claimed else None
+        if not claimed:
+            return None
+        attached = Attachment.objects.filter(email=OuterRef("email"))
+        return self.select_related("email").annotate(has_attachments=Exists(attached)).get(pk=pk)
 
     def replay(self) -> int:
         """Sends the dead ones among these once more, with a new deadline; returns how many."""
@@ -362,11 +377,14 @@ class Delivery(models.Model):
             Tally.add("expired")
 
 
+def longest_retry(attempts: int) -> timedelta:
+    first = timedelta(seconds=settings.RETRY_SECONDS)
+    return min(first * 2 ** min(attempts - 1, 16), LONGEST_RETRY)
+
+
 def retry_delay(attempts: int) -> timedelta:
     """How long to wait after so many attempts: a doubling range, capped, and anywhere in it."""
-    first = timedelta(seconds=settings.RETRY_SECONDS)
-    longest = min(first * 2 ** min(attempts - 1, 12), LONGEST_RETRY)
-    return longest * random.random()  # noqa: S311 - spreads load, hides nothing
+    return longest_retry(attempts) * random.random()  # noqa: S311 - spreads load, hides nothing
 
 
 def after_uncertain(attempts: int) -> datetime | None:

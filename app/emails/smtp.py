@@ -84,7 +84,7 @@ def build(delivery: Delivery) -> EmailMultiAlternatives:
         message.attach_alternative(email.html, "text/html")
     elif email.html:
         message.body, message.content_subtype = email.html, "html"
-    for attachment in email.attachments.all():
+    for attachment in email.attachments.all() if delivery.has_attachments else ():
         if attachment.content_id:
             part = MIMEBase(*attachment.content_type.split("/"))
             part.set_payload(bytes(attachment.content))

@@ -142,13 +142,21 @@ def test_a_relay_that_dies_costs_half_a_minute(delivery, published):
 
 
 def test_a_clock_that_was_set_back_makes_nothing_wait(accept):
-    ahead = accept().deliveries.get()
-    Delivery.objects.filter(pk=ahead.pk).update(due_at=timezone.now() + timedelta(hours=2))
-    soon = accept().deliveries.get()
-    Delivery.objects.filter(pk=soon.pk).update(due_at=timezone.now() + timedelta(minutes=50))
-    accept().deliveries.update(state=State.SENT, due_at=timezone.now() + timedelta(hours=2))
-    assert Delivery.objects.mistrust_clock() == 1
-    assert [delivery.pk for delivery in Delivery.objects.due()] == [ahead.pk]
+    def deliveries(minutes: float) -> list[int]:
+        due_at = timezone.now() + timedelta(minutes=minutes)
+        waits = ((State.QUEUED, 0), (State.SENDING, 1), (State.DEFERRED, 1), (State.DEFERRED, 9))
+        for state, attempts in (*waits, (State.SENT, 1)):
+            accept().deliveries.update(state=state, attempts=attempts, due_at=due_at)
+        return [pk for pk in Delivery.objects.order_by("pk").values_list("pk", flat=True)][-5:]
+
+    # A lease of the queue is ten minutes, a worker's 150 s, a first retry 30 s, a ninth an hour.
+    queued, sending, first, ninth, _ = deliveries(minutes=9)
+    assert Delivery.objects.mistrust_clock() == 2
+    assert {delivery.pk for delivery in Delivery.objects.due()} == {sending, first}
+    Delivery.objects.all().delete()
+    *waiting, _ = deliveries(minutes=70)
+    assert Delivery.objects.mistrust_clock() == 4
+    assert {delivery.pk for delivery in Delivery.objects.due()} == set(waiting)
 
 
 def test_what_was_just_accepted_is_due_whatever_the_clock_says(delivery, monkeypatch):

@@ -12,7 +12,7 @@ from django.core.mail import EmailMessage, EmailMultiAlternatives, get_connectio
 from django.db import transaction
 
 from emails import smtp
-from emails.models import Email
+from emails.models import Delivery, Email
 from emails.tasks import deliver, send_email
 
 pytestmark = pytest.mark.django_db
@@ -89,7 +89,7 @@ def test_what_a_message_has_reaches_the_recipient():
 
     email = Email.objects.get()
     bcc = email.deliveries.get(recipient="dan@example.org")
-    built = smtp.build(bcc).message()
+    built = smtp.build(Delivery.objects.claim(bcc.pk)).message()
     assert (built["To"], built["Cc"], built["Bcc"]) == ("bob@example.org", "carl@example.org", None)
     assert built["Reply-To"] == "help@example.org"
     assert built["List-Unsubscribe"] == "<https://example.org/x>"
