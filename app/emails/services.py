@@ -80,7 +80,7 @@ def accept(
     for kind, addresses in zip(Delivery.Kind, (recipients, cc, bcc), strict=True):
         for address in addresses:
             kinds.setdefault(address, kind)
-    allowance = Allowance.objects.filter(owner=owner).first() if owner else None
+    allowance = getattr(owner, "allowance", None)
     checks = {
         "subject": (check_subject, subject),
         "text": (check_body if not html or owner else check_storable, text),
