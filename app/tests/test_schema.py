@@ -2,6 +2,8 @@
 
 import pytest
 import schemathesis
+from django.core.signals import request_finished, request_started
+from django.db import close_old_connections
 from hypothesis import HealthCheck, settings
 from schemathesis.specs.openapi.checks import negative_data_rejection, positive_data_acceptance
 
@@ -14,6 +16,16 @@ NOT_IN_THE_DOCUMENT = [positive_data_acceptance, negative_data_rejection]
 schema = schemathesis.openapi.from_wsgi("/api/openapi.json", application)
 
 
+@pytest.fixture
+def one_connection():
+    """A request would end the connection that the test's transaction is on."""
+    for signal in (request_started, request_finished):
+        signal.disconnect(close_old_connections)
+    yield
+    for signal in (request_started, request_finished):
+        signal.connect(close_old_connections)
+
+
 @pytest.mark.django_db
 @schema.parametrize()
 @settings(
@@ -21,7 +33,7 @@ schema = schemathesis.openapi.from_wsgi("/api/openapi.json", application)
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-def test_the_api_does_what_its_document_says(case, api_key):
+def test_the_api_does_what_its_document_says(case, api_key, one_connection):
     case.call_and_validate(
         headers={"Authorization": f"Bearer {KEY}"}, excluded_checks=NOT_IN_THE_DOCUMENT
     )

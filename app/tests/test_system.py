@@ -345,9 +345,9 @@ def test_a_half_open_connection_does_not_end_the_worker(system, mailbox):
         eventually(lambda: worker.log.read_text().count("Connected to") > count)
         # The broker gives as many as are prefetched to the one that is gone, and takes them back
         # when it has heard nothing from it for two heartbeats.
-        emails = [system.post() for _ in range(8)]
+        emails = [system.post() for _ in range(20)]
         eventually(
-            lambda: [system.recipient(email)["state"] for email in emails].count("sent") >= 4
+            lambda: [system.recipient(email)["state"] for email in emails].count("sent") >= 10
         )
         assert worker.poll() is None
         assert "Unrecoverable" not in worker.log.read_text()
