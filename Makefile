@@ -16,6 +16,8 @@ export MOLECULE_COMMAND_BORDERS := 0
 SCENARIOS := site site-el9 macos rabbitmq rabbitmq43 celery django flower postgresql firewall services erlang ca_certificates
 # Scenarios that run at a time; each waits for its hosts more than it computes.
 JOBS ?= 2
+# What one of them prints follows when it has ended, in one piece.
+SIDE_BY_SIDE = $(MAKE) --no-print-directory --jobs=$(JOBS) --keep-going $(if $(filter output-sync,$(.FEATURES)),--output-sync=line)
 # make sandbox PLATFORM=el9: the same on another platform of testbed/images.
 ifdef PLATFORM
 export TESTBED_PLATFORM := $(PLATFORM)
@@ -63,7 +65,10 @@ sandbox-down: $(VENV)/.complete ## Remove the sandbox
 # ---- Tests ----
 
 .PHONY: test test-fast lint test-unit test-app-fast test-app broker-up broker-down test-scenarios
-test: lint test-unit test-app test-scenarios ## Everything
+test: lint test-unit ## Everything
+	@testbed/install
+	@tests/install
+	@$(SIDE_BY_SIDE) test-app $(addprefix molecule-,$(SCENARIOS))
 
 test-fast: lint test-unit test-app-fast ## What takes less than two minutes and needs no host
 
@@ -98,7 +103,7 @@ broker-down: $(VENV)/.complete
 
 test-scenarios: $(VENV)/.complete ## All Molecule scenarios; one of them: make molecule-rabbitmq
 	@testbed/install
-	@$(MAKE) --no-print-directory --jobs=$(JOBS) --keep-going $(if $(filter output-sync,$(.FEATURES)),--output-sync=line) $(addprefix molecule-,$(SCENARIOS))
+	@$(SIDE_BY_SIDE) $(addprefix molecule-,$(SCENARIOS))
 
 molecule-%: $(VENV)/.complete
 	@testbed/install
