@@ -175,7 +175,10 @@ def test_supported_platforms_have_a_family(host):
 @pytest.mark.parametrize(
     ("found", "words"),
     [
-        (facts("Debian", "12.9", "Debian"), "Debian 12.9 is not supported. Supported are Debian 13, Ubuntu 24.04 and 26.04, RHEL,"),
+        (
+            facts("Debian", "12.9", "Debian"),
+            "Debian 12.9 is not supported. Supported are Debian 13 and testing, Ubuntu 24.04 and 26.04, RHEL,",
+        ),
         (facts("Ubuntu", "22.04", "Debian"), "Ubuntu 22.04 is not supported."),
         (facts("Fedora", "43", "RedHat"), "Fedora 43 is not supported."),
         (
@@ -196,4 +199,4 @@ def test_a_role_that_knows_one_family_refuses_the_other():
     assert platform_family(HOSTS["debian13"], "Debian") == "Debian"
     with pytest.raises(AnsibleFilterError) as caught:
         platform_family(HOSTS["el9"], "Debian")
-    assert str(caught.value).startswith("Rocky 9.6 is not supported. Supported are Debian 13, Ubuntu 24.04 and 26.04.")
+    assert str(caught.value).startswith("Rocky 9.6 is not supported. Supported are Debian 13 and testing, Ubuntu 24.04 and 26.04.")

@@ -5,12 +5,13 @@ from __future__ import annotations
 from ansible.errors import AnsibleFilterError
 
 FAMILIES = {
-    "Debian": "Debian 13, Ubuntu 24.04 and 26.04",
+    "Debian": "Debian 13 and testing, Ubuntu 24.04 and 26.04",
     "RedHat": "RHEL, Rocky Linux, AlmaLinux, CentOS Stream and Oracle Linux 9 and 10",
     "Darwin": "macOS 14, 15, 26 and 27",
 }
 VERSIONS = {
-    "Debian": ("13",),
+    # What testing calls itself until it is released.
+    "Debian": ("13", "forky/sid"),
     "MacOSX": ("14", "15", "26", "27"),
     "Ubuntu": ("24.04", "26.04"),
     **dict.fromkeys(("RedHat", "Rocky", "AlmaLinux", "CentOS", "OracleLinux"), ("9", "10")),
