@@ -69,7 +69,8 @@ def show_email(request: HttpRequest, email_id: UUID) -> HttpResponse:
         count = services.replay(email.deliveries.all())
         messages.success(request, f"Sends {count} once more.")
         return redirect("email", email_id)
-    return render(request, "emails/email.html", {"email": email})
+    dead = any(delivery.dead for delivery in email.deliveries.all())
+    return render(request, "emails/email.html", {"email": email, "dead": dead})
 
 
 @never_cache

@@ -110,6 +110,7 @@ def test_an_emails_page_shows_attempts_and_answers_and_sends_again(client, accep
     assert '<span class="state failed">failed</span>' in page
     response = client.post(url, follow=True)
     assert "Sends 1 once more." in response.content.decode()
+    assert "Send once more" not in response.content.decode(), "nothing is dead any more"
     assert email.deliveries.get().state == State.QUEUED
 
 
