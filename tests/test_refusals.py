@@ -181,7 +181,9 @@ REFUSED = {
     "rabbitmq platform": [
         (
             {"host_platform": "el8"},
-            "host_platform is 'el8'; wiring_versions knows debian13, ubuntu2404, el9, el10, macos. Elsewhere set",
+            "host_platform is 'el8'; wiring_versions knows debian13, ubuntu2404, el9, el10, macos. Elsewhere set rabbitmq_version "
+            "and erlang_version, or add it there. EL 8 is refused: its dnf works with Python 3.6 alone, on which Ansible no longer "
+            "runs.",
         ),
     ],
     "rabbitmq sources": [
