@@ -215,12 +215,12 @@ def test_a_policy_that_the_broker_refuses_is_told_and_the_next_run_finishes(role
 
 def test_a_broker_that_is_down_is_told(role, host):
     with host.sudo():
-        host.check_output("rabbitmqctl stop_app")
+        host.check_output("systemctl stop rabbitmq-server")
     try:
         result = role("--check")
     finally:
         with host.sudo():
-            host.check_output("rabbitmqctl start_app")
+            host.check_output("systemctl start rabbitmq-server")
     assert "does not answer" in result["msg"]
     assert "not compared" in result["msg"]
 
