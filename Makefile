@@ -65,7 +65,7 @@ sandbox-down: $(VENV)/.complete ## Remove the sandbox
 # ---- Tests ----
 
 .PHONY: test test-fast lint test-unit test-app-fast test-app broker-up broker-down test-scenarios
-test: lint test-unit ## Everything
+test: lint test-unit $(APP_VENV)/.complete ## Everything
 	@testbed/install
 	@tests/install
 	@$(SIDE_BY_SIDE) test-app $(addprefix molecule-,$(SCENARIOS))
@@ -86,10 +86,13 @@ test-unit: $(VENV)/.complete ## Modules, filters, templates and the repository i
 test-app-fast: $(APP_VENV)/.complete ## The application's tests that need no broker and no browser
 	cd app && .venv/bin/pytest -m "not browser"
 
-test-app: broker-up ## The application's tests: a real RabbitMQ, SQLite and a real PostgreSQL, a browser
+# The broker is made by the recipe: as a prerequisite, make would begin all scenarios before it came back to the tests.
+test-app: $(VENV)/.complete $(APP_VENV)/.complete ## The application's tests: a real RabbitMQ, SQLite and a real PostgreSQL, a browser
+	@echo "tests of the application: begin"
+	@$(MAKE) --no-print-directory broker-up
 	url=$$($(TESTBED) info --inventory inventories/app-tests --value broker.url) && cd app && export TEST_BROKER_URL=$$url && \
 		.venv/bin/pytest && .venv/bin/python -m tests.postgresql .venv/bin/pytest -m "not browser"
-	$(MAKE) broker-down
+	@$(MAKE) --no-print-directory broker-down
 
 broker-up: $(VENV)/.complete $(APP_VENV)/.complete ## The broker of the application's tests, which bench/mail_* use too
 	testbed/install
