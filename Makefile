@@ -16,8 +16,7 @@ export MOLECULE_COMMAND_BORDERS := 0
 SCENARIOS := site site-el9 macos rabbitmq rabbitmq43 celery django flower postgresql firewall services erlang ca_certificates
 # Scenarios that run at a time; each waits for its hosts more than it computes.
 JOBS ?= 2
-# What one of them prints follows when it has ended, in one piece.
-SIDE_BY_SIDE = $(MAKE) --no-print-directory --jobs=$(JOBS) --keep-going $(if $(filter output-sync,$(.FEATURES)),--output-sync=line)
+SIDE_BY_SIDE = $(VENV)/bin/python tests/parts.py --jobs $(JOBS)
 # make sandbox PLATFORM=el9: the same on another platform of testbed/images.
 ifdef PLATFORM
 export TESTBED_PLATFORM := $(PLATFORM)
@@ -86,9 +85,7 @@ test-unit: $(VENV)/.complete ## Modules, filters, templates and the repository i
 test-app-fast: $(APP_VENV)/.complete ## The application's tests that need no broker and no browser
 	cd app && .venv/bin/pytest -m "not browser"
 
-# The broker is made by the recipe: as a prerequisite, make would begin all scenarios before it came back to the tests.
 test-app: $(VENV)/.complete $(APP_VENV)/.complete ## The application's tests: a real RabbitMQ, SQLite and a real PostgreSQL, a browser
-	@echo "tests of the application: begin"
 	@$(MAKE) --no-print-directory broker-up
 	url=$$($(TESTBED) info --inventory inventories/app-tests --value broker.url) && cd app && export TEST_BROKER_URL=$$url && \
 		.venv/bin/pytest && .venv/bin/python -m tests.postgresql .venv/bin/pytest -m "not browser"
@@ -110,7 +107,6 @@ test-scenarios: $(VENV)/.complete ## All Molecule scenarios; one of them: make m
 
 molecule-%: $(VENV)/.complete
 	@testbed/install
-	@echo "scenario $*: begins"
 	@molecule test --scenario-name $*
 
 # ---- Upkeep ----
