@@ -10,6 +10,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import yaml
 from ansible.errors import AnsibleLookupError
 from ansible.plugins.loader import lookup_loader
 from helpers import ROOT
@@ -100,6 +101,22 @@ def test_what_is_excluded_is_left_out_and_makes_no_difference(project):
     (project / "mail/tests/test_more.py").write_text("")
     (project / "mail/other.pyc").write_text("")
     assert release(project, exclude=exclude) == before
+
+
+def test_what_tools_leave_in_the_application_makes_no_other_release(tmp_path):
+    """All that the application's .gitignore names, as its tests may run while a host is converged."""
+    exclude = yaml.safe_load((ROOT / "roles/django/defaults/main.yml").read_text())["django_source_exclude"]
+    left = (ROOT / "app/.gitignore").read_text().split()
+    (tmp_path / "manage.py").write_text("")
+    before = release(tmp_path, exclude=exclude)
+    assert left
+    for name in left:
+        path = tmp_path / name.strip("/").replace("*", "-wal")
+        if name.endswith("/"):
+            path.mkdir()
+            path /= "file"
+        path.write_text("")
+    assert release(tmp_path, exclude=exclude) == before
 
 
 def test_files_are_executable_or_not_and_others_may_not_read_them(project):
