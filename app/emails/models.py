@@ -15,6 +15,8 @@ from django.db import connection, models, transaction
 from django.db.models import Exists, F, OuterRef, Q
 from django.utils import timezone
 
+from emails import postgresql
+
 # What a relay has taken it publishes within this, or gives it back.
 PUBLISHING_LEASE = timedelta(seconds=30)
 # A published message may wait behind others in the queue; after this the relay doubts it.
@@ -199,17 +201,24 @@ class DeliveryQuerySet(models.QuerySet):
     def claim(self, pk: int) -> "Delivery | None":
         """Takes a queued delivery for sending. Only one of several copies of a message gets it."""
         now = timezone.now()
+        until = now + sending_lease()
+        if connection.vendor == "postgresql":
+            return postgresql.claim(pk, now, until)
         claimed = self.filter(pk=pk, state=State.QUEUED).update(
             state=State.SENDING,
             attempts=F("attempts") + 1,
             data_sent=False,
             started_at=now,
-            due_at=now + sending_lease(),
+            due_at=until,
         )
         if not claimed:
             return None
         attached = Attachment.objects.filter(email=OuterRef("email"))
         return self.select_related("email").annotate(has_attachments=Exists(attached)).get(pk=pk)
+
+    def give_back(self, pks: Sequence[int]) -> None:
+        """Has the relay publish them anew, those that still wait."""
+        self.filter(pk__in=pks, state=State.QUEUED).update(due_at=AT_ONCE)
 
     def replay(self) -> int:
         """Sends the dead ones among these once more, with a new deadline; returns how many."""
@@ -315,43 +324,68 @@ class Delivery(models.Model):
 
         Then somebody else has the delivery, and sending would be a duplicate without a trace.
         """
-        return bool(
-            Delivery.objects.filter(pk=self.pk, state=State.SENDING, attempts=self.attempts).update(
-                data_sent=True
+        with connection.cursor() as cursor:
+            cursor.execute(
+                "UPDATE emails_delivery SET data_sent = %s"
+                " WHERE id = %s AND state = %s AND attempts = %s",
+                (True, self.pk, State.SENDING.value, self.attempts),
             )
-        )
+            return cursor.rowcount == 1
 
     def record(self, state: State, *, code: int | None, answer: str, seconds: float, due_at=None):
         """Ends this attempt; false if the lease was lost meanwhile and the outcome isn't ours.
 
         That an email was sent is recorded all the same: it can't be taken back.
         """
-        values = {"state": state, "due_at": due_at, "last_smtp_code": code}
-        values["last_error"] = "" if state == State.SENT else answer[:500]
+        sent = state == State.SENT
+        error = "" if sent else answer[:500]
+        sent_at = timezone.now() if sent else None
+        uncertain = int(state == State.UNCERTAIN)
+        started_at = self.started_at or timezone.now()
+        tally = f"attempts.{state}"
+        if connection.vendor == "postgresql":
+            bucket, slot = Tally.place(seconds)
+            return postgresql.record(
+                delivery=self.pk,
+                whoever=sent,
+                state=state.value,
+                due_at=due_at,
+                code=code,
+                error=error,
+                sent_at=sent_at,
+                uncertain=uncertain,
+                number=self.attempts,
+                started_at=started_at,
+                seconds=seconds,
+                answer=answer[:500],
+                tally=tally,
+                bucket=bucket,
+                slot=slot,
+            )
         rows = Delivery.objects.filter(pk=self.pk)
-        if state == State.SENT:
-            values["sent_at"] = timezone.now()
-        else:
+        if not sent:
             rows = rows.filter(state=State.SENDING, attempts=self.attempts)
-        if state == State.UNCERTAIN:
-            values["uncertain_attempts"] = F("uncertain_attempts") + 1
         with transaction.atomic():
-            recorded = bool(rows.update(**values))
+            recorded = rows.update(
+                state=state,
+                due_at=due_at,
+                last_smtp_code=code,
+                last_error=error,
+                sent_at=sent_at or F("sent_at"),
+                uncertain_attempts=F("uncertain_attempts") + uncertain,
+            )
             if recorded:
-                self.log_attempt(state, code, answer, seconds)
-        return recorded
-
-    def log_attempt(self, outcome: State, code: int | None, answer: str, seconds: float) -> None:
-        Attempt.objects.create(
-            delivery=self,
-            number=self.attempts,
-            started_at=self.started_at or timezone.now(),
-            seconds=seconds,
-            outcome=outcome,
-            smtp_code=code,
-            answer=answer[:500],
-        )
-        Tally.add(f"attempts.{outcome}", seconds)
+                Attempt.objects.create(
+                    delivery=self,
+                    number=self.attempts,
+                    started_at=started_at,
+                    seconds=seconds,
+                    outcome=state,
+                    smtp_code=code,
+                    answer=answer[:500],
+                )
+                Tally.add(tally, seconds)
+        return bool(recorded)
 
     def settle_abandoned(self, now: datetime) -> None:
         """Ends an attempt whose worker is gone."""
@@ -436,20 +470,22 @@ class Tally(models.Model):
         return self.name
 
     @classmethod
-    def add(cls, name: str, seconds: float | None = None, by: int = 1) -> None:
-        """Adds to a total. The last statement of a transaction, as it holds a row that is shared.
-
-        With `seconds` the smallest bucket that holds them, 0 if none does.
-        """
+    def place(cls, seconds: float | None) -> tuple[float, int]:
+        """The smallest bucket that holds `seconds`, 0 if none does, and this thread's slot."""
         fits = (bucket for bucket in cls.BUCKETS if seconds is not None and seconds <= bucket)
-        slot = hash((os.getpid(), threading.get_ident())) % cls.SLOTS
+        return next(fits, 0), hash((os.getpid(), threading.get_ident())) % cls.SLOTS
+
+    @classmethod
+    def add(cls, name: str, seconds: float | None = None, by: int = 1) -> None:
+        """Adds to a total; a transaction's last statement, as it holds a row that is shared."""
+        bucket, slot = cls.place(seconds)
         with connection.cursor() as cursor:
             cursor.execute(
                 "INSERT INTO emails_tally (name, bucket, slot, total, seconds)"
                 " VALUES (%s, %s, %s, %s, %s) ON CONFLICT (name, bucket, slot) DO UPDATE SET"
                 " total = emails_tally.total + excluded.total,"
                 " seconds = emails_tally.seconds + excluded.seconds",
-                (name, next(fits, 0), slot, by, seconds or 0),
+                (name, bucket, slot, by, seconds or 0),
             )
 
 

@@ -1,6 +1,7 @@
 import logging
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 
 from django.conf import settings
@@ -15,6 +16,7 @@ from emails.tasks import deliver
 logger = logging.getLogger(__name__)
 
 BATCH = 50
+TOGETHER = 10  # deliveries a message, while there are more than a batch: a message costs as much
 LONGEST_PAUSE = 5  # seconds between tries while the broker or the database is down
 CONFIRM_TIMEOUT = 5  # seconds
 # One publication more ends before the lease does.
@@ -49,11 +51,13 @@ class Publisher:
         self._connect()
         self._held, published = Delivery.objects.lease(BATCH), []
         count, until = len(self._held), time.monotonic() + PUBLISHING_SECONDS
+        together = TOGETHER if count == BATCH else 1
         try:
             while self._held and time.monotonic() < until and not self.stopping.is_set():
                 self.seen_alive = time.monotonic()
-                self._publish(self._held[0])
-                published.append(self._held.pop(0))
+                self._publish(self._held[:together])
+                published += self._held[:together]
+                del self._held[:together]
         except BaseException:
             self.discard_connection()
             raise
@@ -72,25 +76,32 @@ class Publisher:
         if self._connection is not None and time.monotonic() - self._used > IDLE_SECONDS:
             self.discard_connection()
         if self._connection is None:
-            connection = deliver.app.connection_for_write()
+            connection = deliver.app.connection_for_write(
+                transport_options={"confirm_publish": True}
+            )
             connection.connect()
             self._connection = connection
             self._used = time.monotonic()
 
-    def _publish(self, delivery: Delivery) -> None:
+    def _publish(self, deliveries: Sequence[Delivery]) -> None:
         """Returns once the broker has the message in a queue; takes seconds at the very most."""
-        request_id = delivery.email.request_id
+        ids = {}
+        if len(deliveries) == 1:
+            email = deliveries[0].email
+            ids = {"request_id": email.request_id, "email_id": str(email.pk)}
         deliver.apply_async(
-            (delivery.pk,),
+            [delivery.pk for delivery in deliveries],
             producer=deliver.app.amqp.Producer(self._connection),
-            headers={"request_id": request_id, "email_id": str(delivery.email_id)},
+            headers=ids,
             mandatory=True,
             confirm_timeout=CONFIRM_TIMEOUT,
             retry=False,
         )
         self._used = time.monotonic()
-        with context.bind(request_id=request_id, email_id=delivery.email_id):
-            logger.debug("delivery %s published", delivery.pk)
+        for delivery in deliveries:
+            email = delivery.email
+            with context.bind(request_id=email.request_id, email_id=email.pk):
+                logger.debug("delivery %s published", delivery.pk)
 
     def discard_connection(self) -> None:
         """Drops the connection without a farewell: a broker that is stuck wouldn't answer it."""

@@ -1,6 +1,6 @@
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 from celery import Task, shared_task
@@ -71,12 +71,25 @@ def persistently(act: Callable):
 
 
 @shared_task
-def deliver(delivery_id: int) -> None:
-    """Sends one email to one recipient, if the delivery is still waiting for that.
+def deliver(*delivery_ids: int) -> None:
+    """Sends one email to one recipient, if the delivery is still waiting for that; or several.
 
     The message is only a doorbell: it may come twice, late or for a row that is gone. Retries are
-    the relay's business, by `due_at`.
+    the relay's business, by `due_at`. What doesn't fit into a part of the task's time goes back.
     """
+    until = time.monotonic() + settings.CELERY_TASK_TIME_LIMIT / 4
+    for position, delivery_id in enumerate(delivery_ids):
+        if position and time.monotonic() > until:
+            return give_back(delivery_ids[position:])
+        deliver_one(delivery_id)
+
+
+def give_back(delivery_ids: Sequence[int]) -> None:
+    persistently(lambda: Delivery.objects.give_back(delivery_ids))
+    logger.info("%s deliveries given back, the server is slow", len(delivery_ids))
+
+
+def deliver_one(delivery_id: int) -> None:
     try:
         delivery = persistently(lambda: Delivery.objects.claim(delivery_id))
     except DatabaseError as error:

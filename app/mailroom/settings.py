@@ -286,7 +286,8 @@ SENDING_LEASE_SECONDS = CELERY_TASK_TIME_LIMIT * 5 // 4
 
 # Workers outlive any outage of the broker. Publishing must end in bounded time even when the
 # broker has stopped reading (memory or disk alarm), and must not repeat itself: each try that
-# timed out may have left a copy.
+# timed out may have left a copy. The relay asks for confirms on its own connections: a worker
+# would wait for one at each of its events, and handle half as many tasks.
 CELERY_BROKER_CONNECTION_RETRY_ON_STARTUP = True
 CELERY_BROKER_CONNECTION_MAX_RETRIES = None
 CELERY_BROKER_CONNECTION_TIMEOUT = 4
@@ -294,7 +295,6 @@ CELERY_BROKER_HEARTBEAT = 30
 CELERY_BROKER_POOL_LIMIT = 4
 CELERY_BROKER_POOL_ACQUIRE_TIMEOUT = 5
 CELERY_BROKER_TRANSPORT_OPTIONS = {
-    "confirm_publish": True,
     "read_timeout": 5,
     "write_timeout": 5,
     "max_retries": 1,

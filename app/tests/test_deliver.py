@@ -61,6 +61,24 @@ def test_a_message_for_a_row_that_is_gone_is_nothing(db, mailbox):
     assert mailbox.messages == []
 
 
+def test_several_deliveries_of_a_message_are_sent_one_by_one(accept, mailbox):
+    first, second = (accept().deliveries.get() for _ in range(2))
+    deliver(first.pk, 4711, second.pk, first.pk)
+    assert len(mailbox.messages) == 2
+    for delivery in (first, second):
+        delivery.refresh_from_db()
+        assert (delivery.state, delivery.attempts) == (State.SENT, 1)
+
+
+def test_what_a_slow_server_leaves_no_time_for_goes_back(accept, mailbox, settings):
+    settings.CELERY_TASK_TIME_LIMIT = 0
+    deliveries = [accept().deliveries.get() for _ in range(3)]
+    Delivery.objects.published(Delivery.objects.lease(3))
+    deliver(*(delivery.pk for delivery in deliveries))
+    assert len(mailbox.messages) == 1, "one is sent however little time there is"
+    assert set(Delivery.objects.due()) == set(deliveries[1:])
+
+
 @pytest.mark.parametrize("stage", ["reply", "recipient_reply"])
 def test_a_temporary_refusal_defers(delivery, mailbox, stage):
     setattr(mailbox, stage, "451 try again later")

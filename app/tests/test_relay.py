@@ -36,10 +36,12 @@ def expire_lease():
 
 
 def test_publishes_the_row_id_and_nothing_else(delivery, monkeypatch):
-    sent = []
+    sent, asked = [], []
     unconnected = app.connection_for_write()
     monkeypatch.setattr(unconnected, "connect", lambda: None)
-    monkeypatch.setattr(app, "connection_for_write", lambda: unconnected)
+    monkeypatch.setattr(
+        app, "connection_for_write", lambda **options: asked.append(options) or unconnected
+    )
     monkeypatch.setattr(
         app.amqp,
         "send_task_message",
@@ -48,12 +50,13 @@ def test_publishes_the_row_id_and_nothing_else(delivery, monkeypatch):
     Publisher().publish_due()
     ((name, message, options),) = sent
     assert name == "emails.tasks.deliver"
-    assert message.body[:2] == ((delivery.pk,), {})
+    assert message.body[:2] == ([delivery.pk], {})
     assert "example.org" not in str(message)
     assert options["mandatory"] is True
     assert options["queue"].name == "mail.v1"
     assert options["retry"] is False
     assert options["confirm_timeout"] == 5
+    assert {"transport_options": {"confirm_publish": True}} in asked
 
 
 def test_publishes_what_is_due_once(accept, published):
@@ -67,6 +70,20 @@ def test_publishes_what_is_due_once(accept, published):
     assert relay.publish_due() == 2
     assert len(published) == 2
     assert {later.pk, done.pk}.isdisjoint(published)
+    assert relay.publish_due() == 0
+
+
+def test_a_backlog_is_published_several_a_message(accept, published, monkeypatch):
+    for _ in range(relay_module.BATCH + 3):
+        accept()
+    messages = []
+    monkeypatch.setattr(deliver, "apply_async", lambda args, **_: messages.append(args))
+    relay = Publisher()
+    assert relay.publish_due() == relay_module.BATCH
+    assert {len(message) for message in messages} == {relay_module.TOGETHER}
+    messages.clear()
+    assert relay.publish_due() == 3
+    assert [len(message) for message in messages] == [1, 1, 1]
     assert relay.publish_due() == 0
 
 

@@ -1,0 +1,77 @@
+"""What every email costs the database, in one statement each: to take it, and to end an attempt.
+
+PostgreSQL changes and returns rows of several tables at once, where the ORM's way, which stays for
+SQLite, takes two queries and five. Without them a worker sends half as many emails a second.
+"""
+
+from django.db import connection
+
+# This one commit needn't be on disk at once: nothing is sent before the next one is, and then both.
+CLAIM = """
+UPDATE emails_delivery AS d SET state = 'sending', attempts = attempts + 1, data_sent = false,
+  started_at = %s, next_attempt_at = %s
+FROM emails_email AS e, set_config('synchronous_commit', 'off', true)
+WHERE d.id = %s AND d.state = 'queued' AND e.id = d.email_id
+RETURNING FIELDS, EXISTS (SELECT FROM emails_attachment AS a WHERE a.email_id = e.id)
+"""
+
+RECORD = """
+WITH ended AS (
+  UPDATE emails_delivery SET state = %(state)s, next_attempt_at = %(due_at)s,
+    last_smtp_code = %(code)s, last_error = %(error)s, sent_at = coalesce(%(sent_at)s, sent_at),
+    uncertain_attempts = uncertain_attempts + %(uncertain)s
+  WHERE id = %(delivery)s AND (%(whoever)s OR state = 'sending' AND attempts = %(number)s)
+  RETURNING id
+), logged AS (
+  INSERT INTO emails_attempt
+    (delivery_id, number, started_at, seconds, outcome, smtp_code, answer)
+  SELECT id, %(number)s, %(started_at)s, %(seconds)s, %(state)s, %(code)s, %(answer)s FROM ended
+)
+INSERT INTO emails_tally (name, bucket, slot, total, seconds)
+SELECT %(tally)s, %(bucket)s, %(slot)s, 1, %(seconds)s FROM ended
+ON CONFLICT (name, bucket, slot) DO UPDATE SET
+  total = emails_tally.total + 1, seconds = emails_tally.seconds + excluded.seconds
+"""
+
+
+def columns(model, alias: str) -> str:
+    return ", ".join(f'{alias}."{field.column}"' for field in model._meta.concrete_fields)
+
+
+def instance(model, values):
+    """As a QuerySet makes one of a row: `values` in the order of the model's fields."""
+    fields = model._meta.concrete_fields
+    return model.from_db(
+        connection.alias,
+        [field.attname for field in fields],
+        [
+            field.from_db_value(value, None, connection)
+            if hasattr(field, "from_db_value")
+            else value
+            for field, value in zip(fields, values, strict=True)
+        ],
+    )
+
+
+def claim(pk: int, now, lease_until):
+    """The delivery, its email with it, in state sending; None if it doesn't wait to be sent."""
+    from emails.models import Delivery, Email  # they need this module
+
+    fields = f"{columns(Delivery, 'd')}, {columns(Email, 'e')}"
+    with connection.cursor() as cursor:
+        cursor.execute(CLAIM.replace("FIELDS", fields), (now, lease_until, pk))
+        row = cursor.fetchone()
+    if row is None:
+        return None
+    count = len(Delivery._meta.concrete_fields)
+    delivery = instance(Delivery, row[:count])
+    delivery.email = instance(Email, row[count:-1])
+    delivery.has_attachments = row[-1]
+    return delivery
+
+
+def record(**values) -> bool:
+    """Ends an attempt, logs and counts it; false, and nothing done, if it isn't ours any more."""
+    with connection.cursor() as cursor:
+        cursor.execute(RECORD, values)
+        return cursor.rowcount == 1
