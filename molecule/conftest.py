@@ -34,6 +34,37 @@ def url(published):
     return lambda port: f"http://127.0.0.1:{published(port)}"
 
 
+@pytest.fixture(scope="module")
+def site(url):
+    """The application's base URL on this machine."""
+    return url(8000)
+
+
+@pytest.fixture(scope="module")
+def api(url, variables):
+    """Asks the broker's management API, by default as the administrator; gives the parsed answer."""
+    administrator = ("admin", variables["secret_rabbitmq_administrator_password"])
+
+    def ask(path, method="GET", auth=administrator, **more):
+        response = requests.request(method, f"{url(15672)}/api/{path}", auth=auth, timeout=30, **more)
+        response.raise_for_status()
+        return response.json() if response.content else None
+
+    return ask
+
+
+@pytest.fixture(scope="module")
+def inbox(variables):
+    """The subjects of all mails in the mail catcher."""
+    port = variables["testbed_mail_published"]["1080"]
+
+    def subjects():
+        mails = requests.get(f"http://127.0.0.1:{port}/api/email", timeout=10).json()
+        return [mail["subject"] for mail in (mails["emails"] if isinstance(mails, dict) else mails)]
+
+    return subjects
+
+
 @pytest.fixture(scope="session")
 def inventory(request):
     """The scenario's inventory; scenarios may share their tests."""

@@ -13,11 +13,6 @@ EMAIL = {"subject": "Hello", "text": "Hello.", "to": ["somebody@example.net"]}
 
 
 @pytest.fixture(scope="module")
-def site(url):
-    return url(8000)
-
-
-@pytest.fixture(scope="module")
 def key(variables):
     return {"Authorization": f"Bearer {variables['secret_app_api_key']}"}
 

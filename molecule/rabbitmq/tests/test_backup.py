@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import requests
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -40,16 +39,6 @@ BY_HAND = {
 }
 # What names the broker and the export itself.
 OF_THE_NODE = ("original_cluster_name", "explanation")
-
-
-@pytest.fixture
-def api(url, variables):
-    def ask(method, path, auth=("admin", variables["secret_rabbitmq_administrator_password"]), **more):
-        response = requests.request(method, f"{url(15672)}/api/{path}", auth=auth, timeout=30, **more)
-        response.raise_for_status()
-        return response.json() if response.content else None
-
-    return ask
 
 
 @pytest.fixture
@@ -85,9 +74,9 @@ def comparable(definitions):
 def test_backup_is_restored_onto_a_bare_host(api, play, host, variables, tmp_path):
     if variables["testbed_platform"] != "debian13":
         pytest.skip("How the package goes is Debian's; the playbooks know no platform.")
-    api("PUT", "users/keeper", json={"password": "Secret-of-the-keeper", "tags": "management"})
-    api("POST", "definitions", json=BY_HAND)
-    before = comparable(api("GET", "definitions"))
+    api("users/keeper", "PUT", json={"password": "Secret-of-the-keeper", "tags": "management"})
+    api("definitions", "POST", json=BY_HAND)
+    before = comparable(api("definitions"))
     with host.sudo():
         configuration = host.check_output("cd /etc/rabbitmq && sha256sum * && stat --format '%n %U:%G %a' *")
     code, output = play("playbooks/ops/backup_rabbitmq.yml")
@@ -103,19 +92,19 @@ def test_backup_is_restored_onto_a_bare_host(api, play, host, variables, tmp_pat
         host.check_output(BARE)
     code, output = play("playbooks/broker.yml")
     assert code == 0, output
-    assert comparable(api("GET", "definitions")) != before
+    assert comparable(api("definitions")) != before
     code, output = play("playbooks/ops/restore_rabbitmq.yml")
     assert code != 0
     assert "-e confirm=yes" in output
     code, output = play("playbooks/ops/restore_rabbitmq.yml", "--extra-vars", "confirm=yes")
     assert code == 0, output
-    assert comparable(api("GET", "definitions")) == before
+    assert comparable(api("definitions")) == before
     # The hash is that of the password.
-    assert api("GET", "whoami", auth=("keeper", "Secret-of-the-keeper"))["name"] == "keeper"
+    assert api("whoami", auth=("keeper", "Secret-of-the-keeper"))["name"] == "keeper"
     with host.sudo():
         assert host.check_output("cd /etc/rabbitmq && sha256sum * && stat --format '%n %U:%G %a' *") == configuration
-    api("DELETE", "vhosts/kept%2F1")
-    api("DELETE", "users/keeper")
+    api("vhosts/kept%2F1", "DELETE")
+    api("users/keeper", "DELETE")
 
 
 def test_restore_says_what_is_not_as_in_the_backup(api, play, tmp_path):
@@ -127,8 +116,8 @@ def test_restore_says_what_is_not_as_in_the_backup(api, play, tmp_path):
         {"vhost": "mailroom", "name": "mail.q", "durable": True, "auto_delete": False, "arguments": {"x-queue-type": "stream"}}
     ]
     (tmp_path / "definitions.json").write_text(json.dumps(kept))
-    api("PUT", "queues/mailroom/mail.q", json={"durable": True, "arguments": {"x-queue-type": "classic"}})
+    api("queues/mailroom/mail.q", "PUT", json={"durable": True, "arguments": {"x-queue-type": "classic"}})
     code, output = play("playbooks/ops/restore_rabbitmq.yml", "--extra-vars", "confirm=yes")
-    api("DELETE", "queues/mailroom/mail.q")
+    api("queues/mailroom/mail.q", "DELETE")
     assert code != 0
     assert "does not have as the backup has it: queues mail.q in mailroom." in output

@@ -6,7 +6,6 @@ import json
 import re
 
 import pytest
-import requests
 
 
 @pytest.fixture(scope="module")
@@ -18,17 +17,6 @@ def root(host):
             return host.check_output(command)
 
     return run
-
-
-@pytest.fixture(scope="module")
-def api(url, variables):
-    def get(path):
-        auth = ("admin", variables["secret_rabbitmq_administrator_password"])
-        response = requests.get(f"{url(15672)}/api/{path}", auth=auth, timeout=10)
-        response.raise_for_status()
-        return response.json()
-
-    return get
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import amqp
 import pytest
-import requests
 
 ROOT = Path(__file__).resolve().parents[3]
 INVENTORY = ROOT / "molecule/rabbitmq/inventory"
@@ -40,19 +39,6 @@ IN_IT = {
     "rabbitmq_queues": [{"name": "orders.v1", "vhost": "shop/eu"}],
     "rabbitmq_bindings": [{"vhost": "shop/eu", "source": "orders", "destination": "orders.v1", "routing_key": "order.#"}],
 }
-
-
-@pytest.fixture(scope="module")
-def api(url, variables):
-    def ask(method, path, **more):
-        auth = ("admin", variables["secret_rabbitmq_administrator_password"])
-        response = requests.request(method, f"{url(15672)}/api/{path}", auth=auth, timeout=10, **more)
-        response.raise_for_status()
-        return response.json() if response.content else None
-
-    return ask
-
-
 LISTS = ("rabbitmq_vhosts", "rabbitmq_users", "rabbitmq_policies")
 
 
@@ -100,9 +86,9 @@ def role(tmp_path, own, api, variables):
         return answer["plays"][0]["tasks"][-1]["hosts"][name]
 
     yield run
-    for parameter in api("GET", "global-parameters"):
+    for parameter in api("global-parameters"):
         if parameter["name"] == "shop":
-            api("DELETE", "global-parameters/shop")
+            api("global-parameters/shop", "DELETE")
     run(rabbitmq_purge=True, rabbitmq_purge_vhosts=["shop/eu", "left"])
     assert not run(rabbitmq_purge=True)["changed"]
 
@@ -111,7 +97,7 @@ def test_everything_at_once_and_then_nothing(role, api):
     data = {**IN_IT, "rabbitmq_vhosts": [LIMITED], "rabbitmq_users": [CLERK]}
     checked = role("--check", **data)
     assert checked["changed"]
-    assert "vhost shop/eu" not in [vhost["name"] for vhost in api("GET", "vhosts")]
+    assert "vhost shop/eu" not in [vhost["name"] for vhost in api("vhosts")]
     first = role(**data)
     assert first.get("diff") == checked["diff"], first
     assert not role(**data)["changed"]
@@ -119,8 +105,8 @@ def test_everything_at_once_and_then_nothing(role, api):
     less = {**CLERK, "limits": {"max-channels": 5}, "topic_permissions": CLERK["topic_permissions"][:1]}
     data |= {"rabbitmq_vhosts": [{**LIMITED, "limits": {}}], "rabbitmq_users": [less]}
     assert role(**data, rabbitmq_purge=True)["removed"] == ["topic permissions of clerk on amq.topic in shop/eu"]
-    assert api("GET", "user-limits/clerk") == [{"user": "clerk", "value": {"max-channels": 5}}]
-    assert [entry["exchange"] for entry in api("GET", "users/clerk/topic-permissions")] == ["orders"]
+    assert api("user-limits/clerk") == [{"user": "clerk", "value": {"max-channels": 5}}]
+    assert [entry["exchange"] for entry in api("users/clerk/topic-permissions")] == ["orders"]
     assert not role(**data, rabbitmq_purge=True)["changed"]
 
 
@@ -137,7 +123,7 @@ def test_what_the_data_says_is_what_clients_meet(role, published, api, eventuall
         channel.basic_publish(amqp.Message("one"), exchange="orders", routing_key="order.one")
         assert channel.queue_declare("orders.v1", passive=True).queue == "orders.v1"
         # The operator's bound is below the policy's.
-        found = eventually(lambda: api("GET", "queues/shop%2Feu/orders.v1").get("effective_policy_definition"))
+        found = eventually(lambda: api("queues/shop%2Feu/orders.v1").get("effective_policy_definition"))
         assert found == {"max-length": 7}
         with pytest.raises(amqp.exceptions.AccessRefused, match="write access to topic 'invoice'"):
             channel.basic_publish(amqp.Message("two"), exchange="orders", routing_key="invoice")
@@ -155,10 +141,10 @@ def test_what_the_data_says_is_what_clients_meet(role, published, api, eventuall
 
 def test_a_purge_says_what_it_removes_and_spares_what_clients_made(role, api):
     role(**IN_IT, rabbitmq_vhosts=[LIMITED, {"name": "left"}], rabbitmq_users=[CLERK])
-    api("PUT", "queues/mailroom/mail.spared", json={"durable": True, "arguments": {"x-queue-type": "quorum"}})
+    api("queues/mailroom/mail.spared", "PUT", json={"durable": True, "arguments": {"x-queue-type": "quorum"}})
     api(
-        "POST",
         "exchanges/shop%2Feu/orders/publish",
+        "POST",
         json={"properties": {}, "routing_key": "order.1", "payload": "1", "payload_encoding": "string"},
     )
     removed = ["vhost left", "user clerk", "policy p in shop/eu", "operator policy o in shop/eu"]
@@ -168,14 +154,14 @@ def test_a_purge_says_what_it_removes_and_spares_what_clients_made(role, api):
     assert result["removed"] == removed
     (kept,) = result["kept"]
     assert kept.startswith("vhost shop/eu is not listed and stays: it has 1 queues, ")
-    assert {(queue["vhost"], queue["name"]) for queue in api("GET", "queues")} == {
+    assert {(queue["vhost"], queue["name"]) for queue in api("queues")} == {
         ("mailroom", "mail.spared"),
         ("shop/eu", "orders.v1"),
     }
-    assert [exchange["name"] for exchange in api("GET", "exchanges/shop%2Feu") if exchange["name"] == "orders"] == ["orders"]
+    assert [exchange["name"] for exchange in api("exchanges/shop%2Feu") if exchange["name"] == "orders"] == ["orders"]
     assert not role(rabbitmq_purge=True)["changed"]
     assert role(rabbitmq_purge=True, rabbitmq_purge_vhosts=["shop/eu"])["removed"] == ["vhost shop/eu"]
-    api("DELETE", "queues/mailroom/mail.spared")
+    api("queues/mailroom/mail.spared", "DELETE")
 
 
 @pytest.mark.parametrize("durable", [True, False])
@@ -193,7 +179,7 @@ def test_a_queue_that_is_there_in_another_form_is_an_error(role, api, published,
     assert ("can't be made" if durable else "transient or exclusive") in result["msg"]
     connection.close()
     if durable:
-        api("DELETE", "queues/shop%2Feu/order")
+        api("queues/shop%2Feu/order", "DELETE")
     result = role(rabbitmq_vhosts=[LIMITED], rabbitmq_users=[CLERK], rabbitmq_queues=[{"name": "order", "vhost": "shop/eu"}])
     assert result["changed"]
     assert not result.get("failed")
@@ -207,7 +193,7 @@ def test_a_policy_that_the_broker_refuses_is_told_and_the_next_run_finishes(role
     assert "answered 400" in result["msg"]
     assert "no-such-key" in result["msg"]
     # What came before it in the import is there.
-    assert "shop/eu" in [vhost["name"] for vhost in api("GET", "vhosts")]
+    assert "shop/eu" in [vhost["name"] for vhost in api("vhosts")]
     result = role(**data, rabbitmq_policies=[{**policy, "definition": {"max-length": 1}}])
     assert result["diff"]["after"].keys() == {"limits of vhost shop/eu", "policy p in shop/eu"}
     assert not result.get("failed")
@@ -227,17 +213,17 @@ def test_a_broker_that_is_down_is_told(role, host):
 
 def test_a_broker_that_stood_there_before_is_told_what_would_change(role, api, own):
     """Its administrator is known, its users and policies were made by hand: first the check, which changes nothing."""
-    api("PUT", "vhosts/left", json={"default_queue_type": "classic"})
-    api("PUT", "users/by-hand", json={"password": "by hand", "tags": "management"})
-    api("PUT", "users/guest", json={"password": "guest", "tags": "administrator"})
-    api("PUT", "permissions/left/by-hand", json={"configure": ".*", "write": ".*", "read": ".*"})
+    api("vhosts/left", "PUT", json={"default_queue_type": "classic"})
+    api("users/by-hand", "PUT", json={"password": "by hand", "tags": "management"})
+    api("users/guest", "PUT", json={"password": "guest", "tags": "administrator"})
+    api("permissions/left/by-hand", "PUT", json={"configure": ".*", "write": ".*", "read": ".*"})
     listed = {"rabbitmq_vhosts": [{"name": "left"}]}
-    before = api("GET", "definitions")
+    before = api("definitions")
     checked = role("--check", **listed)
     assert checked["diff"]["before"]["vhost left"]["default_queue_type"] == "classic"
     assert checked["diff"]["after"]["vhost left"]["default_queue_type"] == "quorum"
     assert checked["removed"] == ["user guest"]
     assert role("--check", **listed, rabbitmq_purge=True)["removed"] == ["user guest", "user by-hand"]
-    assert api("GET", "definitions") == before
+    assert api("definitions") == before
     assert role(**listed)["diff"] == checked["diff"]
-    assert "by-hand" in [user["name"] for user in api("GET", "users")]
+    assert "by-hand" in [user["name"] for user in api("users")]

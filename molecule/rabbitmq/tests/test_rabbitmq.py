@@ -13,23 +13,6 @@ from kombu import Connection, Exchange, Queue
 VHOST = "mailroom"
 
 
-@pytest.fixture(scope="module")
-def administrator(variables):
-    return ("admin", variables["secret_rabbitmq_administrator_password"])
-
-
-@pytest.fixture(scope="module")
-def api(url, administrator):
-    """Asks the management API as the administrator; gives the parsed answer."""
-
-    def get(path, auth=administrator):
-        response = requests.get(f"{url(15672)}/api/{path}", auth=auth, timeout=10)
-        response.raise_for_status()
-        return response.json()
-
-    return get
-
-
 @pytest.fixture
 def connect(published, variables):
     """Connects over AMQP; by default as the application's user to its virtual host."""

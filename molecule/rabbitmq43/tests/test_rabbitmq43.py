@@ -17,17 +17,6 @@ PROJECT = SCENARIO.parents[1]
 DENIED = {"amqp_address_v1", "amqp_filter_set_bug", "global_qos", "queue_master_locator", "transient_nonexcl_queues"}
 
 
-@pytest.fixture(scope="module")
-def api(url, variables):
-    def get(path):
-        auth = ("admin", variables["secret_rabbitmq_administrator_password"])
-        response = requests.get(f"{url(15672)}/api/{path}", auth=auth, timeout=10)
-        response.raise_for_status()
-        return response.json()
-
-    return get
-
-
 @pytest.fixture
 def connect(published, variables):
     connections = []
@@ -50,17 +39,15 @@ def test_it_is_what_debian_testing_pairs(api):
     assert found["erlang_version"].startswith("29.")
 
 
-def test_email_arrives(url, variables, eventually):
+def test_email_arrives(site, inbox, variables, eventually):
     headers = {"Authorization": f"Bearer {variables['secret_app_api_key']}"}
     subject = f"test {uuid.uuid4()}"
     email = {"subject": subject, "text": "Hello.", "to": ["one@example.net", "two@example.net"]}
-    answer = requests.post(f"{url(8000)}/api/emails", json=email, headers=headers, timeout=5)
+    answer = requests.post(f"{site}/api/emails", json=email, headers=headers, timeout=5)
     assert answer.status_code == 202, answer.text
-    status = f"{url(8000)}/api/emails/{answer.json()['id']}"
+    status = f"{site}/api/emails/{answer.json()['id']}"
     eventually(lambda: requests.get(status, headers=headers, timeout=5).json()["state"] == "sent", seconds=60)
-    mails = requests.get(f"http://127.0.0.1:{variables['testbed_mail_published']['1080']}/api/email", timeout=10).json()
-    subjects = [mail["subject"] for mail in (mails["emails"] if isinstance(mails, dict) else mails)]
-    assert subjects.count(subject) == 2
+    assert inbox().count(subject) == 2
 
 
 def test_workers_and_flower_are_served_without_a_deprecated_feature(api, host):

@@ -11,23 +11,6 @@ import requests
 WORKERS = ["services : Units of mailroom/celery"]
 
 
-@pytest.fixture(scope="module")
-def site(url):
-    return url(8000)
-
-
-@pytest.fixture(scope="module")
-def inbox(variables):
-    """The subjects of all mails in the mail catcher."""
-    port = variables["testbed_mail_published"]["1080"]
-
-    def subjects():
-        mails = requests.get(f"http://127.0.0.1:{port}/api/email", timeout=10).json()
-        return [mail["subject"] for mail in (mails["emails"] if isinstance(mails, dict) else mails)]
-
-    return subjects
-
-
 @pytest.fixture
 def send(site, variables):
     """Asks for an email to two recipients; gives its subject and a look at its state."""
