@@ -27,7 +27,9 @@ CLERK = {
     ],
 }
 IN_IT = {
-    "rabbitmq_policies": [{"name": "p", "vhost": "shop/eu", "pattern": "^order", "definition": {"max-length": 10}}],
+    "rabbitmq_policies": [
+        {"name": "p", "vhost": "shop/eu", "pattern": "^order", "definition": {"max-length": 10, "delivery-limit": 3}}
+    ],
     "rabbitmq_operator_policies": [
         {"name": "o", "vhost": "shop/eu", "pattern": ".*", "apply_to": "queues", "definition": {"max-length": 7}}
     ],
@@ -38,6 +40,21 @@ IN_IT = {
     "rabbitmq_exchanges": [{"name": "orders", "vhost": "shop/eu"}],
     "rabbitmq_queues": [{"name": "orders.v1", "vhost": "shop/eu"}],
     "rabbitmq_bindings": [{"vhost": "shop/eu", "source": "orders", "destination": "orders.v1", "routing_key": "order.#"}],
+}
+ALL = {
+    "vhost shop/eu",
+    "limits of vhost shop/eu",
+    "user clerk",
+    "permissions of clerk in shop/eu",
+    "topic permissions of clerk on orders in shop/eu",
+    "topic permissions of clerk on amq.topic in shop/eu",
+    "policy p in shop/eu",
+    "operator policy o in shop/eu",
+    "federation-upstream u in shop/eu",
+    "global parameter shop",
+    "exchange orders in shop/eu",
+    "queue orders.v1 in shop/eu",
+    "binding of queue orders.v1 to orders in shop/eu by 'order.#' {}",
 }
 LISTS = ("rabbitmq_vhosts", "rabbitmq_users", "rabbitmq_policies")
 
@@ -97,9 +114,10 @@ def test_everything_at_once_and_then_nothing(role, api):
     data = {**IN_IT, "rabbitmq_vhosts": [LIMITED], "rabbitmq_users": [CLERK]}
     checked = role("--check", **data)
     assert checked["changed"]
-    assert "vhost shop/eu" not in [vhost["name"] for vhost in api("vhosts")]
+    assert "shop/eu" not in [vhost["name"] for vhost in api("vhosts")]
     first = role(**data)
     assert first.get("diff") == checked["diff"], first
+    assert first["diff"]["after"].keys() == ALL
     assert not role(**data)["changed"]
     # A limit and a grant are taken back, the rest stays.
     less = {**CLERK, "limits": {"max-channels": 5}, "topic_permissions": CLERK["topic_permissions"][:1]}
@@ -121,13 +139,16 @@ def test_what_the_data_says_is_what_clients_meet(role, published, api, eventuall
     with connect() as connection:
         channel = connection.channel()
         channel.basic_publish(amqp.Message("one"), exchange="orders", routing_key="order.one")
-        assert channel.queue_declare("orders.v1", passive=True).queue == "orders.v1"
+        assert eventually(lambda: channel.basic_get("orders.v1", no_ack=True)).body in ("one", b"one")
         # The operator's bound is below the policy's.
         found = eventually(lambda: api("queues/shop%2Feu/orders.v1").get("effective_policy_definition"))
-        assert found == {"max-length": 7}
+        assert found == {"max-length": 7, "delivery-limit": 3}
         with pytest.raises(amqp.exceptions.AccessRefused, match="write access to topic 'invoice'"):
             channel.basic_publish(amqp.Message("two"), exchange="orders", routing_key="invoice")
             channel.queue_declare("orders.v1", passive=True)
+    (upstream,) = api("parameters/federation-upstream/shop%2Feu")
+    assert (upstream["name"], upstream["value"]) == ("u", IN_IT["rabbitmq_parameters"][0]["value"])
+    assert api("global-parameters/shop")["value"] == {"open": True}
     connections = [connect(), connect()]
     with pytest.raises(amqp.exceptions.NotAllowed, match="limit"):
         connect()
