@@ -37,6 +37,12 @@ BY_HAND = {
         }
     ],
 }
+# What the role would not write again: a file that it does not know, and a line in one that it does.
+CONFIGURED_BY_HAND = (
+    "echo 'heartbeat = 77' >> /etc/rabbitmq/rabbitmq.conf && install -D --mode 0640 --group rabbitmq /dev/null "
+    "/etc/rabbitmq/conf.d/empty.conf && systemctl restart rabbitmq-server"
+)
+FILES = "cd /etc/rabbitmq && find . -type f -exec sha256sum {} + | sort && find . -printf '%p %u:%g %m\n' | sort"
 # What names the broker and the export itself.
 OF_THE_NODE = ("original_cluster_name", "explanation")
 
@@ -78,7 +84,8 @@ def test_backup_is_restored_onto_a_bare_host(api, play, host, variables, tmp_pat
     api("definitions", "POST", json=BY_HAND)
     before = comparable(api("definitions"))
     with host.sudo():
-        configuration = host.check_output("cd /etc/rabbitmq && sha256sum * && stat --format '%n %U:%G %a' *")
+        host.check_output(CONFIGURED_BY_HAND)
+        configuration = host.check_output(FILES)
     code, output = play("playbooks/ops/backup_rabbitmq.yml")
     assert code == 0, output
     found = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
@@ -102,9 +109,15 @@ def test_backup_is_restored_onto_a_bare_host(api, play, host, variables, tmp_pat
     # The hash is that of the password.
     assert api("whoami", auth=("keeper", "Secret-of-the-keeper"))["name"] == "keeper"
     with host.sudo():
-        assert host.check_output("cd /etc/rabbitmq && sha256sum * && stat --format '%n %U:%G %a' *") == configuration
+        assert host.check_output(FILES) == configuration
+        # The broker was restarted with it.
+        assert "77" in host.check_output("rabbitmqctl --quiet eval 'application:get_env(rabbit, heartbeat).'")
     api("vhosts/kept%2F1", "DELETE")
     api("users/keeper", "DELETE")
+    with host.sudo():
+        host.check_output("rm -r /etc/rabbitmq/conf.d")
+    code, output = play("playbooks/broker.yml")
+    assert code == 0, output
 
 
 def test_restore_says_what_is_not_as_in_the_backup(api, play, tmp_path):

@@ -50,7 +50,7 @@ def test_the_user_has_no_shell(root):
     assert (home, shell) == ("/var/lib/rabbitmq", "/usr/sbin/nologin")
 
 
-def test_versions_are_the_pinned_ones(api, variables):
+def test_versions_are_the_pinned_ones(api):
     found = api("overview")
     assert found["rabbitmq_version"].startswith("4.0.")
     assert found["erlang_version"].startswith("27.")
@@ -164,7 +164,7 @@ def test_what_listens_where(root):
         assert "127.0.0.1" in addresses[port] and addresses[port] <= {"127.0.0.1", "[::1]"}, port
 
 
-def test_the_nodes_name_leads_to_the_loopback_for_erlang_alone(host, root):
+def test_the_nodes_name_leads_to_the_loopback_for_erlang_alone(root):
     """The network has another address for it; so the tools would not reach a distribution that listens on the loopback."""
     assert not root("getent hosts $(hostname)").startswith("127.")
     root("rabbitmqctl --quiet await_startup")
