@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 
@@ -38,6 +40,23 @@ def test_another_version_is_not_taken(host, is_el):
     candidate = next(line for line in policy.splitlines() if "Candidate:" in line)
     assert candidate.split(":", 1)[1].strip().startswith("1:27.")
     assert " 1001" in policy
+
+
+def test_a_whole_version_can_be_asked_for(host, is_el, run_playbook):
+    """Not only its beginning: the package's version goes on with what the distribution adds."""
+    query = (
+        "rpm -q --queryformat '%{version}' erlang"
+        if is_el
+        else "dpkg-query --show --showformat '${source:Upstream-Version}' erlang-base"
+    )
+    whole = re.match(r"[\d.]+", host.check_output(query)).group()
+    assert whole.count(".") > 1
+    done = run_playbook("molecule/erlang/converge.yml", erlang_version=whole)
+    assert done.returncode == 0, done.stdout
+    if not is_el:
+        assert " 1001" in host.check_output("apt-cache policy erlang-base")
+    # And back, as other tests find it.
+    assert run_playbook("molecule/erlang/converge.yml").returncode == 0
 
 
 # What is refused: on the stand-in of an EL host, whose local repositories have bad ones among them.
