@@ -31,6 +31,13 @@ def page():
         browser.close()
 
 
+def log_in(page, url: str) -> None:
+    page.goto(url)
+    page.get_by_label("Username").fill("alice")
+    page.get_by_label("Password").fill("secret")
+    page.get_by_role("button", name="Log in").click()
+
+
 def send(page, subject: str) -> None:
     page.get_by_label("To").fill("bob@example.org")
     page.get_by_label("Subject").fill(subject)
@@ -38,10 +45,10 @@ def send(page, subject: str) -> None:
     page.get_by_role("button", name="Send").click()
 
 
-def fail_first() -> None:
+def fail_first(answer: str = "no such user") -> None:
     """As a worker does that was refused."""
     delivery = Delivery.objects.claim(Delivery.objects.order_by("pk").first().pk)
-    delivery.record(State.FAILED, code=550, answer="no such user", seconds=0.1)
+    delivery.record(State.FAILED, code=550, answer=answer, seconds=0.1)
     connection.close()
 
 
@@ -50,11 +57,7 @@ def test_log_in_send_and_see_it_in_the_list(live_server, user, page):
     complaints = []
     page.on("console", lambda message: complaints.append(message.text))
     page.on("pageerror", lambda error: complaints.append(error.message))
-    page.goto(live_server.url)
-    page.get_by_label("Username").fill("alice")
-    page.get_by_label("Password").fill("secret")
-    page.get_by_role("button", name="Log in").click()
-
+    log_in(page, live_server.url)
     send(page, "From a browser")
     expect(page.get_by_role("status")).to_contain_text("Accepted")
     emails = page.locator(".emails > li")
@@ -87,3 +90,29 @@ def test_log_in_send_and_see_it_in_the_list(live_server, user, page):
     page.goto(f"{live_server.url}/api/docs")
     expect(page.get_by_text("Accept an email")).to_be_visible()
     assert complaints == [], "a script, a style or an image was refused"
+
+
+@pytest.mark.browser
+def test_a_narrow_screen_holds_what_is_long_and_searches(live_server, accept, page):
+    with ThreadPoolExecutor(1) as database:
+        database.submit(accept, subject="Other", recipients=[f"{'x' * 60}@example.org"]).result()
+        database.submit(accept, subject="Long" * 60).result()
+        database.submit(fail_first, "no" * 200).result()
+
+    def fits() -> bool:
+        return page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+
+    page.set_viewport_size({"width": 320, "height": 640})
+    log_in(page, live_server.url)
+    emails = page.locator(".emails > li")
+    expect(emails).to_have_count(2)
+    assert fits()
+    page.get_by_role("searchbox", name="Search").fill("OTHER")
+    page.get_by_role("button", name="Search").click()
+    expect(emails).to_have_count(1)
+    emails.get_by_role("link", name="Other").click()
+    answer = page.locator(".answer")
+    expect(answer).to_contain_text("550 nono")
+    assert fits()
+    wide = "element => element.scrollWidth > element.clientWidth"
+    assert not page.locator(".scroll").evaluate(wide), "the answer is read without scrolling"
