@@ -154,6 +154,7 @@ class Relay:
                 systemd.notify("WATCHDOG=1")
         systemd.notify("STOPPING=1")
         self._end(threads)
+        connection.close()
 
     def _wait(self) -> None:
         """Until an email is stored, or for a poll's time."""

@@ -1,5 +1,6 @@
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from threading import Barrier
 
 import pytest
 from django.db import InterfaceError, OperationalError, connection
@@ -216,8 +217,12 @@ def test_refuses_a_bad_key(post, key):
 @pytest.mark.skipif(connection.vendor == "sqlite", reason="its in-memory database has one thread")
 @pytest.mark.django_db(transaction=True)
 def test_of_requests_with_one_key_at_the_same_time_one_is_stored(post):
+    together = Barrier(8, timeout=20)
+
     def request(_):
         try:
+            connection.ensure_connection()
+            together.wait()
             return post(GOOD, idempotency_key="order 17").json()["id"]
         finally:
             connection.close()

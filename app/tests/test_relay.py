@@ -6,14 +6,17 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import timedelta
+from unittest.mock import Mock
 
 import pytest
 from django.core.management import CommandError, call_command
-from django.db import connection, transaction
+from django.db import OperationalError, connection, transaction
 from django.utils import timezone
 
 from emails import relay as relay_module
+from emails import services
 from emails.models import AT_ONCE, Delivery, State
 from emails.relay import Publisher, Relay
 from emails.tasks import deliver
@@ -185,45 +188,59 @@ def test_what_was_just_accepted_is_due_whatever_the_clock_says(delivery, monkeyp
 @pytest.mark.skipif(connection.vendor == "sqlite", reason="one transaction writes at a time there")
 @pytest.mark.django_db(transaction=True)
 def test_relays_do_not_wait_for_each_other(accept):
-    first, second = accept().deliveries.get(), accept().deliveries.get()
+    """Nor does one hold back the other recipients of an email."""
+    first, second = accept(recipients=["bob@example.org", "eve@example.org"]).deliveries.all()
 
     def lease():
         try:
-            return [delivery.pk for delivery in Delivery.objects.lease(9)]
+            return Delivery.objects.lease(9)
         finally:
             connection.close()
 
     with ThreadPoolExecutor(1) as pool, transaction.atomic():
-        Delivery.objects.select_for_update().get(pk=first.pk)
-        assert pool.submit(lease).result(timeout=5) == [second.pk]
+        assert Delivery.objects.lease(1) == [first]
+        assert pool.submit(lease).result(timeout=5) == [second]
+
+
+@contextmanager
+def running(relay: Relay):
+    thread = threading.Thread(target=relay.run)
+    thread.start()
+    try:
+        yield
+        assert thread.is_alive()
+    finally:
+        relay.stop()
+        thread.join(timeout=10)
+    assert not thread.is_alive()
 
 
 @pytest.mark.skipif(connection.vendor == "sqlite", reason="SQLite tells nobody")
 @pytest.mark.django_db(transaction=True)
-def test_an_email_wakes_the_relay(accept, published, settings):
+def test_an_email_wakes_the_relay(accept, published, settings, monkeypatch):
+    # By nothing else would it look at the table again within ten seconds.
     settings.RELAY_POLL_SECONDS = 60.0
+    settings.RELAY_THREADS = 1
+    monkeypatch.setattr(relay_module, "LONGEST_PAUSE", 60)
+    first = accept().deliveries.get()
     relay = Relay()
-    thread = threading.Thread(target=relay.run)
-    thread.start()
-    try:
+    with running(relay):
         eventually(lambda: relay._listening is not None)
-        delivery = accept().deliveries.get()
-        eventually(lambda: published == [delivery.pk])
-    finally:
-        relay.stop()
-        thread.join(timeout=10)
-        connection.close()
-    assert not thread.is_alive()
+        eventually(lambda: published == [first.pk])
+        second = accept().deliveries.get()
+        eventually(lambda: published == [first.pk, second.pk], seconds=5)
+        Delivery.objects.update(state=State.FAILED, due_at=None)
+        assert services.replay(Delivery.objects.filter(pk=first.pk)) == 1
+        eventually(lambda: published == [first.pk, second.pk, first.pk], seconds=5)
 
 
 @pytest.mark.skipif(connection.vendor == "sqlite", reason="it has no connection to lose")
 @pytest.mark.django_db(transaction=True)
 def test_a_relay_outlives_its_connections_to_the_database(accept, published, settings):
     relay = Relay()
-    thread = threading.Thread(target=relay.run)
-    thread.start()
-    try:
+    with running(relay):
         eventually(lambda: relay._listening is not None)
+        lost = relay._listening
         with connection.cursor() as cursor:
             cursor.execute(
                 "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
@@ -231,15 +248,29 @@ def test_a_relay_outlives_its_connections_to_the_database(accept, published, set
             )
         delivery = accept().deliveries.get()
         eventually(lambda: published == [delivery.pk])
-    finally:
+        eventually(lambda: relay._listening is not lost)
+
+
+@pytest.mark.parametrize("error", [OperationalError("away"), ConnectionRefusedError("away")])
+def test_a_publisher_outlives_what_it_meets(monkeypatch, error):
+    monkeypatch.setattr(relay_module, "LONGEST_PAUSE", 0.1)
+    monkeypatch.setattr(relay_module, "connection", Mock())  # the test's own has to stay
+    relay, met = Relay(), []
+
+    def publish_due(self):
+        met.append(error)
+        if len(met) == 1:
+            raise error
         relay.stop()
-        thread.join(timeout=10)
-        connection.close()
-    assert not thread.is_alive()
+        return 0
+
+    monkeypatch.setattr(Publisher, "publish_due", publish_due)
+    relay._publish(relay._publishers[0])
+    assert len(met) == 2
 
 
-def eventually(check):
-    deadline = time.monotonic() + 10
+def eventually(check, seconds=10):
+    deadline = time.monotonic() + seconds
     while not check():
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -271,19 +302,20 @@ def test_a_publisher_that_is_stuck_stops_the_watchdogs_food(monkeypatch):
     monkeypatch.setattr(relay_module.systemd, "notify", told.append)
     relay = Relay()
     monkeypatch.setattr(relay, "_wait", lambda: time.sleep(0.1))
-    monkeypatch.setattr(relay, "_publish", lambda publisher: time.sleep(1.5))
-    thread = threading.Thread(target=relay.run)
     monkeypatch.setattr(Delivery.objects, "mistrust_clock", lambda: 0)
-    thread.start()
-    try:
+
+    def publish(publisher):
+        while not relay._stopping.wait(0.1):
+            if publisher is not relay._publishers[0]:
+                publisher.seen_alive = time.monotonic()
+
+    monkeypatch.setattr(relay, "_publish", publish)
+    with running(relay):
         eventually(lambda: "WATCHDOG=1" in told)
         time.sleep(0.7)
         told.clear()
         time.sleep(0.5)
         assert told == []
-    finally:
-        relay.stop()
-        thread.join(timeout=10)
 
 
 @pytest.mark.parametrize("broker", ["silent", "refusing"])

@@ -1,0 +1,34 @@
+import time
+from types import SimpleNamespace
+
+import mailroom.celery as worker
+
+
+def test_a_worker_is_fed_unless_its_loop_stands_still(monkeypatch):
+    told = []
+    monkeypatch.setattr(worker.systemd, "notify", told.append)
+    monkeypatch.setattr(worker.Systemd, "PERIOD", 0.05)
+    monkeypatch.setattr(worker.Systemd, "STUCK", 0.5)
+    timer = SimpleNamespace(cancel=lambda: None)
+    consumer = SimpleNamespace(timer=SimpleNamespace(call_repeatedly=lambda *_: timer))
+    step = worker.Systemd(consumer)
+
+    def fed() -> bool:
+        told.clear()
+        time.sleep(0.3)
+        return "WATCHDOG=1" in told
+
+    step.start(consumer)
+    try:
+        assert fed()
+        time.sleep(0.6)
+        assert not fed(), "the loop has not run since"
+        step.tick()
+        assert fed()
+        time.sleep(0.6)
+        step.stop(consumer)
+        assert fed(), "it looks for the broker, however long"
+    finally:
+        step.shutdown(consumer)
+    step.thread.join(timeout=5)
+    assert not fed()
