@@ -50,6 +50,24 @@ def test_sends_one_message_to_each_recipient(accept, mailbox):
     assert message.get_body(("html",)).get_content().strip() == "<p>Body</p>"
 
 
+def test_an_attempt_is_recorded_as_it_was(delivery, mailbox):
+    for number, reply in enumerate(("451 wait", "250 taken", "550 no"), start=1):
+        mailbox.reply = reply
+        Delivery.objects.update(state=State.QUEUED, started_at=None)
+        before = timezone.now()
+        run(delivery)
+        attempt = delivery.log.last()
+        assert (attempt.number, attempt.outcome) == (number, delivery.state)
+        assert before <= attempt.started_at == delivery.started_at <= timezone.now()
+        assert 0 < attempt.seconds < 10
+        assert attempt.smtp_code == delivery.last_smtp_code == int(reply[:3])
+        assert attempt.answer.endswith(reply[4:])
+        assert bool(delivery.due_at) == (reply == "451 wait")
+        assert bool(delivery.last_error) == (reply != "250 taken")
+        # When it was sent stays, whatever comes after.
+        assert (delivery.sent_at is not None) == (number > 1)
+
+
 def test_two_copies_of_a_message_send_once(delivery, mailbox):
     run(delivery)
     assert run(delivery).attempts == 1
@@ -361,6 +379,16 @@ def test_an_outcome_after_the_lease_was_lost_changes_nothing(delivery):
     delivery.refresh_from_db()
     assert delivery.state == State.SENDING
     assert current.record(State.DEFERRED, code=451, answer="", seconds=1, due_at=timezone.now())
+
+
+def test_that_it_was_sent_is_recorded_whoever_has_it_now(delivery):
+    late = Delivery.objects.claim(delivery.pk)
+    Delivery.objects.update(state=State.QUEUED)
+    current = Delivery.objects.claim(delivery.pk)
+    assert late.record(State.SENT, code=250, answer="", seconds=1)
+    assert not current.record(State.DEFERRED, code=451, answer="", seconds=1)
+    delivery.refresh_from_db()
+    assert (delivery.state, delivery.log.get().number) == (State.SENT, 1)
 
 
 def test_logs_name_the_email_but_no_address_and_no_body(delivery, mailbox, caplog):

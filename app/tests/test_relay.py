@@ -17,7 +17,7 @@ from django.utils import timezone
 
 from emails import relay as relay_module
 from emails import services
-from emails.models import AT_ONCE, Delivery, State
+from emails.models import AT_ONCE, Delivery, State, sending_lease
 from emails.relay import Publisher, Relay
 from emails.tasks import deliver
 from mailroom.celery import app
@@ -136,6 +136,49 @@ def test_a_worker_lost_after_the_data_makes_it_uncertain(delivery, settings):
         assert (delivery.state, delivery.due_at is not None) == (State.UNCERTAIN, due)
     assert delivery.uncertain_attempts == 2
     assert [attempt.outcome for attempt in delivery.log.all()] == [State.UNCERTAIN] * 2
+
+
+def test_a_worker_lost_before_the_data_of_its_own_attempt_is_certain(delivery):
+    """Whatever the attempt before had sent."""
+    Delivery.objects.claim(delivery.pk).mark_data()
+    Delivery.objects.update(state=State.QUEUED)
+    assert not Delivery.objects.claim(delivery.pk).data_sent
+    expire_lease()
+    assert Delivery.objects.lease(1) == []
+    delivery.refresh_from_db()
+    assert (delivery.state, delivery.uncertain_attempts) == (State.DEFERRED, 0)
+
+
+def test_a_claim_is_a_lease(delivery):
+    before = timezone.now()
+    claimed = Delivery.objects.claim(delivery.pk)
+    delivery.refresh_from_db()
+    assert before <= claimed.due_at - sending_lease() <= timezone.now()
+    assert claimed.due_at == delivery.due_at
+
+
+def test_a_claim_knows_whether_there_are_attachments(accept):
+    plain, full = accept(), accept(attachments=[services.File("a", "text/plain", b"a")])
+    for email, attached in ((plain, False), (full, True)):
+        assert Delivery.objects.claim(email.deliveries.get().pk).has_attachments is attached
+
+
+@pytest.mark.skipif(connection.vendor == "sqlite", reason="it has no such setting")
+@pytest.mark.django_db(transaction=True)
+def test_only_a_claim_need_not_be_on_disk_at_once(delivery):
+    def on_disk_at_once() -> str:
+        with connection.cursor() as cursor:
+            cursor.execute("SHOW synchronous_commit")
+            return cursor.fetchone()[0]
+
+    with transaction.atomic():
+        claimed = Delivery.objects.claim(delivery.pk)
+        assert on_disk_at_once() == "off"
+    with transaction.atomic():
+        claimed.mark_data()
+        assert on_disk_at_once() == "on"
+        claimed.record(State.SENT, code=250, answer="", seconds=1)
+        assert on_disk_at_once() == "on"
 
 
 def test_what_is_past_its_deadline_is_not_published(accept, published):
