@@ -224,7 +224,8 @@ def test_an_idle_connection_is_renewed(accept, mailbox, monkeypatch):
     assert mailbox.connections == 2
 
 
-def test_logs_in_after_starttls(accept, mailbox, settings, tmp_path, monkeypatch):
+@pytest.mark.parametrize("way", ["STARTTLS", "implicit"])
+def test_logs_in_over_tls(accept, mailbox, settings, tmp_path, monkeypatch, way):
     key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
     command = "openssl req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=localhost"
     names = ["-addext", "subjectAltName=DNS:localhost", "-keyout", key, "-out", certificate]
@@ -234,14 +235,19 @@ def test_logs_in_after_starttls(accept, mailbox, settings, tmp_path, monkeypatch
 
     def authenticate(server, session, envelope, mechanism, data):
         mailbox.credentials.append((data.login, data.password))
-        return AuthResult(success=data.password == b"secret")
+        return AuthResult(success=data.password == b"secret", handled=False)
 
     port = free_port()
-    options = {"tls_context": server_side, "require_starttls": True}
+    if way == "STARTTLS":
+        options = {"tls_context": server_side, "require_starttls": True}
+        settings.EMAIL_USE_TLS = True
+    else:
+        options = {"ssl_context": server_side, "auth_require_tls": False}
+        settings.EMAIL_USE_SSL = True
     options |= {"authenticator": authenticate, "auth_required": True}
     server = Controller(mailbox, hostname="localhost", port=port, **options)
     server.start()
-    settings.EMAIL_HOST, settings.EMAIL_PORT, settings.EMAIL_USE_TLS = "localhost", port, True
+    settings.EMAIL_HOST, settings.EMAIL_PORT = "localhost", port
     settings.EMAIL_HOST_USER, settings.EMAIL_HOST_PASSWORD = "mailroom", "secret"
     try:
         delivery = run(accept().deliveries.get())
@@ -250,7 +256,9 @@ def test_logs_in_after_starttls(accept, mailbox, settings, tmp_path, monkeypatch
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
         settings.EMAIL_HOST_PASSWORD = "wrong"
         smtp.forget()
-        assert run(accept().deliveries.get()).state == State.DEFERRED, "for the operator to mend"
+        delivery = run(accept().deliveries.get())
+        assert delivery.state == State.DEFERRED, "for the operator to mend"
+        assert delivery.last_smtp_code == 535
         settings.EMAIL_HOST_PASSWORD = "secret"
         smtp.forget()
         assert run(accept().deliveries.get()).state == State.SENT
@@ -374,10 +382,13 @@ def test_delays_are_anywhere_in_a_range_that_doubles_up_to_an_hour(monkeypatch):
 def test_an_outcome_after_the_lease_was_lost_changes_nothing(delivery):
     late = Delivery.objects.claim(delivery.pk)
     Delivery.objects.update(state=State.QUEUED)
+    assert not late.record(State.FAILED, code=550, answer="", seconds=1)
     current = Delivery.objects.claim(delivery.pk)
     assert not late.record(State.FAILED, code=550, answer="", seconds=1)
     delivery.refresh_from_db()
     assert delivery.state == State.SENDING
+    assert not delivery.log.exists()
+    assert not models.Tally.objects.filter(name="attempts.failed").exists()
     assert current.record(State.DEFERRED, code=451, answer="", seconds=1, due_at=timezone.now())
 
 
