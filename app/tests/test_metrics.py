@@ -66,14 +66,19 @@ def test_tells_what_waits_and_for_how_long(accept, metrics):
     assert metrics()["mailroom_oldest_due_seconds"] == 0
 
 
-def test_counts_an_attempt_in_its_bucket(metrics):
-    for seconds in (0.01, 0.3, 0.3, 500):
-        Tally.add("attempts.sent", seconds)
+def test_counts_an_attempt_in_its_bucket(accept, metrics):
+    durations = (0.01, 0.3, 0.3, 500)
+    for seconds in durations:
+        delivery = Delivery.objects.claim(accept().deliveries.get().pk)
+        delivery.record(State.SENT, code=250, answer="", seconds=seconds)
     found = metrics()
     buckets = [
         found[f"mailroom_send_seconds_bucket {le}"] for le in ("0.05", "0.25", "0.5", "+Inf")
     ]
     assert buckets == [1, 1, 3, 4]
+    assert found["mailroom_send_seconds_sum"] == pytest.approx(sum(durations))
+    places = Tally.objects.filter(name="attempts.sent").values_list("bucket", "slot")
+    assert set(places) == {Tally.place(seconds) for seconds in durations}
 
 
 def test_counts_what_could_not_be_published(delivery, metrics, monkeypatch):
