@@ -116,6 +116,23 @@ def test_a_broker_that_refuses_costs_no_row(delivery):
     assert (delivery.state, delivery.due_at) == (State.QUEUED, AT_ONCE)
 
 
+def test_a_publication_that_failed_costs_its_connection_and_no_time(accept, monkeypatch):
+    """A late answer to it would be taken for the next one's."""
+    first, second, third = (accept().deliveries.get() for _ in range(3))
+    broken = app.connection_for_write()
+    monkeypatch.setattr(broken, "collect", Mock())
+    monkeypatch.setattr(Publisher, "_connect", lambda self: setattr(self, "_connection", broken))
+    monkeypatch.setattr(deliver, "apply_async", Mock(side_effect=[None, TimeoutError]))
+    publisher = Publisher()
+    with pytest.raises(TimeoutError):
+        publisher.publish_due()
+    assert publisher._connection is None
+    broken.collect.assert_called_once()
+    assert list(Delivery.objects.due()) == [second, third]
+    first.refresh_from_db()
+    assert first.due_at > timezone.now() + timedelta(minutes=9)
+
+
 def test_release_leaves_a_claimed_delivery_alone(delivery):
     leased = Delivery.objects.lease(1)
     Delivery.objects.claim(delivery.pk)
