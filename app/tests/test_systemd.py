@@ -1,5 +1,6 @@
 import time
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import mailroom.celery as worker
 
@@ -9,8 +10,8 @@ def test_a_worker_is_fed_unless_its_loop_stands_still(monkeypatch):
     monkeypatch.setattr(worker.systemd, "notify", told.append)
     monkeypatch.setattr(worker.Systemd, "PERIOD", 0.05)
     monkeypatch.setattr(worker.Systemd, "STUCK", 0.5)
-    timer = SimpleNamespace(cancel=lambda: None)
-    consumer = SimpleNamespace(timer=SimpleNamespace(call_repeatedly=lambda *_: timer))
+    loop = Mock()
+    consumer = SimpleNamespace(timer=loop)
     step = worker.Systemd(consumer)
 
     def fed() -> bool:
@@ -23,10 +24,12 @@ def test_a_worker_is_fed_unless_its_loop_stands_still(monkeypatch):
         assert fed()
         time.sleep(0.6)
         assert not fed(), "the loop has not run since"
-        step.tick()
+        ((_, tick),) = (call.args for call in loop.call_repeatedly.call_args_list)
+        tick()
         assert fed()
         time.sleep(0.6)
         step.stop(consumer)
+        loop.call_repeatedly.return_value.cancel.assert_called_once()
         assert fed(), "it looks for the broker, however long"
     finally:
         step.shutdown(consumer)
