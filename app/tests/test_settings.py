@@ -118,7 +118,8 @@ def test_smtp_by_url(url, host, port, tls, ssl):
     loaded = values(EMAIL_URL=url)
     assert (loaded["EMAIL_HOST"], loaded["EMAIL_PORT"]) == (host, port)
     assert (loaded["EMAIL_USE_TLS"], loaded["EMAIL_USE_SSL"]) == (tls, ssl)
-    assert loaded["EMAIL_HOST_PASSWORD"] == ("p@ss" if "@" in url else None)
+    login = (loaded["EMAIL_HOST_USER"], loaded["EMAIL_HOST_PASSWORD"])
+    assert login == (("u", "p@ss") if "@" in url else (None, None))
 
 
 def test_celery_knows_every_setting_of_its_namespace():
