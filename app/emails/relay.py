@@ -203,6 +203,7 @@ class Relay:
             self._stopping.wait(pause)
             pause = min(pause * 2, LONGEST_PAUSE)
         publisher.discard_connection()
+        connection.close()
 
     def _end(self, threads: list[threading.Thread]) -> None:
         """Gives publishers a second to come back from the broker, then gives their rows back."""

@@ -1,4 +1,5 @@
 from datetime import timedelta
+from unittest.mock import Mock
 
 import pytest
 from django.utils import timezone
@@ -84,6 +85,7 @@ def test_counts_an_attempt_in_its_bucket(accept, metrics):
 def test_counts_what_could_not_be_published(delivery, metrics, monkeypatch):
     # The thread's connection is the test's own here, in the middle of its transaction.
     monkeypatch.setattr("emails.relay.close_old_connections", lambda: None)
+    monkeypatch.setattr("emails.relay.connection", Mock())
     relay = Relay()
 
     class Refused:
