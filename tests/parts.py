@@ -43,7 +43,7 @@ class Part:
     def line(self) -> str:
         """How it ended, in one line of the table."""
         counts = ", then ".join(COUNTS.findall(self.text()))
-        return f"{'ok' if self.status == 0 else 'FAILED':<8}{duration(self.seconds):>12}  {self.target:<24}{counts}".rstrip()
+        return f"{'ok' if self.status == 0 else 'FAILED':<8}{duration(self.seconds):>12}  {self.target:<26}{counts}".rstrip()
 
 
 def duration(seconds: float) -> str:

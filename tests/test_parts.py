@@ -25,7 +25,7 @@ def test_what_held_is_a_line_and_what_it_printed_a_file(run, tmp_path):
     status, output = run("good")
     assert status == 0
     assert output.splitlines()[-1].startswith("1 of 1 held")
-    assert "good                    3 passed\n" in output
+    assert "good                      3 passed\n" in output
     assert "=====" not in output
     assert "=====" in (tmp_path / "logs/good.log").read_text()
 
