@@ -1,10 +1,25 @@
-"""What every email costs the database, in one statement each: to take it, and to end an attempt.
+"""What every email costs the database, in one statement each: store it, claim it, end an attempt.
 
 PostgreSQL changes and returns rows of several tables at once, where the ORM's way, which stays for
-SQLite, takes two queries and five. Without them a worker sends half as many emails a second.
+SQLite, takes two queries to five. Without them a worker sends half as many emails a second, and a
+request takes a third longer.
 """
 
 from django.db import connection
+
+STORE = """
+WITH stored AS (
+  INSERT INTO emails_email (FIELDS) VALUES (VALUES_OF_FIELDS) ON CONFLICT DO NOTHING RETURNING id
+), deliveries AS (
+  INSERT INTO emails_delivery
+    (email_id, recipient, kind, state, attempts, next_attempt_at, expires_at, last_error)
+  SELECT id, recipient, kind, 'queued', 0, %(due_at)s, %(expires_at)s, ''
+  FROM stored, unnest(%(recipients)s::text[], %(kinds)s::text[]) AS named (recipient, kind)
+)
+INSERT INTO emails_tally (name, bucket, slot, total, seconds)
+SELECT 'accepted', 0, %(slot)s, %(count)s, 0 FROM stored
+ON CONFLICT (name, bucket, slot) DO UPDATE SET total = emails_tally.total + excluded.total
+"""
 
 # This one commit needn't be on disk at once: nothing is sent before the next one is, and then both.
 CLAIM = """
@@ -51,6 +66,20 @@ def instance(model, values):
             for field, value in zip(fields, values, strict=True)
         ],
     )
+
+
+def store(email, kinds: dict[str, str], **values) -> bool:
+    """Stores email and deliveries and counts them; false, and nothing done, if its key is taken."""
+    fields = {field.column: field for field in email._meta.concrete_fields}
+    for column, field in fields.items():
+        values[column] = field.get_db_prep_save(getattr(email, field.attname), connection)
+    values |= {"recipients": list(kinds), "kinds": list(kinds.values()), "count": len(kinds)}
+    statement = STORE.replace("VALUES_OF_FIELDS", ", ".join(f"%({name})s" for name in fields))
+    with connection.cursor() as cursor:
+        cursor.execute(
+            statement.replace("FIELDS", ", ".join(f'"{name}"' for name in fields)), values
+        )
+        return cursor.rowcount == 1
 
 
 def claim(pk: int, now, lease_until):

@@ -6,7 +6,8 @@ import pytest
 from django.db import InterfaceError, OperationalError, connection
 from django.utils import timezone
 
-from emails.models import Allowance, ApiKey, Delivery, Email, State
+from emails.models import Allowance, ApiKey, Attachment, Delivery, Email, State
+from emails.services import File
 from tests.conftest import KEY
 
 pytestmark = pytest.mark.django_db
@@ -299,6 +300,7 @@ def test_an_owner_has_senders_of_its_own(post, user):
     assert post(GOOD).status_code == 422, "the default sender is none of them"
 
 
+@pytest.mark.django_db(transaction=True)
 def test_an_owner_has_a_limit_of_recipients_an_hour(post, user, settings):
     settings.RECIPIENTS_PER_HOUR = 4
     assert post(GOOD, idempotency_key="first").status_code == 202
@@ -312,6 +314,23 @@ def test_an_owner_has_a_limit_of_recipients_an_hour(post, user, settings):
     assert post(GOOD).status_code == 429
     Email.objects.update(created_at=timezone.now() - timedelta(minutes=61))
     assert post(GOOD).status_code == 202
+
+
+def test_a_deadline_is_every_delivery_s(accept):
+    deadline = timezone.now() + timedelta(hours=3)
+    email = accept(recipients=["bob@example.org", "eve@example.org"], deadline=deadline)
+    assert [delivery.expires_at for delivery in email.deliveries.all()] == [deadline, deadline]
+
+
+@pytest.mark.django_db(transaction=True)
+def test_an_email_whose_attachments_are_not_stored_is_not_there(accept, monkeypatch):
+    def fail(_):
+        raise OperationalError
+
+    monkeypatch.setattr(Attachment.objects, "bulk_create", fail)
+    with pytest.raises(OperationalError):
+        accept(attachments=[File("a.txt", "text/plain", b"a")])
+    assert not Email.objects.exists()
 
 
 # Listing and replay

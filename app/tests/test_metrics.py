@@ -30,6 +30,12 @@ def metrics(client, settings):
     return metrics
 
 
+def test_counts_each_recipient_of_every_email(accept, metrics):
+    accept()
+    accept(recipients=["bob@example.org", "eve@example.org"])
+    assert metrics()["mailroom_accepted_total"] == 3
+
+
 def test_counts_what_becomes_of_emails_and_keeps_it_after_the_purge(accept, mailbox, metrics):
     email = accept(recipients=["bob@example.org", "eve@example.org"])
     assert metrics()["mailroom_accepted_total"] == 2
