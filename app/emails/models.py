@@ -417,8 +417,12 @@ def longest_retry(attempts: int) -> timedelta:
 
 
 def retry_delay(attempts: int) -> timedelta:
-    """How long to wait after so many attempts: a doubling range, capped, and anywhere in it."""
-    return longest_retry(attempts) * random.random()  # noqa: S311 - spreads load, hides nothing
+    """How long to wait after so many attempts: in the second half of a doubling range, capped.
+
+    Not in the first: short waits while a server is down would soon be followed by very long ones.
+    """
+    share = 0.5 + random.random() / 2  # noqa: S311 - spreads load, hides nothing
+    return longest_retry(attempts) * share
 
 
 def after_uncertain(attempts: int) -> datetime | None:
