@@ -1,8 +1,8 @@
 """What every email costs the database, in one statement each: store it, claim it, end an attempt.
 
 PostgreSQL changes and returns rows of several tables at once, where the ORM's way, which stays for
-SQLite, takes two queries to five. Without them a worker sends half as many emails a second, and a
-request takes a third longer.
+SQLite, takes two queries to five. A delivery cost a worker twice the processor time without them,
+and a request took a third longer (medians, two cores, the server beside it).
 """
 
 from django.db import connection
