@@ -41,12 +41,20 @@ FORMULAE = {
     "refused": ("4.2.10", [], "29", "refused", "RabbitMQ 4.2.10 of Homebrew does not run on Erlang 29"),
     "another series": ("4.3.5", [], "27", "supported", "rabbitmq_version is '4.2', and Homebrew has one RabbitMQ alone, 4.3.5"),
 }
+# What brew services calls its jobs, and called them until September 2026: Homebrew/brew#23750.
+BREW_LABELS = ("sh.brew", "homebrew.mxcl")
 ERLANGS = {"29.0.2": "erlang@27", "27.3.4": "erlang", "28.4.1": "erlang@27"}
 
 
 def services_of(role):
     (task,) = yaml.safe_load((ROOT / f"roles/{role}/tasks/service.yml").read_text())
     return task["vars"]
+
+
+def looked_for(found=None):
+    """What the role's look for a broker of brew services gives where the one of `found` lies there."""
+    labels = [f"/L/{label}.rabbitmq.plist" for label in BREW_LABELS]
+    return {"results": [{"item": path, "stat": {"exists": f"/{found}." in path}} for path in labels]}
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +92,12 @@ def answers(tmp_path_factory):
             "{{ __rabbitmq_formula_level }}",
             "{{ __rabbitmq_formula_rules | rejectattr('holds') | map(attribute='otherwise') | join }}",
         ]
-        there = {"stat": {"exists": False}}
+        there = looked_for()
         show(case, value, __rabbitmq_info=said, rabbitmq_erlang_version=erlang, __rabbitmq_brew_services=there)
+    show("brew jobs", "{{ __rabbitmq_brew_jobs }}")
+    for label in BREW_LABELS:
+        value = ["{{ (__rabbitmq_formula_rules | first).holds }}", "{{ (__rabbitmq_formula_rules | first).otherwise }}"]
+        show(label, value, __rabbitmq_brew_services=looked_for(label))
     for stable in ERLANGS:
         said = {"stdout": json.dumps({"formulae": [{"versions": {"stable": stable}}]})}
         show(stable, "{{ __erlang_formula }}", __erlang_info=said)
@@ -222,3 +234,16 @@ def test_homebrews_rabbitmq_is_judged(answers, case):
 @pytest.mark.parametrize("stable", ERLANGS)
 def test_an_older_erlang_is_the_formula_with_its_number(answers, stable):
     assert answers["agents"][stable] == ERLANGS[stable]
+
+
+def test_a_broker_of_brew_services_is_looked_for_by_either_label(answers):
+    for host, folder in (("agents", "/Users/me/Library/LaunchAgents"), ("daemons", "/Library/LaunchDaemons")):
+        assert answers[host]["brew jobs"] == [f"{folder}/{label}.rabbitmq.plist" for label in BREW_LABELS]
+
+
+@pytest.mark.parametrize("label", BREW_LABELS)
+def test_a_broker_of_brew_services_is_refused_with_the_way_out(answers, label):
+    holds, refusal = answers["agents"][label]
+    assert not holds
+    assert f"There is a broker of brew services, /L/{label}.rabbitmq.plist" in refusal
+    assert "`brew services stop rabbitmq`" in refusal
