@@ -18,8 +18,11 @@ from helpers import ROOT, executable, load
 jobs = load("roles/services/library/launchd_jobs.py")
 STAND_IN = ROOT / "testbed/images/macos/stand-in/rootfs/usr"
 
-# Records of `launchctl print gui/501/LABEL`, shortened, with labels and paths of ours. A job of KeepAlive on macOS 27.0, from a
-# public file of them, LaunchctlFixtures.swift by sglavoie:
+# Records of the real launchctl, each below the address where it was published: shortened, with labels and paths of ours. Apple
+# documents neither what print says nor what launchctl exits with.
+#
+# `launchctl print gui/501/LABEL` of a job of KeepAlive, and of one of StartInterval between two runs, on macOS 27.0:
+# https://github.com/sglavoie/dev-helpers/blob/e88273dd457ffb72100703f255f277dbcd9594fa/swift/heartbeat/Tests/HeartbeatCoreTests/LaunchctlFixtures.swift
 RUNNING = """\
 gui/501/org.example.kept = {
 \tactive count = 1
@@ -56,7 +59,31 @@ gui/501/org.example.kept = {
 \tproperties = keepalive | runatload | inferred program
 }
 """
-# One that waits for its throttle interval, from the tests of jamf's Aftermath, and what follows a kill, from the same file:
+BETWEEN = """\
+gui/501/org.example.hourly = {
+\tactive count = 0
+\tpath = /Users/me/Library/LaunchAgents/org.example.hourly.plist
+\ttype = LaunchAgent
+\tstate = not running
+
+\tprogram = /Users/me/.local/bin/hourly
+\tdomain = gui/501 [100020]
+\tminimum runtime = 10
+\texit timeout = 5
+\truns = 18
+\tlast exit code = 0
+
+\tresource coalition = {
+\t\tID = 1150
+\t\tstate = active
+\t\tactive count = 1
+\t}
+
+\trun interval = 900 seconds
+}
+"""
+# A job of KeepAlive that waits for its throttle interval:
+# https://github.com/jamf/aftermath/blob/623aa77df7d7c37bf871f62248b5e2a5e66e3a63/tests/aftermath/AftermathTests.swift
 WAITING = """\
 gui/501/org.example.agent = {
 \tactive count = 0
@@ -64,18 +91,76 @@ gui/501/org.example.agent = {
 \tstate = spawn scheduled
 
 \tprogram = /Applications/Example.app/Contents/MacOS/agent
+\tdomain = gui/501 [100007]
 \tminimum runtime = 60
 \texit timeout = 5
 \truns = 311
-\tlast terminating signal = Terminated: 15
+\tlast exit code = 0
+
+\tjob state = exited
 }
 """
-# Its standard error, with exit code 113; for a domain that is not there, 112.
-GONE = 'Bad request.\nCould not find service "{}" in domain for user gui: {}\n'
-NO_DOMAIN = "Bad request.\nCould not find domain for user gui: 99999\n"
-# `launchctl print-disabled gui/501`, of macOS 26 and of older ones.
+# What stands there instead of the exit code after a signal, on macOS 26.6:
+# https://github.com/maoyadongsh/siq-agent-security/pull/66
+KILLED = ("last terminating signal = Terminated: 15", "last terminating signal = Killed: 9")
+# What stands there of a job that could not be started, here since its log could not be made, on macOS 26.2:
+# https://github.com/yasinBursali/DreamServer/issues/328
+NOT_STARTED = ("state = spawn scheduled", "last exit code = 78: EX_CONFIG")
+# `launchctl print-disabled gui/501`, of macOS 13 and later and of older ones:
+# https://github.com/DeterminateSystems/nix-installer/pull/555 and https://github.com/ninehills/blog/issues/85
 DISABLED = '\n\tdisabled services = {\n\t\t"org.example.a" => enabled\n\t\t"org.example.b" => disabled\n\t}\n'
 DISABLED_ONCE = 'disabled services = {\n\t"org.example.a" => false\n\t"org.example.b" => true\n}\n'
+# What launchctl refuses, by what the test does: its exit code, what it writes to standard error, and where that was published.
+REFUSALS = {
+    "print what is not loaded": (
+        113,
+        'Bad request.\nCould not find service "nope" in domain for user gui: 501\n',
+        "https://github.com/sglavoie/dev-helpers/blob/e88273dd457ffb72100703f255f277dbcd9594fa/swift/heartbeat/Tests/HeartbeatCoreTests/LaunchctlFixtures.swift",
+    ),
+    # The number, and the words.
+    "print a domain that is not there": (
+        112,
+        "Bad request.\nCould not find domain for user gui: 99999\n",
+        "https://github.com/lidge-jun/opencodex/issues/1770 https://github.com/Wamphyre/macOS_Silverback-Debloater/issues/2",
+    ),
+    "bootout what is not loaded": (
+        3,
+        "Boot-out failed: 3: No such process\n",
+        "https://github.com/DeterminateSystems/nix-installer/issues/1148",
+    ),
+    "bootout what takes its time": (
+        36,
+        "Boot-out failed: 36: Operation now in progress\n",
+        "https://github.com/osquery/osquery/issues/5698",
+    ),
+    "bootstrap no property list": (
+        5,
+        "Bootstrap failed: 5: Input/output error\nTry re-running the command as root for richer errors.\n",
+        "https://github.com/pirj/noclamshell/issues/25",
+    ),
+    # The cause and the number, and the words.
+    "bootstrap what is loaded": (
+        37,
+        "Bootstrap failed: 37: Operation already in progress\n",
+        "https://github.com/Homebrew/homebrew-services/issues/376 https://github.com/Homebrew/homebrew-core/issues/132781",
+    ),
+    "bootstrap what is disabled": (
+        119,
+        "Bootstrap failed: 119: Service is disabled\n",
+        "https://github.com/DeterminateSystems/nix-installer/issues/530",
+    ),
+    # The words alone, of launchctl load: no record of the number was found.
+    "bootstrap what others may write": (
+        122,
+        "Bootstrap failed: 122: Path had bad ownership/permissions\n",
+        "https://github.com/munkireport/munkireport-php/issues/1468",
+    ),
+    "bootstrap into a domain that is not there": (
+        125,
+        "Bootstrap failed: 125: Domain does not support specified action\n",
+        "https://github.com/nix-community/home-manager/issues/4413",
+    ),
+}
 
 KEEPS = 'trap "" HUP; exec sleep 1000'
 
@@ -328,9 +413,10 @@ def test_a_host_without_launchd_is_told_so(mac, monkeypatch, tmp_path):
 
 
 def test_records_of_jobs_are_read():
-    running, waiting = jobs.parse_print(RUNNING), jobs.parse_print(WAITING)
+    running, waiting, between = (jobs.parse_print(record) for record in (RUNNING, WAITING, BETWEEN))
     assert (jobs.process(running), jobs.runs(running), running["state"], running["exit timeout"]) == (1076, 1, "running", "5")
     assert (jobs.process(waiting), jobs.runs(waiting), waiting["state"]) == (None, 311, "spawn scheduled")
+    assert (jobs.process(between), jobs.runs(between), between["state"]) == (None, 18, "not running")
     assert running["last exit code"] == "(never exited)"
     assert "ID" not in running, "that is its coalition's"
 
@@ -347,47 +433,79 @@ def shape(line):
     return re.sub(r" = .*", "", line) if " = " in line and not line.endswith("{") else line
 
 
-def test_what_the_stand_in_prints_of_a_job_is_in_the_record_of_the_real_one(mac):
+def printed(mac, label):
+    """What the stand-in prints of a job, as the user 501 would see it."""
+    return mac.call("print", f"{mac.domain}/{label}").stdout.replace(mac.domain, "gui/501").splitlines()
+
+
+def in_order(lines, record):
+    """Whether the lines' shapes are in a record, in its order."""
+    rest = iter([shape(line) for line in record.splitlines() if line])
+    return all(shape(line) in rest for line in lines if line)
+
+
+def test_what_the_stand_in_prints_of_a_job_that_runs(mac):
     mac.run(mac.job("org.example.kept"))
-    printed = mac.call("print", f"{mac.domain}/org.example.kept").stdout.replace(mac.domain, "gui/501").splitlines()
-    recorded = [shape(line) for line in RUNNING.splitlines()]
-    assert [line for line in map(shape, printed) if line not in recorded] == []
-    assert printed[0] == RUNNING.splitlines()[0]
-    assert {line for line in printed if line in RUNNING.splitlines()} >= {"\tstate = running", "\truns = 1", "\tactive count = 1"}
+    lines = printed(mac, "org.example.kept")
+    assert in_order(lines, RUNNING), lines
+    assert lines[0] == RUNNING.splitlines()[0]
+    same = {"\tstate = running", "\truns = 1", "\tactive count = 1", "\ttype = LaunchAgent", "\tlast exit code = (never exited)"}
+    assert same <= set(lines) & set(RUNNING.splitlines())
 
 
-def test_what_the_stand_in_prints_of_a_job_that_waits(mac):
-    mac.run(mac.job("a", ThrottleInterval=60))
-    os.kill(mac.pid("a"), 15)
-    until(lambda: mac.pid("a") is None)
-    state = mac.state("a")
-    assert (state["state"], state["last terminating signal"]) == ("spawn scheduled", "Terminated: 15")
+def test_what_the_stand_in_prints_of_a_job_between_two_runs(mac):
+    mac.run(mac.job("org.example.hourly", "true", KeepAlive=False, StartInterval=900))
+    until(lambda: mac.state("org.example.hourly").get("last exit code") == "0")
+    lines = printed(mac, "org.example.hourly")
+    assert in_order(lines, BETWEEN), lines
+    assert {"\tstate = not running", "\tactive count = 0", "\tlast exit code = 0"} <= set(lines) & set(BETWEEN.splitlines())
 
 
-def test_what_the_stand_in_says_of_what_is_not_there(mac):
-    done = mac.call("print", f"{mac.domain}/nope")
-    assert (done.returncode, done.stderr) == (113, GONE.format("nope", os.geteuid()))
-    done = mac.call("print", "gui/99999")
-    assert (done.returncode, done.stderr) == (112, NO_DOMAIN)
-    done = mac.call("bootout", f"{mac.domain}/nope")
-    assert (done.returncode, done.stderr) == (3, "Boot-out failed: 3: No such process\n")
+@pytest.mark.parametrize(("number", "recorded"), [(15, KILLED[0]), (9, KILLED[1])])
+def test_what_the_stand_in_prints_of_a_job_that_waits(mac, number, recorded):
+    mac.run(mac.job("org.example.agent", ThrottleInterval=60))
+    os.kill(mac.pid("org.example.agent"), number)
+    until(lambda: mac.pid("org.example.agent") is None)
+    lines = printed(mac, "org.example.agent")
+    assert f"\t{recorded}" in lines
+    assert {"\tstate = spawn scheduled", "\tactive count = 0"} <= set(lines) & set(WAITING.splitlines())
+    # The record has neither type nor coalition.
+    lines = [line for line in lines[: lines.index("\tresource coalition = {")] if shape(line) != "\ttype"]
+    assert in_order(lines[:-2], WAITING), lines
 
 
-def test_what_the_stand_in_refuses_to_load(mac):
-    def refused(path, domain=mac.domain):
-        done = mac.call("bootstrap", domain, str(path))
-        return done.returncode, done.stderr.splitlines()[0] if done.stderr else ""
+def test_what_the_stand_in_prints_of_a_job_that_could_not_be_started(mac, tmp_path):
+    missing = str(tmp_path / "missing/a.log")
+    assert mac.run(mac.job("a", StandardOutPath=missing, ThrottleInterval=60))["failed"]
+    assert {f"\t{line}" for line in NOT_STARTED} <= set(printed(mac, "a"))
 
-    assert refused(mac.write("bad", "no plist")) == (5, "Bootstrap failed: 5: Input/output error")
-    assert refused(mac.write("empty", plistlib.dumps({"Label": "empty"}).decode()))[0] == 5
-    assert refused(mac.write("open", plist("open"), 0o666)) == (122, "Bootstrap failed: 122: Path had bad ownership/permissions")
-    good = mac.write("good", plist("good", WorkingDirectory=str(mac.home)))
-    assert refused(good, "gui/99999") == (125, "Bootstrap failed: 125: Domain does not support specified action")
-    assert refused(good) == (0, "")
-    assert refused(good) == (37, "Bootstrap failed: 37: Operation already in progress")
-    mac.call("bootout", f"{mac.domain}/good")
+
+def test_what_the_stand_in_refuses(mac, tmp_path):
+    """By the words and the numbers of the records."""
+    done = {}
+    done["print what is not loaded"] = mac.call("print", f"{mac.domain}/nope")
+    done["print a domain that is not there"] = mac.call("print", "gui/99999")
+    done["bootout what is not loaded"] = mac.call("bootout", f"{mac.domain}/nope")
+    done["bootstrap no property list"] = mac.call("bootstrap", mac.domain, mac.write("bad", "no plist"))
+    done["bootstrap what others may write"] = mac.call("bootstrap", mac.domain, mac.write("open", plist("open"), 0o666))
+    slow = "trap 'sleep 2; exit' TERM; : >ready; while :; do sleep 0.1; done"
+    good = mac.write("good", plist("good", slow, WorkingDirectory=str(mac.home), ExitTimeOut=20))
+    done["bootstrap into a domain that is not there"] = mac.call("bootstrap", "gui/99999", good)
+    assert mac.call("bootstrap", mac.domain, good).returncode == 0
+    done["bootstrap what is loaded"] = mac.call("bootstrap", mac.domain, good)
+    until((tmp_path / "ready").exists)
+    done["bootout what takes its time"] = mac.call("bootout", f"{mac.domain}/good")
+    until(lambda: mac.state("good") is None)
     mac.call("disable", f"{mac.domain}/good")
-    assert refused(good) == (119, "Bootstrap failed: 119: Service is disabled")
+    done["bootstrap what is disabled"] = mac.call("bootstrap", mac.domain, good)
+    said = {case: (end.returncode, end.stderr.replace(f"gui: {os.geteuid()}\n", "gui: 501\n")) for case, end in done.items()}
+    assert said == {case: (code, words) for case, (code, words, _) in REFUSALS.items()}
+
+
+def test_a_property_list_without_a_program_is_none(mac):
+    """launchd.plist(5): Label is required, and ProgramArguments in the absence of Program, which no job of ours has."""
+    for values in ({"Label": "empty"}, {"ProgramArguments": ["/bin/true"]}):
+        assert mac.call("bootstrap", mac.domain, mac.write("empty", plistlib.dumps(values).decode())).returncode == 5
 
 
 def test_the_stand_in_kills_what_does_not_end_in_its_time_and_what_is_left_of_its_group(mac, tmp_path):
