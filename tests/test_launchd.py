@@ -285,6 +285,24 @@ def test_a_changed_job_is_booted_out_before_its_file_is_written(mac, monkeypatch
     assert seen == [None]
 
 
+@pytest.mark.parametrize("code", [5, 37])
+def test_a_load_that_is_refused_for_a_moment_after_the_boot_out_is_tried_again(mac, code):
+    """For some five seconds, on macOS 26.5, by 5 or by 37: https://github.com/headroomlabs-ai/headroom/issues/1289"""
+    mac.run(mac.job("a"))
+    refusing = f"""
+import pathlib, sys
+tries = pathlib.Path({str(mac.home / "tries")!r})
+if sys.argv[1] == "bootstrap" and len(tries.read_text()) < 2:
+    tries.write_text(tries.read_text() + ".")
+    sys.exit({code})
+"""
+    (mac.home / "tries").touch()
+    executable(mac.home / "bin/launchctl", refusing + (STAND_IN / "bin/launchctl").read_text())
+    assert mac.run(mac.job("a", ExitTimeOut=7))["restarted"] == ["a"]
+    assert (mac.home / "tries").read_text() == ".."
+    assert mac.state("a")["exit timeout"] == "7"
+
+
 def test_a_younger_file_of_restart_on_restarts(mac, tmp_path):
     release = tmp_path / "current"
     release.symlink_to("releases/1")
