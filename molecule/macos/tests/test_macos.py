@@ -89,12 +89,6 @@ def test_broker_lives_below_homebrews_prefix_on_the_erlang_that_was_asked_for(ho
     assert api("overview")["erlang_version"].split(".")[0] == "27"
 
 
-def test_stable_feature_flags_are_enabled(api):
-    flags = api("feature-flags")
-    assert len(flags) > 20
-    assert [flag["name"] for flag in flags if flag["stability"] in ("stable", "required") and flag["state"] != "enabled"] == []
-
-
 def test_secrets_are_nobody_elses(host, variables):
     home = host.check_output("echo $HOME")
     library = f"{home}/Library"
