@@ -540,8 +540,11 @@ class ApiKey(models.Model):
     @classmethod
     def authenticate(cls, key: str) -> "ApiKey | None":
         digest = cls.hash(key)
-        keys = cls.objects.select_related("owner__allowance")
-        found = keys.filter(digest=digest).first()
+        if connection.vendor == "postgresql":
+            found = postgresql.find_key(digest)
+        else:
+            keys = cls.objects.select_related("owner__allowance")
+            found = keys.filter(digest=digest).first()
         if found and hmac.compare_digest(found.digest, digest):
             return found if found.owner.is_active and not found.revoked else None
         return None

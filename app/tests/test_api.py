@@ -123,6 +123,21 @@ def test_refuses_a_revoked_key_and_an_inactive_owner(post, api_key, user):
     assert post(GOOD).status_code == 401
 
 
+@pytest.mark.parametrize("limit", [None, 6])
+def test_a_key_brings_its_owner_and_the_allowance_in_one_query(
+    api_key, user, limit, django_assert_num_queries
+):
+    ApiKey.objects.create(owner=user, name="another", digest=ApiKey.hash("another"))
+    if limit:
+        Allowance.objects.create(owner=user, senders="@shop.example", recipients_per_hour=limit)
+    with django_assert_num_queries(1):
+        key = ApiKey.authenticate(KEY)
+        found = (key.owner, getattr(key.owner, "allowance", None))
+    assert key == api_key and key.created_at == api_key.created_at
+    assert found == (user, Allowance.objects.first())
+    assert not limit or (found[1].senders, found[1].recipients_per_hour) == ("@shop.example", 6)
+
+
 def test_keys_are_stored_as_hashes_only(api_key):
     stored = " ".join(str(value) for value in ApiKey.objects.values().get().values())
     assert KEY not in stored
