@@ -1,0 +1,44 @@
+"""The API of app/ with two more ways to send behind its door, so that bench/mail_compare can tell them apart by nothing but the
+way: key, checks of the body and web server are the same."""
+
+from __future__ import annotations
+
+import os
+
+from django.core.wsgi import get_wsgi_application
+
+os.environ.setdefault("DJANGO_SETTINGS_MODULE", "mailroom.settings")
+application = get_wsgi_application()
+
+from celery import Celery  # noqa: E402 - models need what is set up
+from django.conf import settings  # noqa: E402 - as above
+from django.core.mail import get_connection, send_mail  # noqa: E402 - as above
+from emails.api import EmailIn, api  # noqa: E402 - as above
+from ninja import Status  # noqa: E402 - as above
+
+# As in rivals.py: Celery's own settings, not those of app/.
+plain = Celery(
+    "rivals",
+    broker=os.environ["BROKER_URL"],
+    set_as_current=False,
+    task_default_queue="mail.rivals",
+    task_default_exchange_type="topic",
+)
+
+
+@plain.task(name="rivals.send")
+def send(subject: str, text: str, to: list[str]) -> None:
+    raise NotImplementedError("nobody works here; what is measured is the request")
+
+
+@api.post("/send_mail", response={202: dict})
+def by_send_mail(request, email: EmailIn):
+    smtp = get_connection(settings.DELIVERY_BACKEND)
+    send_mail(email.subject, email.text, settings.DEFAULT_FROM_EMAIL, email.to, connection=smtp)
+    return Status(202, {})
+
+
+@api.post("/delay", response={202: dict})
+def by_delay(request, email: EmailIn):
+    send.delay(email.subject, email.text, email.to)
+    return Status(202, {})
