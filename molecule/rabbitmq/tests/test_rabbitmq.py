@@ -163,6 +163,23 @@ def test_killed_broker_comes_back_with_its_messages(host, connect, published, ev
     quorum_queue("mail.kept", connect().channel()).delete()
 
 
+def test_files_are_repaired_whatever_was_done_to_them(host, run_playbook):
+    def files():
+        return sorted(host.check_output("cd /etc/rabbitmq && stat -c '%n %U %G %a' * && sha256sum *").splitlines())
+
+    with host.sudo():
+        before = files()
+        host.check_output(
+            "cd /etc/rabbitmq && chmod 0644 rabbitmq.conf && chgrp root rabbitmq-env.conf && chown root enabled_plugins"
+        )
+        host.check_output("cd /etc/rabbitmq && rm definitions.json && echo '%% by hand' >>erl_inetrc")
+        assert files() != before
+        done = run_playbook("playbooks/broker.yml", "--tags", "rabbitmq")
+        assert done.returncode == 0, done.stdout
+        assert files() == before
+    assert "changed=0 " in run_playbook("playbooks/broker.yml", "--tags", "rabbitmq").stdout
+
+
 # Packages on EL, where the stand-in has two releases of each, and newer series that the pins leave out.
 
 
