@@ -59,6 +59,43 @@ def test_a_whole_version_can_be_asked_for(host, is_el, run_playbook):
     assert run_playbook("molecule/erlang/converge.yml").returncode == 0
 
 
+@pytest.fixture
+def newer_release(host, is_el):
+    """A repository that has a newer package of the series than the host; gives its name and version."""
+    if is_el:
+        pytest.skip("The scenario rabbitmq sees it on EL, whose stand-in has two releases.")
+    name, folder = "erlang-eldap", "/srv/newer"
+    with host.sudo():
+        host.check_output(f"mkdir {folder} && cd {folder} && apt-get -qq download {name} && dpkg-deb -R {name}_*.deb {name}")
+        host.check_output(f"cd {folder} && rm {name}_*.deb && sed -Ei 's/^Version: .*/&+newer/' {name}/DEBIAN/control")
+        host.check_output(
+            f"cd {folder} && dpkg-deb -b {name} ./{name}.deb && (dpkg-deb -f {name}.deb; echo Filename: {name}.deb; "
+            f"echo Size: $(stat -c %s {name}.deb); sha256sum {name}.deb | sed 's/ .*//; s/^/SHA256: /') >Packages"
+        )
+        host.check_output(f"echo 'deb [trusted=yes] file:{folder} ./' >/etc/apt/sources.list.d/newer.list && apt-get -qq update")
+        yield name, host.check_output(f"dpkg-deb -f {folder}/{name}.deb Version")
+        host.check_output(f"rm -r {folder} /etc/apt/sources.list.d/newer.list && apt-get -qq update")
+
+
+def test_a_run_takes_no_newer_release_by_itself(host, newer_release, run_playbook):
+    name, version = newer_release
+    assert f"Candidate: {version}" in host.check_output(f"apt-cache policy {name}")
+    done = run_playbook("molecule/erlang/converge.yml")
+    assert done.returncode == 0 and "changed=0 " in done.stdout, done.stdout
+    assert host.package(name).version != version
+
+
+def test_a_package_that_was_removed_is_there_again(host, newer_release, run_playbook):
+    """Also where the others have a newer release, which is not what the run is about."""
+    with host.sudo():
+        host.check_output("dpkg --remove erlang-xmerl")
+    done = run_playbook("molecule/erlang/converge.yml")
+    assert done.returncode == 0 and "changed=1 " in done.stdout, done.stdout
+    assert host.package("erlang-xmerl").is_installed
+    name, version = newer_release
+    assert host.package(name).version != version
+
+
 # What is refused: on the stand-in of an EL host, whose local repositories have bad ones among them.
 
 
