@@ -3,8 +3,8 @@ store it, claim it, end an attempt.
 
 PostgreSQL changes and returns rows of several tables at once, where the ORM's way, which stays for
 SQLite, takes two queries to five. A delivery cost a worker twice the processor time without them,
-and a request took a third longer (medians, two cores, the server beside it). Of a request's time
-the ORM spent another third on making the same SELECT for its key each time.
+and a request took a third longer (medians, two cores, the server beside it). Of a request's
+processor time a quarter went into making the same SELECT for its key each time.
 """
 
 from django.contrib.auth import get_user_model
