@@ -324,13 +324,10 @@ class Delivery(models.Model):
 
         Then somebody else has the delivery, and sending would be a duplicate without a trace.
         """
-        with connection.cursor() as cursor:
-            cursor.execute(
-                "UPDATE emails_delivery SET data_sent = %s"
-                " WHERE id = %s AND state = %s AND attempts = %s",
-                (True, self.pk, State.SENDING.value, self.attempts),
-            )
-            return cursor.rowcount == 1
+        if connection.vendor == "postgresql":
+            return postgresql.mark_data(self.pk, self.attempts)
+        ours = Delivery.objects.filter(pk=self.pk, state=State.SENDING, attempts=self.attempts)
+        return ours.update(data_sent=True) == 1
 
     def record(self, state: State, *, code: int | None, answer: str, seconds: float, due_at=None):
         """Ends this attempt; false if the lease was lost meanwhile and the outcome isn't ours.

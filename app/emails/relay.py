@@ -10,7 +10,7 @@ from django.db import close_old_connections, connection
 
 from emails import context, systemd
 from emails.models import PUBLISHING_LEASE, Delivery, Tally
-from emails.services import CHANNEL
+from emails.services import CHANNEL, WAKE_SECONDS
 from emails.tasks import deliver
 
 logger = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ IDLE_SECONDS = 15  # the broker ends a connection that says nothing for two hear
 # Nothing takes a publisher this long: its waits for the broker and the database have limits.
 STUCK_SECONDS = 120
 CLOCK_SECONDS = 30  # between looks for what a wrong clock has done
-SETTLE_SECONDS = 0.02  # what comes within it is taken together
+SETTLE_SECONDS = 2 * WAKE_SECONDS  # what comes within it is taken together
 
 
 class Publisher:
@@ -173,8 +173,9 @@ class Relay:
             with connection.wrap_database_errors:
                 told = list(self._listening.notifies(timeout=min(left, 0.5), stop_after=1))
                 if told:
-                    self._stopping.wait(SETTLE_SECONDS)
+                    # What comes after this may stand for emails that the next look doesn't see yet.
                     list(self._listening.notifies(timeout=0))
+                    self._stopping.wait(SETTLE_SECONDS)
                     return
 
     def _publish(self, publisher: Publisher) -> None:

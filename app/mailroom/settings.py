@@ -165,6 +165,7 @@ DATABASE = url(
     env.db_url_config,
     ("sqlite", "postgres", "postgresql"),
 )
+PREPARED_STATEMENTS = boolean("PREPARED_STATEMENTS", True)
 if DATABASE["ENGINE"].endswith("sqlite3"):
     # Web, relay and workers write to one file: readers must not block the writer, and a writer
     # must wait for its turn at BEGIN, as SQLite refuses to wait once a transaction has read.
@@ -177,6 +178,9 @@ else:
     DATABASE.setdefault("CONN_MAX_AGE", 60)
     DATABASE["CONN_HEALTH_CHECKS"] = True
     DATABASE.setdefault("OPTIONS", {}).setdefault("connect_timeout", 5)
+    if PREPARED_STATEMENTS:
+        # Executions on a connection before the server keeps a statement; Django's own is never.
+        DATABASE["OPTIONS"].setdefault("prepare_threshold", 5)
 DATABASES = {"default": DATABASE}
 
 # --- Email ------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -17,7 +18,7 @@ from django.utils import timezone
 
 from emails import relay as relay_module
 from emails import services
-from emails.models import AT_ONCE, Delivery, State, sending_lease
+from emails.models import AT_ONCE, ApiKey, Delivery, State, sending_lease
 from emails.relay import Publisher, Relay
 from emails.tasks import deliver
 from mailroom.celery import app
@@ -182,12 +183,16 @@ def test_a_claim_knows_whether_there_are_attachments(accept):
 
 @pytest.mark.skipif(connection.vendor == "sqlite", reason="it has no such setting")
 @pytest.mark.django_db(transaction=True)
-def test_only_a_claim_need_not_be_on_disk_at_once(delivery):
+def test_only_a_claim_need_not_be_on_disk_at_once(accept, delivery):
     def on_disk_at_once() -> str:
         with connection.cursor() as cursor:
             cursor.execute("SHOW synchronous_commit")
             return cursor.fetchone()[0]
 
+    with transaction.atomic():
+        accept()  # the relay is told after the commit
+        assert on_disk_at_once() == "on"
+    assert on_disk_at_once() == "on"
     with transaction.atomic():
         claimed = Delivery.objects.claim(delivery.pk)
         assert on_disk_at_once() == "off"
@@ -196,6 +201,31 @@ def test_only_a_claim_need_not_be_on_disk_at_once(delivery):
         assert on_disk_at_once() == "on"
         claimed.record(State.SENT, code=250, answer="", seconds=1)
         assert on_disk_at_once() == "on"
+
+
+@pytest.mark.skipif(connection.vendor == "sqlite", reason="it prepares nothing")
+@pytest.mark.django_db(transaction=True)
+def test_the_server_keeps_the_statements_of_every_email_and_no_others(accept, monkeypatch):
+    connection.close()
+    for _ in range(7):
+        monkeypatch.setattr(services, "_woken_at", float("-inf"))
+        ApiKey.authenticate("no such key")
+        delivery = accept().deliveries.get()
+        Delivery.objects.lease(1)
+        claimed = Delivery.objects.claim(delivery.pk)
+        claimed.mark_data()
+        claimed.record(State.SENT, code=250, answer="", seconds=1)
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT statement FROM pg_prepared_statements")
+        kept = {" ".join(re.findall(r"\w+", statement)[:3]) for (statement,) in cursor}
+    assert kept == {
+        "SELECT k id",
+        "WITH stored AS",
+        "SELECT set_config synchronous_commit",
+        "UPDATE emails_delivery AS",
+        "UPDATE emails_delivery SET",
+        "WITH ended AS",
+    }
 
 
 def test_what_is_past_its_deadline_is_not_published(accept, published):
@@ -292,6 +322,53 @@ def test_an_email_wakes_the_relay(accept, published, settings, monkeypatch):
         Delivery.objects.update(state=State.FAILED, due_at=None)
         assert services.replay(Delivery.objects.filter(pk=first.pk)) == 1
         eventually(lambda: published == [first.pk, second.pk, first.pk], seconds=5)
+
+
+@pytest.mark.skipif(connection.vendor == "sqlite", reason="SQLite tells nobody")
+@pytest.mark.django_db(transaction=True)
+def test_one_word_stands_for_many_emails_and_none_is_overlooked(
+    accept, published, settings, monkeypatch
+):
+    settings.RELAY_POLL_SECONDS = 60.0
+    settings.RELAY_THREADS = 1
+    monkeypatch.setattr(relay_module, "LONGEST_PAUSE", 60)
+    words, notify = [], services.postgresql.notify
+    monkeypatch.setattr(
+        services.postgresql, "notify", lambda channel: words.append(1) or notify(channel)
+    )
+    relay = Relay()
+    with running(relay):
+        eventually(lambda: relay._listening is not None)
+        accepted = set()
+        for length in (*range(1, 20), *range(1, 20)):
+            for _ in range(length):
+                accepted.add(accept().pk)
+            # Where a burst ends there is no further word that would help.
+            eventually(lambda: len(published) == len(accepted), seconds=5)
+    assert len(words) < len(accepted) / 2
+
+
+@pytest.mark.skipif(connection.vendor == "sqlite", reason="SQLite tells nobody")
+@pytest.mark.django_db(transaction=True)
+def test_a_word_that_comes_while_the_relay_settles_is_for_the_next_look(settings, monkeypatch):
+    settings.RELAY_POLL_SECONDS = 60.0
+    relay = Relay()
+
+    def tell():
+        services.postgresql.notify(services.CHANNEL)
+        connection.close()
+
+    def tell_meanwhile(seconds):
+        thread = threading.Thread(target=tell)
+        thread.start()
+        thread.join()
+
+    monkeypatch.setattr(relay._stopping, "wait", tell_meanwhile)
+    threading.Timer(0.5, tell).start()
+    began = time.monotonic()
+    relay._wait()
+    relay._wait()
+    assert time.monotonic() - began < 5  # not the ten seconds of a wait without a word
 
 
 @pytest.mark.skipif(connection.vendor == "sqlite", reason="it has no connection to lose")

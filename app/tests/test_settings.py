@@ -38,6 +38,7 @@ def values(**variables) -> dict:
         ("SECRET_KEY", ""),
         ("DEBUG", "flase"),
         ("HTTPS_ONLY", "2"),
+        ("PREPARED_STATEMENTS", "maybe"),
         ("DATABASE_URL", "mysql://user:password@host/name"),
         ("DATABASE_URL", "postgres://user:password@host:port/name"),
         ("BROKER_URL", "redis://:password@host"),
@@ -103,6 +104,9 @@ def test_databases_by_url():
     assert postgresql["ENGINE"] == "django.db.backends.postgresql"
     assert (postgresql["PASSWORD"], postgresql["PORT"]) == ("p@ss", 5433)
     assert postgresql["OPTIONS"]["sslmode"] == "verify-full"
+    assert postgresql["OPTIONS"]["prepare_threshold"] == 5
+    through_a_pooler = values(DATABASE_URL="postgresql://u:p@h/n", PREPARED_STATEMENTS="false")
+    assert "prepare_threshold" not in through_a_pooler["DATABASES"]["default"]["OPTIONS"]
 
 
 @pytest.mark.parametrize(
