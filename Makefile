@@ -13,7 +13,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export MOLECULE_COMMAND_BORDERS := 0
 
 # The longest first, so that the last ones end together. All but site, macos and rabbitmq43 have a host of each platform.
-SCENARIOS := site site-el9 macos rabbitmq rabbitmq43 celery django erlang postgresql flower firewall services ca_certificates
+SCENARIOS := site site-hosts site-el9 macos rabbitmq rabbitmq43 celery django erlang postgresql flower firewall services ca_certificates
 # Scenarios that run at a time; each waits for its hosts more than it computes.
 JOBS ?= 2
 SIDE_BY_SIDE = $(VENV)/bin/python tests/parts.py --jobs $(JOBS)

@@ -34,7 +34,7 @@ GUNICORN = (
     "--access-logfile=-",
 )
 WORKER_OPTIONS = (
-    "--concurrency=2",
+    "--concurrency=4",
     "--without-gossip",
     "--without-mingle",
     "--task-events",
