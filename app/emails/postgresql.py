@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 import psycopg
 from django.contrib.auth import get_user_model
-from django.db import connection
+from django.db import NotSupportedError, connection
 
 FIND_KEY = """
 SELECT FIELDS FROM emails_apikey AS k JOIN USERS AS u ON u.PRIMARY_KEY = k.owner_id
@@ -75,12 +75,26 @@ NOTIFY = "SELECT set_config('synchronous_commit', 'off', true), pg_notify(%s, ''
 
 @contextmanager
 def execute(statement: str, values):
-    """A cursor that has run it: psycopg's own, since Django's pastes the values into the text, and
-    the server would meet another statement each time. Django's wrapper stays around it."""
-    with connection.cursor() as cursor:
-        cursor.cursor = psycopg.Cursor(cursor.connection)
-        cursor.execute(statement, values)
+    """A cursor that has run it."""
+    try:
+        cursor = run(statement, values)
+    except NotSupportedError:
+        # A migration has changed a column's type since the server planned it; nothing was done.
+        if connection.in_atomic_block:
+            raise
+        connection.close()
+        cursor = run(statement, values)
+    with cursor:
         yield cursor
+
+
+def run(statement: str, values):
+    """By psycopg's own cursor: Django's pastes the values into the text, so that the server would
+    meet another statement each time. Django's wrapper stays around it."""
+    cursor = connection.cursor()
+    cursor.cursor = psycopg.Cursor(cursor.connection)
+    cursor.execute(statement, values)
+    return cursor
 
 
 def columns(model, alias: str) -> str:

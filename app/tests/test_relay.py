@@ -228,6 +228,27 @@ def test_the_server_keeps_the_statements_of_every_email_and_no_others(accept, mo
     }
 
 
+@pytest.mark.skipif(connection.vendor == "sqlite", reason="it prepares nothing")
+@pytest.mark.django_db(transaction=True)
+def test_a_migration_that_changes_a_column_leaves_no_process_with_an_old_plan(accept):
+    other = connection.copy()  # psycopg forgets its plans after an ALTER of its own
+
+    def change(column, kind):
+        with other.cursor() as cursor:
+            cursor.execute(f"ALTER TABLE emails_email ALTER {column} TYPE {kind}")
+
+    def claim():
+        return Delivery.objects.claim(accept().deliveries.get().pk)
+
+    assert all(claim() for _ in range(7))
+    change("request_id", "varchar(65)")
+    try:
+        assert claim()
+    finally:
+        change("request_id", "varchar(64)")
+        other.close()
+
+
 def test_what_is_past_its_deadline_is_not_published(accept, published):
     for state in (State.QUEUED, State.UNCERTAIN):
         accept(deadline=timezone.now() + timedelta(hours=1)).deliveries.update(state=state)
