@@ -107,8 +107,8 @@ REFUSED = {
         ),
         ({"firewall_rules": [{"ports": [5672, 70000]}]}, "firewall_rules has the ports 5672, 70000; allowed are 1 to 65535."),
         (
-            {"firewall_enabled": True, "firewall_rules": [{"ports": [5672], "sources": ["192.0.2.7", "web1"]}]},
-            "firewall_rules has the sources web1; allowed are addresses and networks. Give hosts that are reached by a name their",
+            {"firewall_rules": [{"ports": [5672], "sources": ["192.0.2.7", "192.0.2.0/33", "web1"]}]},
+            "firewall_rules has the sources 192.0.2.0/33; allowed are addresses, networks and hosts' names.",
         ),
     ],
     # By the roles' own rules.
@@ -288,7 +288,7 @@ ACCEPTED = {
     ],
     "postgresql accepted": [({}, "")],
     "firewall accepted": [
-        ({"firewall_enabled": True, "firewall_rules": [{"ports": [443]}, {"ports": [22], "sources": ["::1"]}]}, "")
+        ({"firewall_enabled": True, "firewall_rules": [{"ports": [443]}, {"ports": [22], "sources": ["::1", "web1"]}]}, "")
     ],
     "django accepted": [({}, "")],
     "celery accepted": [

@@ -59,6 +59,22 @@ def test_email_goes_from_host_to_host(send, inbox, eventually):
     assert inbox().count(subject) == 1
 
 
+@pytest.mark.parametrize(
+    ("source", "port", "is_open"),
+    [
+        ("web1", "mq1 5672", True),
+        ("worker1", "mq1 5672", True),
+        ("db1", "mq1 5672", False),
+        ("worker1", "db1 5432", True),
+        ("mq1", "db1 5432", False),
+    ],
+)
+def test_a_layer_s_port_is_open_to_the_layers_that_need_it(on, source, port, is_open):
+    connect = "import socket, sys; socket.create_connection(sys.argv[1:], timeout=3)"
+    done = on(source, f"python3 -c '{connect}' {port} 2>&1 || true")
+    assert (done == "") is is_open, done
+
+
 @pytest.fixture
 def away(on):
     """Stops units of a host while the test does something."""
