@@ -28,6 +28,12 @@ class Handler:
         self.seen.add(address)
         return new
 
+    async def handle_EHLO(self, server, session, envelope, hostname, responses):
+        session.host_name = hostname
+        greeting, *offers = responses
+        # As the mail servers in use do; Python's own client makes no use of it.
+        return [greeting, "250-PIPELINING", *offers]
+
     async def handle_RCPT(self, server, session, envelope, address, options):
         fault = address.partition("-")[0]
         if fault == "refused":

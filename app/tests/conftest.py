@@ -15,10 +15,15 @@ class Mailbox:
     """An SMTP server on a loopback port: keeps what it takes, answers as it is told.
 
     `reply` is the answer to the message itself, `recipient_reply` the one to its recipient; None
-    ends the connection instead. While `gate` is cleared it lets every message wait.
+    ends the connection instead. While `gate` is cleared it lets every message wait. If it
+    `hangs_up` it does so after its reply to the sender. One that is `lax` asks for the message of
+    a recipient whom it has refused, as RFC 2920 allows.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, pipelining: bool) -> None:
+        self.pipelining = pipelining
+        self.lax = False
+        self.hangs_up = False
         self.reply = "250 taken"
         self.sender_replies = []  # one after the other; then "250 fine"
         self.recipient_reply = "250 fine"
@@ -32,12 +37,16 @@ class Mailbox:
     async def handle_EHLO(self, server, session, envelope, hostname, responses):
         session.host_name = hostname
         self.connections += 1
-        return responses
+        greeting, *offers = responses
+        return [greeting, "250-PIPELINING", *offers] if self.pipelining else responses
 
     async def handle_MAIL(self, server, session, envelope, address, options):
         reply = self.sender_replies.pop(0) if self.sender_replies else "250 fine"
         if reply is None:
             server.transport.abort()
+        if self.hangs_up:
+            server.transport.write(f"{reply}\r\n".encode())
+            server.transport.close()
         envelope.mail_from = address
         return reply or "421 gone"
 
@@ -45,7 +54,7 @@ class Mailbox:
         if self.recipient_reply is None:
             server.transport.abort()
             return "421 gone"
-        if self.recipient_reply.startswith("250"):
+        if self.lax or self.recipient_reply.startswith("250"):
             envelope.rcpt_tos.append(address)
         return self.recipient_reply
 
@@ -73,9 +82,9 @@ def real_smtp(settings):
     smtp.forget()
 
 
-@pytest.fixture
-def mailbox(settings):
-    box = Mailbox()
+@pytest.fixture(params=[False, True], ids=["plain", "pipelining"])
+def mailbox(settings, request):
+    box = Mailbox(request.param)
     settings.EMAIL_HOST, settings.EMAIL_PORT = "127.0.0.1", free_port()
     server = Controller(box, hostname=settings.EMAIL_HOST, port=settings.EMAIL_PORT)
     server.start()

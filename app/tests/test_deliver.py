@@ -123,6 +123,12 @@ def test_a_permanent_refusal_fails(delivery, mailbox, stage):
     assert not Delivery.objects.due().exists()
 
 
+def test_a_refusal_stands_when_the_server_hangs_up_after_it(delivery, mailbox):
+    mailbox.sender_replies, mailbox.hangs_up = ["550 blocked"], True
+    assert run(delivery).state == State.FAILED
+    assert delivery.last_smtp_code == 550
+
+
 def test_a_server_that_is_away_defers(delivery):
     assert run(delivery).state == State.DEFERRED
     assert delivery.last_smtp_code is None
@@ -181,13 +187,13 @@ def test_a_connection_lost_before_the_message_is_certain(delivery, mailbox, stag
 
 def test_who_lost_its_lease_sends_nothing(delivery, mailbox, monkeypatch):
     """Such as after a clock that jumped: the relay gave the delivery to somebody else."""
-    rcpt = smtplib.SMTP.rcpt
+    introduce = smtp.introduce
 
     def lose(*arguments):
         Delivery.objects.update(state=State.QUEUED)
-        return rcpt(*arguments)
+        return introduce(*arguments)
 
-    monkeypatch.setattr(smtplib.SMTP, "rcpt", lose)
+    monkeypatch.setattr(smtp, "introduce", lose)
     assert run(delivery).state == State.QUEUED
     assert mailbox.messages == []
     monkeypatch.undo()
@@ -206,6 +212,36 @@ def test_a_connection_serves_many_emails(accept, mailbox):
     mailbox.recipient_reply = "250 fine"
     assert run(accept().deliveries.get()).state == State.SENT
     assert mailbox.connections == 1
+
+
+@pytest.fixture
+def sent(monkeypatch):
+    """What the SMTP client sends, as it is sent."""
+    pieces, send = [], smtplib.SMTP.send
+
+    def note(self, data):
+        pieces.append(data)
+        send(self, data)
+
+    monkeypatch.setattr(smtplib.SMTP, "send", note)
+    return pieces
+
+
+def test_a_server_that_offers_it_gets_the_commands_at_once(delivery, mailbox, sent):
+    assert run(delivery).state == State.SENT
+    # The greeting, the commands, the message.
+    assert len(sent) == (3 if mailbox.pipelining else 5)
+
+
+def test_a_server_that_asks_for_the_message_of_one_whom_it_refused_gets_none(accept, mailbox, sent):
+    mailbox.lax, mailbox.recipient_reply = True, "550 no such user"
+    assert run(accept().deliveries.get()).state == State.FAILED
+    # Whatever came after DATA would be the message.
+    assert sent[-1].endswith("data\r\n" if mailbox.pipelining else "rset\r\n")
+    assert "data\r\n" not in sent
+    mailbox.recipient_reply = "250 fine"
+    assert run(accept().deliveries.get()).state == State.SENT
+    assert len(mailbox.messages) == 1
 
 
 @pytest.mark.parametrize("reply", [None, "421 too many messages"])
