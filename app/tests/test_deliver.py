@@ -22,6 +22,13 @@ from tests.conftest import free_port
 pytestmark = pytest.mark.django_db
 
 
+def pytest_generate_tests(metafunc):
+    """Each dialogue with a server that takes one command at a time, and with one that takes all."""
+    if "mailbox" in metafunc.fixturenames:
+        kinds = {"argvalues": [False, True], "ids": ["plain", "pipelining"]}
+        metafunc.parametrize("mailbox", indirect=True, **kinds)
+
+
 def run(delivery: Delivery) -> Delivery:
     deliver(delivery.pk)
     delivery.refresh_from_db()
