@@ -14,13 +14,16 @@ def serve():
         context.wrap_socket(listener.accept()[0], server_side=True).close()
     except OSError:
         pass
-threading.Thread(target=serve, daemon=True).start()
+server = threading.Thread(target=serve, daemon=True)
+server.start()
 client = socket.create_connection(listener.getsockname(), 10)
 try:
     ssl.create_default_context().wrap_socket(client, server_hostname="127.0.0.1")
     print("trusted")
 except ssl.SSLCertVerificationError as error:
     print("refused:", error.verify_message)
+# OpenSSL aborts if the interpreter ends while a thread is inside it.
+server.join(10)
 """
 
 
