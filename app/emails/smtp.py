@@ -189,7 +189,12 @@ def transact(backend, message, content: bytes, delivery: Delivery) -> tuple[int,
 
 
 def envelope_address(address: str, encoding: str) -> str:
-    """In angle brackets, without a name. Django's own way takes its time, and ASCII needs none."""
+    """In angle brackets, without a name. Django's own way takes its time, and ASCII needs none.
+
+    Raises ValueError for a line break, after which the rest would be a command of its own.
+    """
+    if "\r" in address or "\n" in address:
+        raise ValueError("a line break in an address")
     return smtplib.quoteaddr(address if address.isascii() else sanitize_address(address, encoding))
 
 

@@ -240,6 +240,15 @@ def test_a_server_that_offers_it_gets_the_commands_at_once(delivery, mailbox, se
     assert len(sent) == (3 if mailbox.pipelining else 5)
 
 
+def test_a_line_break_in_a_stored_address_makes_no_command(accept, mailbox, sent):
+    delivery = accept(show_recipients=True).deliveries.get()
+    delivery.kind, delivery.recipient = Delivery.Kind.BCC, "<,\r\nrcpt TO:<eve@example.org>"
+    delivery.save()
+    assert run(delivery).state != State.SENT
+    assert "a line break" in delivery.last_error
+    assert not [line for line in sent if "eve" in str(line)]
+
+
 def test_a_server_that_asks_for_the_message_of_one_whom_it_refused_gets_none(accept, mailbox, sent):
     mailbox.lax, mailbox.recipient_reply = True, "550 no such user"
     assert run(accept().deliveries.get()).state == State.FAILED

@@ -75,6 +75,23 @@ def test_a_layer_s_port_is_open_to_the_layers_that_need_it(on, source, port, is_
     assert (done == "") is is_open, done
 
 
+@pytest.mark.parametrize(
+    ("role", "variables", "fault"),
+    [
+        ("firewall", {"app_firewall_rules": [{"ports": [80], "sources": ["web9"]}]}, "firewall_rules has the sources web9"),
+        (
+            "postgresql",
+            {"postgresql_clients": [{"address": "web9", "database": "mailroom", "user": "mailroom"}]},
+            "postgresql_clients has web9",
+        ),
+    ],
+)
+def test_a_name_without_an_address_is_refused(run_playbook, role, variables, fault):
+    done = run_playbook("site.yml", "--limit", "db1", "--tags", role, "--check", **variables)
+    assert done.returncode != 0
+    assert f"{fault}, for which db1 finds no address" in done.stdout, done.stdout
+
+
 @pytest.fixture
 def away(on):
     """Stops units of a host while the test does something."""
