@@ -3,7 +3,7 @@ import secrets
 from django.contrib import admin, messages
 
 from emails import services
-from emails.models import Allowance, ApiKey, Attempt, Delivery, Email
+from emails.models import ApiKey, Attempt, Delivery, Email, SendingLimits, Suppression
 
 
 class ReadOnly:
@@ -50,18 +50,18 @@ class DeliveryAdmin(ReadOnly, admin.ModelAdmin):
     inlines = (AttemptInline,)
     actions = ("replay",)
 
-    @admin.action(description="Send once more what failed or is held back", permissions=["replay"])
+    @admin.action(description="Retry failed and held deliveries", permissions=["replay"])
     def replay(self, request, queryset) -> None:
-        # The list's order and joins are none of an UPDATE's.
+        # Without the list's joins.
         chosen = Delivery.objects.filter(pk__in=list(queryset.values_list("pk", flat=True)))
-        messages.success(request, f"Sends {services.replay(chosen)} once more.")
+        messages.success(request, f"{services.replay(chosen)} deliveries queued for retry.")
 
     def has_replay_permission(self, request) -> bool:
         return request.user.has_perm("emails.replay_delivery")
 
 
-@admin.register(Allowance)
-class AllowanceAdmin(admin.ModelAdmin):
+@admin.register(SendingLimits)
+class SendingLimitsAdmin(admin.ModelAdmin):
     list_display = ("owner", "senders", "recipients_per_hour")
     list_select_related = ("owner",)
 
@@ -77,6 +77,14 @@ class ApiKeyAdmin(admin.ModelAdmin):
     def save_model(self, request, obj, form, change) -> None:
         if not change:
             key = secrets.token_urlsafe(32)
-            obj.digest = ApiKey.hash(key)
+            obj.digest = services.hash_key(key)
             messages.warning(request, f"The key, shown this once: {key}")
         super().save_model(request, obj, form, change)
+
+
+@admin.register(Suppression)
+class SuppressionAdmin(admin.ModelAdmin):
+    list_display = ("address", "owner", "reason", "created_at")
+    list_filter = ("reason",)
+    search_fields = ("address",)
+    list_select_related = ("owner",)

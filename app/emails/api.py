@@ -14,8 +14,10 @@ from ninja.errors import ValidationError as MalformedRequest
 from ninja.security import HttpBearer
 from pydantic import ConfigDict
 
-from emails import services
-from emails.models import ApiKey, Delivery, State
+from emails import listing, services
+from emails.models import ApiKey, Delivery
+from emails.states import State
+from emails.validation import File
 
 OVER_LIMIT_SECONDS = 300
 
@@ -25,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 class BearerKey(HttpBearer):
     def authenticate(self, request: HttpRequest, token: str) -> ApiKey | None:
-        return ApiKey.authenticate(token)
+        return services.authenticate(token)
 
 
 api = NinjaAPI(title="Mailroom", version="1", urls_namespace="api", auth=BearerKey())
@@ -149,8 +151,7 @@ def create_email(
     ),
 ):
     """Stores the email and answers at once; a relay and workers deliver it."""
-    accepted = services.accept(
-        request.auth.owner,
+    message = services.Message(
         subject=email.subject,
         text=email.text,
         html=email.html,
@@ -162,13 +163,13 @@ def create_email(
         attachments=decode(email.attachments),
         show_recipients=email.show_recipients,
         deadline=email.deadline,
-        idempotency_key=idempotency_key,
     )
+    accepted = services.accept(request.auth.owner, message, idempotency_key)
     path = reverse("api:get_email", args=(accepted.pk,))
     return Status(202, {"id": accepted.pk, "status_url": request.build_absolute_uri(path)})
 
 
-def decode(attachments: list[AttachmentIn]) -> list[services.File]:
+def decode(attachments: list[AttachmentIn]) -> list[File]:
     files = []
     for number, attachment in enumerate(attachments, start=1):
         try:
@@ -176,7 +177,7 @@ def decode(attachments: list[AttachmentIn]) -> list[services.File]:
         except (binascii.Error, ValueError):
             error = f"attachment {number} is not base64"
             raise ValidationError({"attachments": error}) from None
-        files.append(services.File(attachment.filename, attachment.content_type, content))
+        files.append(File(attachment.filename, attachment.content_type, content))
     return files
 
 
@@ -193,7 +194,7 @@ def list_emails(
     before: UUID | None = Query(None, description="`next` of the page before."),
     limit: int = Query(50, ge=1, le=200),
 ):
-    found = services.find(request.auth.owner, state=state, text=q)
+    found = listing.find(request.auth.owner, state=state, text=q)
     if before is not None:
         found = found.filter(pk__lt=before)
     page = list(found.order_by("-pk").prefetch_related("deliveries")[: limit + 1])
@@ -209,7 +210,7 @@ def list_emails(
     tags=["emails"],
 )
 def get_email(request: HttpRequest, email_id: UUID):
-    emails = services.find(request.auth.owner).prefetch_related("deliveries__log")
+    emails = listing.find(request.auth.owner).prefetch_related("deliveries__log")
     return get_object_or_404(emails, pk=email_id)
 
 
@@ -220,7 +221,7 @@ def get_email(request: HttpRequest, email_id: UUID):
     tags=["emails"],
 )
 def replay_email(request: HttpRequest, email_id: UUID):
-    email = get_object_or_404(services.find(request.auth.owner), pk=email_id)
+    email = get_object_or_404(listing.find(request.auth.owner), pk=email_id)
     return Status(202, {"replayed": services.replay(email.deliveries.all())})
 
 

@@ -1,5 +1,7 @@
-from email.mime.base import MIMEBase
+from collections.abc import Sequence
+from email.message import Message as ParsedMessage
 from email.utils import parseaddr
+from typing import Any
 
 from django.core.exceptions import ValidationError
 from django.core.mail import EmailMessage
@@ -7,22 +9,31 @@ from django.core.mail.backends.base import BaseEmailBackend
 from django.db import transaction
 
 from emails import services
+from emails.validation import File
+
+# Django lets these headers replace the fields of a message.
+REPLACED_HEADERS = {"to", "cc", "bcc", "reply-to", "message-id", "date", "from"}
 
 
 class EmailBackend(BaseEmailBackend):
-    """EMAIL_BACKEND = "emails.backend.EmailBackend": what Django's mail functions send is stored.
+    """EMAIL_BACKEND = "emails.backend.EmailBackend": stores what Django's mail functions send.
 
-    Within the caller's transaction; a relay and workers deliver it, by DELIVERY_BACKEND.
+    It does so within the caller's transaction. The relay and workers deliver it, by
+    EMAILS_DELIVERY_BACKEND or EMAILS_DELIVERY_MAILER.
     """
 
-    def send_messages(self, email_messages) -> int:
+    def __init__(self, fail_silently: bool = False, **options: Any) -> None:
+        super().__init__(**options)
+        self.fail_silently = fail_silently
+
+    def send_messages(self, email_messages: Sequence[EmailMessage]) -> int:
         stored = 0
         with transaction.atomic():
             for message in email_messages:
                 if not message.recipients():
                     continue
                 try:
-                    services.accept(None, **fields(message))
+                    services.accept(None, submitted(message))
                 except (ValidationError, ValueError):
                     if not self.fail_silently:
                         raise
@@ -31,44 +42,44 @@ class EmailBackend(BaseEmailBackend):
         return stored
 
 
-def fields(message: EmailMessage) -> dict:
-    text, html = message.body, ""
+def submitted(message: EmailMessage) -> services.Message:
+    text, html = str(message.body), ""
     if message.content_subtype == "html":
-        text, html = "", message.body
+        text, html = "", text
     for content, mimetype in getattr(message, "alternatives", ()):
         if mimetype != "text/html" or html:
             raise ValueError(f"an alternative of type {mimetype} can't be stored")
         html = content
-    headers = dict(message.extra_headers)
-    # Django lets these stand for the message's fields.
-    sender = headers.pop("From", message.from_email)
-    for name in ("To", "Cc", "Reply-To", "Message-ID", "Date"):
-        headers.pop(name, None)
-    return {
-        "subject": " ".join(message.subject.splitlines()) or "(no subject)",
-        "text": text,
-        "html": html,
-        "sender": sender,
-        "recipients": [bare(address) for address in message.to],
-        "cc": [bare(address) for address in message.cc],
-        "bcc": [bare(address) for address in message.bcc],
-        "reply_to": list(message.reply_to),
-        "headers": {name: str(value) for name, value in headers.items()},
-        "attachments": [file(attachment) for attachment in message.attachments],
-        "show_recipients": True,
-    }
+    headers = {name: str(value) for name, value in message.extra_headers.items()}
+    sender = next(
+        (value for name, value in headers.items() if name.lower() == "from"), message.from_email
+    )
+    return services.Message(
+        subject=" ".join(str(message.subject).splitlines()) or "(no subject)",
+        text=text,
+        html=html,
+        sender=sender,
+        recipients=[bare(address) for address in message.to],
+        cc=[bare(address) for address in message.cc],
+        bcc=[bare(address) for address in message.bcc],
+        reply_to=list(message.reply_to),
+        headers={n: value for n, value in headers.items() if n.lower() not in REPLACED_HEADERS},
+        attachments=[file(attachment) for attachment in message.attachments],
+        show_recipients=True,
+    )
 
 
-def bare(address: str) -> str:
+def bare(address: Any) -> str:
     return parseaddr(str(address))[1]
 
 
-def file(attachment) -> services.File:
-    if isinstance(attachment, MIMEBase):
-        return services.File(
+def file(attachment: Any) -> File:
+    if isinstance(attachment, ParsedMessage):  # a MIMEBase, or a MIMEPart of Django 6
+        payload = attachment.get_payload(decode=True)
+        return File(
             filename=attachment.get_filename() or "",
             content_type=attachment.get_content_type(),
-            content=attachment.get_payload(decode=True) or b"",
+            content=payload if isinstance(payload, bytes) else b"",
             content_id=attachment.get("Content-ID", ""),
         )
     filename, content, mimetype = attachment
@@ -76,4 +87,4 @@ def file(attachment) -> services.File:
         content = content.encode()
     if not isinstance(content, bytes):
         raise ValueError(f"an attachment of {type(content).__name__} can't be stored")
-    return services.File(filename or "", mimetype or "application/octet-stream", content)
+    return File(filename or "", mimetype or "application/octet-stream", content)

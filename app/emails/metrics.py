@@ -3,13 +3,13 @@
 from collections import defaultdict
 from datetime import datetime
 
-from django.db.models import Count, F, Min, Sum
-from django.db.models.functions import Greatest
+from django.db.models import Count, Min, Sum
 from django.utils import timezone
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
-from emails.models import DEAD, UNFINISHED, Delivery, State, Tally
+from emails.models import NEEDS_OPERATOR, Counter, Delivery
+from emails.states import UNFINISHED, State
 
 OUTCOMES = (State.SENT, State.DEFERRED, State.UNCERTAIN, State.FAILED)
 
@@ -21,7 +21,7 @@ def seconds_since(then: datetime | None) -> float:
 class Collector:
     def collect(self):
         totals, seconds, buckets = defaultdict(int), defaultdict(float), defaultdict(int)
-        rows = Tally.objects.values("name", "bucket").annotate(
+        rows = Counter.objects.values("name", "bucket").annotate(
             total=Sum("total"), seconds=Sum("seconds")
         )
         for row in rows:
@@ -47,8 +47,13 @@ class Collector:
             "Times that the relay could not publish.",
             value=totals["publish_failures"],
         )
+        yield CounterMetricFamily(
+            "mailroom_republished",
+            "Deliveries published again, as no worker got what RabbitMQ had confirmed.",
+            value=totals["republished"],
+        )
         below, cumulated = 0, []
-        for bucket in Tally.BUCKETS:
+        for bucket in Counter.BUCKETS:
             below += buckets[bucket]
             cumulated.append((str(float(bucket)), below))
         cumulated.append(("+Inf", below + buckets[0]))
@@ -73,8 +78,8 @@ class Collector:
         yield waiting
         yield GaugeMetricFamily(
             "mailroom_dead",
-            "Deliveries that failed or are held back, for somebody to look at.",
-            value=Delivery.objects.filter(DEAD).count(),
+            "Deliveries that failed or are held, for a person to decide about.",
+            value=Delivery.objects.filter(NEEDS_OPERATOR).count(),
         )
         queued = Delivery.objects.filter(state=State.QUEUED)
         yield GaugeMetricFamily(
@@ -82,8 +87,8 @@ class Collector:
             "Age of the oldest email that waits for a worker.",
             value=seconds_since(queued.aggregate(at=Min("email__created_at"))["at"]),
         )
-        due = Delivery.objects.due().order_by()
-        oldest = due.aggregate(at=Min(Greatest(F("due_at"), F("email__created_at"))))["at"]
+        due = Delivery.objects.filter(state__in=UNFINISHED, due_at__lte=timezone.now())
+        oldest = due.aggregate(at=Min("due_at"))["at"]
         yield GaugeMetricFamily(
             "mailroom_oldest_due_seconds",
             "How long the oldest due delivery has been waiting for the relay.",

@@ -3,115 +3,156 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from datetime import datetime, timedelta
+from typing import Any
 
-from django.conf import settings
 from django.db import Error as DatabaseError
 from django.db import close_old_connections, connection
 
-from emails import context, systemd
-from emails.models import PUBLISHING_LEASE, Delivery, Tally
-from emails.services import CHANNEL, WAKE_SECONDS
+from emails import context, deliveries, systemd
+from emails.conf import conf
+from emails.deliveries import BEGINNING_OF_TIME, Lease, Leased
+from emails.queries import execute, load
+from emails.queues import CONSUMED, MAIL
+from emails.services import CHANNEL, NOTIFY_SECONDS
 from emails.tasks import deliver
 
 logger = logging.getLogger(__name__)
 
+SQL = load("emails.sql")
 BATCH = 50
-TOGETHER = 10  # deliveries a message, while there are more than a batch: a message costs as much
+# While more than a batch is due. A message with one id costs as much as one with ten.
+DELIVERIES_PER_MESSAGE = 10
 LONGEST_PAUSE = 5  # seconds between tries while the broker or the database is down
 CONFIRM_TIMEOUT = 5  # seconds
-# One publication more ends before the lease does.
-PUBLISHING_SECONDS = PUBLISHING_LEASE.total_seconds() - 15
-IDLE_SECONDS = 15  # the broker ends a connection that says nothing for two heartbeats
-# Nothing takes a publisher this long: its waits for the broker and the database have limits.
-STUCK_SECONDS = 120
-CLOCK_SECONDS = 30  # between looks for what a wrong clock has done
-SETTLE_SECONDS = 2 * WAKE_SECONDS  # what comes within it is taken together
+PUBLISHING_SECONDS = 15  # for one batch; what is left then is released
+IDLE_SECONDS = 15  # the broker closes a connection that is silent for two heartbeats
+STUCK_SECONDS = 120  # longer than any wait of a publisher for the broker or the database
+REPAIR_SECONDS = 15  # between looks for lost publications and wrong due times
+NOTIFY_SETTLE_SECONDS = 2 * NOTIFY_SECONDS
+# A transaction that began so long ago may still commit deliveries that were due then.
+FLOOR_MARGIN = timedelta(seconds=10)
 
 
 class Publisher:
     """Publishes due deliveries over a broker connection of its own.
 
-    The rows are the truth, so it may crash, or run beside others, at any time.
+    It may crash, or run beside others, at any time: only the rows count.
     """
 
     def __init__(self) -> None:
         self.stopping = threading.Event()
         self.seen_alive = time.monotonic()
-        self._connection = None
+        self._connection: Any = None
         self._used = 0.0
-        self._held: list[Delivery] = []
+        self._held = Lease()
+        self._floor = BEGINNING_OF_TIME
+        self._repaired = self._floor_reset = float("-inf")
 
     def publish_due(self) -> int:
-        """Publishes up to BATCH due deliveries, the oldest first; returns how many it took.
+        """Publishes up to BATCH due deliveries, the oldest first; returns how many it found.
 
-        Raises what the broker's client raises, with the deliveries concerned due again.
+        Raises what the broker's client raises; the deliveries concerned are due again.
         """
-        if not Delivery.objects.due().exists():
+        floor = self._next_floor()
+        if not deliveries.is_due(floor):
             return 0
+        # First, so that nothing is leased while there is no broker.
         self._connect()
-        self._held, published = Delivery.objects.lease(BATCH), []
-        count, until = len(self._held), time.monotonic() + PUBLISHING_SECONDS
-        together = TOGETHER if count == BATCH else 1
+        held = self._held = deliveries.lease(BATCH, floor)
+        self._reached(held)
+        end = time.monotonic() + PUBLISHING_SECONDS
+        together = DELIVERIES_PER_MESSAGE if held.found == BATCH else 1
         try:
-            while self._held and time.monotonic() < until and not self.stopping.is_set():
+            while held.deliveries and time.monotonic() < end and not self.stopping.is_set():
                 self.seen_alive = time.monotonic()
-                self._publish(self._held[:together])
-                published += self._held[:together]
-                del self._held[:together]
+                self._publish(held.deliveries[:together])
+                del held.deliveries[:together]
         except BaseException:
             self.discard_connection()
             raise
         finally:
             self.release()
-            Delivery.objects.published(published)
-        return count
+        return held.found
 
     def release(self) -> None:
-        """Gives back what is leased and not published."""
-        held, self._held = self._held, []
-        Delivery.objects.release(held)
+        """Ends the leases of what is not published."""
+        held, self._held = self._held, Lease()
+        deliveries.release(held)
+
+    def requeue_lost(self) -> None:
+        """Has published again what RabbitMQ confirmed and lost."""
+        self._repaired = time.monotonic()
+        if not deliveries.is_waiting_for_worker():
+            return
+        self._connect()
+        queue = CONSUMED[0].bind(self._connection.default_channel)
+        waiting = queue.queue_declare(passive=True).message_count
+        self._used = time.monotonic()
+        if count := deliveries.requeue_lost(queue_is_empty=waiting == 0):
+            logger.warning("%s publications were lost, published again", count)
+
+    @property
+    def repair_is_due(self) -> bool:
+        return time.monotonic() - self._repaired > REPAIR_SECONDS
+
+    def _next_floor(self) -> datetime:
+        """From which due time on to look.
+
+        Before it there is nothing but what vacuum can't remove yet, while an old transaction is
+        open. Now and then everything is looked at, for what was committed late.
+        """
+        if time.monotonic() - self._floor_reset > REPAIR_SECONDS:
+            self._floor_reset = time.monotonic()
+            self._floor = BEGINNING_OF_TIME
+        return self._floor
+
+    def _reached(self, lease: Lease) -> None:
+        if lease.reached is not None:
+            self._floor = max(self._floor, lease.reached - FLOOR_MARGIN)
 
     def _connect(self) -> None:
-        """First, so that nothing is leased while there is no broker."""
         if self._connection is not None and time.monotonic() - self._used > IDLE_SECONDS:
             self.discard_connection()
         if self._connection is None:
             connection = deliver.app.connection_for_write(
-                transport_options={"confirm_publish": True}
+                transport_options={
+                    **deliver.app.conf.broker_transport_options,
+                    "confirm_publish": True,
+                }
             )
             connection.connect()
             self._connection = connection
             self._used = time.monotonic()
 
-    def _publish(self, deliveries: Sequence[Delivery]) -> None:
-        """Returns once the broker has the message in a queue; takes seconds at the very most."""
+    def _publish(self, leased: Sequence[Leased]) -> None:
+        """Returns when the broker has the message in a queue; takes seconds at most."""
         ids = {}
-        if len(deliveries) == 1:
-            email = deliveries[0].email
-            ids = {"request_id": email.request_id, "email_id": str(email.pk)}
+        if len(leased) == 1:
+            ids = {"request_id": leased[0].request_id, "email_id": str(leased[0].email_id)}
         deliver.apply_async(
-            [delivery.pk for delivery in deliveries],
+            [each.id for each in leased],
             producer=deliver.app.amqp.Producer(self._connection),
+            queue=MAIL,
             headers=ids,
             mandatory=True,
             confirm_timeout=CONFIRM_TIMEOUT,
             retry=False,
         )
         self._used = time.monotonic()
-        for delivery in deliveries:
-            email = delivery.email
-            with context.bind(request_id=email.request_id, email_id=email.pk):
-                logger.debug("delivery %s published", delivery.pk)
+        for each in leased:
+            with context.bind(request_id=each.request_id, email_id=each.email_id):
+                logger.debug("delivery %s published", each.id)
 
     def discard_connection(self) -> None:
-        """Drops the connection without a farewell: a broker that is stuck wouldn't answer it."""
+        """Closes the connection without a goodbye: a broker that is stuck would not answer it."""
         if self._connection is not None:
             self._connection.collect()
             self._connection = None
 
 
 class Relay:
-    """Several publishers, woken when an email is stored, and at least every RELAY_POLL_SECONDS.
+    """Several publishers, woken when an email is stored, and at least each RELAY_POLL_SECONDS.
 
     `run` returns after `stop`, which may be called from a signal handler of the same thread.
     """
@@ -119,9 +160,8 @@ class Relay:
     def __init__(self) -> None:
         self._stopping = threading.Event()
         self._wake = threading.Semaphore(0)
-        self._publishers = [Publisher() for _ in range(settings.RELAY_THREADS)]
-        self._idle = 0
-        self._listening = None
+        self._publishers = [Publisher() for _ in range(conf.RELAY_THREADS)]
+        self._listening: Any = None
         self._down = False
         self._lock = threading.Lock()
 
@@ -136,18 +176,18 @@ class Relay:
         for thread in threads:
             thread.start()
         systemd.notify("READY=1")
-        checked = float("-inf")
+        repaired = float("-inf")
         while not self._stopping.is_set():
             try:
                 close_old_connections()
-                if time.monotonic() - checked > CLOCK_SECONDS:
-                    Delivery.objects.mistrust_clock()
-                    checked = time.monotonic()
+                if time.monotonic() - repaired > REPAIR_SECONDS:
+                    self._repair()
+                    repaired = time.monotonic()
                 self._wait()
             except DatabaseError as error:
                 self._report_down("database", error)
                 connection.close()
-                self._stopping.wait(min(settings.RELAY_POLL_SECONDS, 1))
+                self._stopping.wait(min(conf.RELAY_POLL_SECONDS, 1))
             self._wake.release()
             now = time.monotonic()
             if all(now - each.seen_alive < STUCK_SECONDS for each in self._publishers):
@@ -156,42 +196,47 @@ class Relay:
         self._end(threads)
         connection.close()
 
+    def _repair(self) -> None:
+        if count := deliveries.reset_impossible_due_times():
+            logger.warning("%s deliveries had an impossible due time", count)
+        with execute(SQL["merge_counters"]):
+            pass
+
     def _wait(self) -> None:
-        """Until an email is stored, or for a poll's time."""
-        seconds = min(settings.RELAY_POLL_SECONDS, 10)
-        if connection.vendor != "postgresql":
-            self._stopping.wait(seconds)
-            return
+        """Until an email is stored, or RELAY_POLL_SECONDS have passed."""
         connection.ensure_connection()
         if self._listening is not connection.connection:
             with connection.cursor() as cursor:
                 cursor.execute(f"LISTEN {CHANNEL}")
             self._listening = connection.connection
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + min(conf.RELAY_POLL_SECONDS, 10)
         while not self._stopping.is_set() and (left := deadline - time.monotonic()) > 0:
-            # The driver's own connection raises the driver's own errors.
+            # The driver's connection raises the driver's errors.
             with connection.wrap_database_errors:
-                told = list(self._listening.notifies(timeout=min(left, 0.5), stop_after=1))
-                if told:
-                    # What comes after this may stand for emails that the next look doesn't see yet.
+                notifications = list(self._listening.notifies(timeout=min(left, 0.5), stop_after=1))
+                if notifications:
+                    # A later one may stand for emails that the next query doesn't see yet.
                     list(self._listening.notifies(timeout=0))
-                    self._stopping.wait(SETTLE_SECONDS)
+                    self._stopping.wait(NOTIFY_SETTLE_SECONDS)
                     return
 
     def _publish(self, publisher: Publisher) -> None:
+        repairs = publisher is self._publishers[0]
         pause = 0.5
         while not self._stopping.is_set():
             publisher.seen_alive = time.monotonic()
             try:
                 close_old_connections()
                 found = publisher.publish_due()
+                if repairs and publisher.repair_is_due:
+                    publisher.requeue_lost()
             except DatabaseError as error:
                 self._report_down("database", error)
                 connection.close()
             except Exception as error:  # of the many kinds that the AMQP client raises
                 self._report_down("broker", error)
-                with suppress(DatabaseError):
-                    Tally.add("publish_failures")
+                with suppress(DatabaseError), execute(SQL["count"], ("publish_failures", 1)):
+                    pass
             else:
                 pause = 0.5
                 if found:
@@ -207,7 +252,7 @@ class Relay:
         connection.close()
 
     def _end(self, threads: list[threading.Thread]) -> None:
-        """Gives publishers a second to come back from the broker, then gives their rows back."""
+        """Waits a second for publishers that wait for the broker, then releases what they hold."""
         for publisher in self._publishers:
             publisher.stopping.set()
         for _ in threads:
@@ -224,7 +269,7 @@ class Relay:
         with self._lock:
             if not self._down:
                 self._down = True
-                logger.warning("the %s doesn't answer, emails wait: %s", what, error)
+                logger.warning("the %s is unavailable, emails wait: %s", what, error)
 
     def _report_up(self) -> None:
         with self._lock:

@@ -1,44 +1,38 @@
+"""What the API, the page, the task and the email backend call: accept, find, retry, cancel."""
+
 import hashlib
+import hmac
 import json
 import logging
-import re
 import time
-import unicodedata
-from collections.abc import Iterable, Sequence
-from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from email.utils import parseaddr
-from uuid import UUID
+from typing import Any
 
 from django.conf import settings
 from django.contrib.auth import get_user_model
 from django.core.exceptions import ValidationError
-from django.core.validators import validate_email
 from django.db import DatabaseError, connection, transaction
-from django.db.models import Count, Exists, OuterRef, Q
+from django.db.models import QuerySet
 from django.utils import timezone
 
-from emails import context, postgresql
-from emails.models import AT_ONCE, Allowance, Attachment, Delivery, Email, State, Tally
+from emails import context, deliveries, validation
+from emails.conf import conf
+from emails.models import ApiKey, Delivery, Email, SendingLimits
+from emails.queries import execute, fetch, load
+from emails.validation import File
 
 logger = logging.getLogger(__name__)
 
-# Line separators and other control characters: in a header they start a new one.
-FORBIDDEN_IN_HEADERS = ("Cc", "Zl", "Zp")
+SQL = load("emails.sql")
 CHANNEL = "emails_due"
-# Seconds in which one word of a process stands for all that it stores. The relay takes twice as
-# long from the word to its look at the table, so it finds them.
-WAKE_SECONDS = 0.01
-CONTENT_TYPE = re.compile(r"(?!multipart/|message/)[a-z0-9][\w.+-]*/[a-z0-9][\w.+-]*", re.I | re.A)
-HEADER_NAME = re.compile(r"[!-9;-~]+")
-# Headers that are made from the fields, or belong to the way of a message.
-OWN_HEADERS = {
-    *("from", "to", "cc", "bcc", "reply-to", "subject", "date", "message-id", "sender"),
-    *("return-path", "received", "content-type", "content-transfer-encoding", "mime-version"),
-}
+# A process sends at most one NOTIFY in so many seconds. The relay waits twice as long after a
+# NOTIFY before it queries, so it sees what was stored meanwhile.
+NOTIFY_SECONDS = 0.01
 
-_woken_at = float("-inf")
+_notified_at = float("-inf")
 
 
 class Conflict(Exception):
@@ -49,192 +43,173 @@ class OverLimit(Exception):
     """The owner has sent to as many recipients as it may within an hour."""
 
 
-@dataclass(frozen=True)
-class File:
-    filename: str
-    content_type: str
-    content: bytes
-    content_id: str = ""
+@dataclass
+class Message:
+    """An email as it is submitted. An empty `sender` stands for DEFAULT_FROM_EMAIL."""
+
+    subject: str
+    text: str
+    recipients: Sequence[str] = ()
+    cc: Sequence[str] = ()
+    bcc: Sequence[str] = ()
+    reply_to: Sequence[str] = ()
+    sender: str = ""
+    html: str = ""
+    headers: Mapping[str, str] = field(default_factory=dict)
+    attachments: Sequence[File] = ()
+    send_at: datetime | None = None
+    deadline: datetime | None = None
+    show_recipients: bool = False
+    skip_suppressed: bool = False
+
+    def kinds(self) -> dict[str, str]:
+        """Each recipient and how it is named: to, cc or bcc."""
+        kinds: dict[str, str] = {}
+        addresses = (self.recipients, self.cc, self.bcc)
+        for kind, named in zip(Delivery.Kind, addresses, strict=True):
+            for address in named:
+                kinds.setdefault(address, kind.value)
+        return kinds
 
 
-def accept(
-    owner,
-    *,
-    subject: str,
-    text: str,
-    recipients: Sequence[str] = (),
-    cc: Sequence[str] = (),
-    bcc: Sequence[str] = (),
-    reply_to: Sequence[str] = (),
-    sender: str = "",
-    html: str = "",
-    headers: dict[str, str] | None = None,
-    attachments: Sequence[File] = (),
-    deadline: datetime | None = None,
-    show_recipients: bool = False,
-    idempotency_key: str | None = None,
-) -> Email:
-    """Stores an email and its deliveries in one transaction; sending happens elsewhere, later.
+def accept(owner: Any, message: Message, idempotency_key: str | None = None) -> Email:
+    """Stores an email and its deliveries in one transaction; a worker sends it later.
 
-    Without `sender` it is DEFAULT_FROM_EMAIL. Without `owner` it is the project's own email, which
-    may have any sender. Raises ValidationError with the messages by field, the fields named as the
-    API names them, Conflict or OverLimit. With the key and the content of an earlier email that one
-    is returned.
+    Without `owner` it is the project's own email, which may have any sender. Raises
+    ValidationError with the messages by field, the fields named as in the API; Conflict; or
+    OverLimit. With the key and the content of an earlier email it returns that one.
     """
-    sender = sender or settings.DEFAULT_FROM_EMAIL
-    kinds = {}
-    for kind, addresses in zip(Delivery.Kind, (recipients, cc, bcc), strict=True):
-        for address in addresses:
-            kinds.setdefault(address, kind.value)
-    allowance = getattr(owner, "allowance", None)
-    checks = {
-        "subject": (check_subject, subject),
-        "text": (check_body if not html or owner else check_storable, text),
-        "html": (check_storable, html),
-        "from": (lambda value: check_sender(value, owner, allowance), sender),
-        "to": (lambda value: check_recipients(value, kinds), recipients),
-        "cc": (check_addresses, cc),
-        "bcc": (check_addresses, bcc),
-        "reply_to": (check_reply_to, reply_to),
-        "headers": (check_headers, headers or {}),
-        "attachments": (lambda value: check_attachments(value, text, html), attachments),
-        "deadline": (check_deadline, deadline),
-        "idempotency_key": (check_key, idempotency_key),
-    }
-    errors = {}
-    for field, (check, value) in checks.items():
-        try:
-            check(value)
-        except ValidationError as error:
-            errors[field] = error
-    if errors:
-        raise ValidationError(errors)
-
+    limits = getattr(owner, "sending_limits", None)
+    message.sender = message.sender or settings.DEFAULT_FROM_EMAIL
+    kinds = message.kinds()
+    check(owner, message, kinds, limits, idempotency_key)
     email = Email(
         owner=owner,
-        sender=sender,
-        subject=subject,
-        text=text,
-        html=html,
-        reply_to=list(reply_to),
-        headers=headers or {},
-        show_recipients=show_recipients or bool(cc),
+        sender=message.sender,
+        subject=message.subject,
+        text=message.text,
+        html=message.html,
+        reply_to=list(message.reply_to),
+        headers=dict(message.headers),
+        show_recipients=message.show_recipients or bool(message.cc),
         idempotency_key=idempotency_key,
         request_id=context.get("request_id"),
     )
     if idempotency_key:
-        email.digest = digest(email, kinds, attachments, deadline)
-    limit = hourly_limit(owner, allowance)
-    # On PostgreSQL an email without attachments is one statement, which needs no transaction.
-    alone = connection.vendor == "postgresql" and limit is None and not attachments
-    with nullcontext() if alone else transaction.atomic():
+        email.digest = digest(email, kinds, message)
+    limit = hourly_limit(owner, limits)
+    # One statement needs no transaction.
+    with nullcontext() if limit is None else transaction.atomic():
         if limit is not None:
             check_limit(owner, limit, len(kinds), email)
-        if not store(email, kinds, deadline):
-            first = Email.objects.get(owner=owner, idempotency_key=idempotency_key)
-            if first.digest != email.digest:
+        stored, suppressed = store(email, kinds, message)
+        if not stored:
+            first = Email.objects.filter(owner=owner, idempotency_key=idempotency_key).first()
+            if not idempotency_key or first is None:
+                raise ValidationError({"to": [f"{each} is suppressed" for each in suppressed]})
+            if not hmac.compare_digest(first.digest, email.digest):
                 raise Conflict
             return first
-        if attachments:
-            Attachment.objects.bulk_create(
-                Attachment(email=email, **vars(attachment)) for attachment in attachments
-            )
-        transaction.on_commit(wake_relay)
+        transaction.on_commit(notify_relay)
     logger.info("accepted for %s recipients", len(kinds), extra={"email_id": email.pk})
     return email
 
 
-def store(email: Email, kinds: dict[str, str], deadline: datetime | None) -> bool:
-    """Stores email and deliveries and counts them; false, and nothing done, if its key is taken.
-
-    Of two at a time with one key the second waits here for the first.
-    """
-    if connection.vendor == "postgresql":
-        _, slot = Tally.place(None)
-        return postgresql.store(email, kinds, due_at=AT_ONCE, expires_at=deadline, slot=slot)
-    Email.objects.bulk_create([email], ignore_conflicts=True)
-    if not Email.objects.filter(pk=email.pk).exists():
-        return False
-    Delivery.objects.bulk_create(
-        Delivery(email=email, recipient=address, kind=kind, expires_at=deadline)
-        for address, kind in kinds.items()
-    )
-    Tally.add("accepted", by=len(kinds))
-    return True
-
-
-def find(owner, *, state: str | None = None, text: str = ""):
-    """The owner's emails that have a delivery in `state` and hold `text` where one would look."""
-    found = Email.objects.filter(owner=owner)
-    deliveries = Delivery.objects.filter(email=OuterRef("pk"))
-    if state:
-        found = found.filter(Exists(deliveries.filter(state=state)))
-    text = "".join(character for character in text.strip() if character.isprintable())
-    if text:
-        matches = Q(subject__icontains=text) | Exists(deliveries.filter(recipient__icontains=text))
-        with suppress(ValueError):
-            matches |= Q(pk=UUID(text))
-        found = found.filter(matches)
-    return found
-
-
-def replay(deliveries) -> int:
-    """Sends the dead ones among these once more."""
-    count = deliveries.replay()
-    transaction.on_commit(wake_relay)
-    return count
+def check(
+    owner: Any,
+    message: Message,
+    kinds: Mapping[str, str],
+    limits: SendingLimits | None,
+    key: str | None,
+) -> None:
+    """Raises ValidationError with all that is wrong, by field."""
+    v = validation
+    body = v.check_body if owner or not message.html else v.check_storable
+    checks: dict[str, Any] = {
+        "subject": lambda: v.check_subject(message.subject),
+        "text": lambda: body(message.text),
+        "html": lambda: v.check_storable(message.html),
+        "from": lambda: v.check_sender(message.sender, owner, limits),
+        "to": lambda: v.check_recipients(message.recipients, kinds),
+        "cc": lambda: v.check_addresses(message.cc),
+        "bcc": lambda: v.check_addresses(message.bcc),
+        "reply_to": lambda: v.check_reply_to(message.reply_to),
+        "headers": lambda: v.check_headers(message.headers),
+        "attachments": lambda: v.check_attachments(message.attachments, message.text, message.html),
+        "send_at": lambda: v.check_time(message.send_at),
+        "deadline": lambda: v.check_time(message.deadline, after=message.send_at),
+        "idempotency_key": lambda: v.check_key(key),
+    }
+    errors = {}
+    for name, run in checks.items():
+        try:
+            run()
+        except ValidationError as error:
+            errors[name] = error
+    if errors:
+        raise ValidationError(errors)
 
 
-def count_by_state(owner, hours: int = 24) -> dict[str, int]:
-    """How many of the owner's deliveries of the last hours are in each state."""
-    since = timezone.now() - timedelta(hours=hours)
-    counts = (
-        Delivery.objects.filter(email__owner=owner, email__created_at__gt=since)
-        .values_list("state")
-        .annotate(Count("pk"))
-        .order_by()
-    )
-    return {state.value: dict(counts).get(state.value, 0) for state in State}
+def store(email: Email, kinds: Mapping[str, str], message: Message) -> tuple[bool, list[str]]:
+    """Whether the email was stored, and which of its recipients are suppressed."""
+    addresses = [address.lower() for address in kinds]
+    values = {
+        "id": email.pk,
+        "owner": email.owner_id,
+        "sender": email.sender,
+        "subject": email.subject,
+        "text": email.text,
+        "html": email.html,
+        "reply_to": json.dumps(email.reply_to),
+        "headers": json.dumps(email.headers),
+        "show_recipients": email.show_recipients,
+        "key": email.idempotency_key,
+        "digest": email.digest,
+        "request_id": email.request_id,
+        "recipients": list(kinds),
+        "addresses": addresses,
+        "domains": [address.rpartition("@")[2] for address in addresses],
+        "kinds": list(kinds.values()),
+        "filenames": [file.filename for file in message.attachments],
+        "content_types": [file.content_type for file in message.attachments],
+        "contents": [file.content for file in message.attachments],
+        "content_ids": [file.content_id for file in message.attachments],
+        "send_at": message.send_at,
+        "deadline": message.deadline,
+        "lifetime": timedelta(seconds=conf.DEADLINE_SECONDS),
+        "skip_suppressed": message.skip_suppressed,
+        "count": len(kinds),
+    }
+    key_type = get_user_model()._meta.pk.rel_db_type(connection)
+    ((stored, suppressed),) = fetch(SQL["store"].format(owner_type=key_type), values)
+    return stored, suppressed
 
 
-def wake_relay() -> None:
-    """Spares the email the wait for the relay's next look at the table."""
-    global _woken_at
-    if connection.vendor != "postgresql" or time.monotonic() < _woken_at + WAKE_SECONDS:
-        return
-    _woken_at = time.monotonic()
-    try:
-        postgresql.notify(CHANNEL)
-    except DatabaseError as error:  # it is stored; the relay finds it
-        logger.warning("the relay was not woken: %s", type(error).__name__)
-
-
-def digest(email: Email, kinds: dict, attachments: Iterable[File], deadline) -> str:
+def digest(email: Email, kinds: Mapping[str, str], message: Message) -> str:
     content = [
         *(email.sender, email.subject, email.text, email.html, email.reply_to, email.headers),
-        *(email.show_recipients, kinds, deadline.isoformat() if deadline else None),
+        *(email.show_recipients, kinds, message.skip_suppressed),
+        *(time.isoformat() if time else None for time in (message.deadline, message.send_at)),
         [
             (each.filename, each.content_type, hashlib.sha256(each.content).hexdigest())
-            for each in attachments
+            for each in message.attachments
         ],
     ]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def hourly_limit(owner, allowance: Allowance | None) -> int | None:
+def hourly_limit(owner: Any, limits: SendingLimits | None) -> int | None:
     """How many recipients the owner may have within an hour; None: any number."""
     if owner is None:
         return None
-    if allowance and allowance.recipients_per_hour is not None:
-        return allowance.recipients_per_hour
-    return settings.RECIPIENTS_PER_HOUR or None
+    if limits and limits.recipients_per_hour is not None:
+        return limits.recipients_per_hour
+    return conf.RECIPIENTS_PER_HOUR or None
 
 
-def check_limit(owner, limit: int, count: int, email: Email) -> None:
+def check_limit(owner: Any, limit: int, count: int, email: Email) -> None:
     # One request of an owner at a time, or several would each see what the others have left.
-    get_user_model().objects.select_for_update(
-        **({"no_key": True} if connection.vendor == "postgresql" else {})
-    ).get(pk=owner.pk)
+    get_user_model().objects.select_for_update(no_key=True).get(pk=owner.pk)
     key = email.idempotency_key
     if key and Email.objects.filter(owner=owner, idempotency_key=key).exists():
         return
@@ -244,104 +219,64 @@ def check_limit(owner, limit: int, count: int, email: Email) -> None:
         raise OverLimit
 
 
-def check_storable(value: str) -> None:
-    # PostgreSQL has no null character, and half of a surrogate pair has no UTF-8.
-    if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
-        raise ValidationError("must not contain null characters or lone surrogates")
-
-
-def check_body(value: str) -> None:
-    if not value.strip():
-        raise ValidationError("must not be empty")
-    check_storable(value)
-
-
-def check_header(value: str, limit: int = 998) -> None:
-    check_storable(value)
-    if len(value) > limit:
-        raise ValidationError(f"must not be longer than {limit} characters")
-    if any(unicodedata.category(character) in FORBIDDEN_IN_HEADERS for character in value):
-        raise ValidationError("must not contain line breaks or control characters")
-
-
-def check_subject(value: str) -> None:
-    check_body(value)
-    check_header(value, Email._meta.get_field("subject").max_length)
-
-
-def check_sender(value: str, owner, allowance: Allowance | None) -> None:
-    check_header(value, Email._meta.get_field("sender").max_length)
-    address = parseaddr(value)[1]
-    validate_email(address)
-    if owner is None:
+def notify_relay() -> None:
+    """Spares new emails the wait for the relay's next poll."""
+    global _notified_at
+    if time.monotonic() < _notified_at + NOTIFY_SECONDS:
         return
-    own = allowance.senders.lower().split() if allowance else []
-    allowed = own or {parseaddr(settings.DEFAULT_FROM_EMAIL)[1].lower(), *settings.ALLOWED_SENDERS}
-    domain = address.lower().rpartition("@")[2]
-    if {address.lower(), f"@{domain}"}.isdisjoint(allowed):
-        raise ValidationError("is not an allowed sender")
+    _notified_at = time.monotonic()
+    try:
+        with execute(SQL["notify"]):
+            pass
+    except DatabaseError as error:  # the email is stored; the relay's next poll finds it
+        logger.warning("the relay was not notified: %s", type(error).__name__)
 
 
-def check_recipients(value: Sequence[str], kinds: dict) -> None:
-    if not 1 <= len(kinds) <= settings.MAX_RECIPIENTS:
-        raise ValidationError(
-            f"must name between 1 and {settings.MAX_RECIPIENTS} recipients, cc and bcc included"
-        )
-    check_addresses(value)
+def replay(chosen: QuerySet[Delivery]) -> int:
+    """Queues the failed and held ones among these again; returns how many."""
+    count = deliveries.replay(list(chosen.order_by().values_list("pk", flat=True)))
+    transaction.on_commit(notify_relay)
+    return count
 
 
-def check_addresses(value: Iterable[str]) -> None:
-    for number, recipient in enumerate(value, start=1):
-        try:
-            check_header(recipient)
-            validate_email(recipient)
-        except ValidationError:
-            raise ValidationError(f"recipient {number} is not an email address") from None
+def cancel(chosen: QuerySet[Delivery]) -> int:
+    """Cancels those among these that no worker has begun to send; returns how many."""
+    return deliveries.cancel(list(chosen.order_by().values_list("pk", flat=True)))
 
 
-def check_reply_to(value: Sequence[str]) -> None:
-    if len(value) > settings.MAX_RECIPIENTS:
-        raise ValidationError(f"must not name more than {settings.MAX_RECIPIENTS} addresses")
-    for address in value:
-        check_header(address)
-    check_addresses(parseaddr(address)[1] for address in value)
+def hash_key(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()
 
 
-def check_headers(value: dict[str, str]) -> None:
-    for name, content in value.items():
-        if not HEADER_NAME.fullmatch(name) or name.lower() in OWN_HEADERS:
-            raise ValidationError(f"must not hold {name[:40]!r}")
-        check_header(content)
+def authenticate(key: str) -> ApiKey | None:
+    """The API key with its owner and the owner's limits; None if it is unknown or revoked."""
+    digest = hash_key(key)
+    user_model = get_user_model()
+    models = ((ApiKey, "k"), (user_model, "u"), (SendingLimits, "l"))
+    fields = [[f'{a}."{f.column}"' for f in m._meta.concrete_fields] for m, a in models]
+    statement = SQL["find_key"].format(
+        fields=", ".join(column for columns in fields for column in columns),
+        users=f'"{user_model._meta.db_table}"',
+        primary_key=f'"{user_model._meta.pk.column}"',
+    )
+    rows = fetch(statement, (digest,))
+    if not rows:
+        return None
+    first, second = len(fields[0]), len(fields[0]) + len(fields[1])
+    found: ApiKey = instance(ApiKey, rows[0][:first])
+    found.owner = instance(user_model, rows[0][first:second])
+    own = None if rows[0][second] is None else instance(SendingLimits, rows[0][second:])
+    SendingLimits._meta.get_field("owner").remote_field.set_cached_value(found.owner, own)
+    if not hmac.compare_digest(found.digest, digest):
+        return None
+    return found if found.owner.is_active and not found.revoked else None
 
 
-def check_attachments(value: Sequence[File], text: str, html: str) -> None:
-    size = sum(len(part.encode(errors="replace")) for part in (text, html))
-    for number, file in enumerate(value, start=1):
-        size += len(file.content)
-        try:
-            check_header(file.filename, Attachment._meta.get_field("filename").max_length)
-        except ValidationError:
-            raise ValidationError(f"attachment {number} has a bad filename") from None
-        longest = Attachment._meta.get_field("content_type").max_length
-        if len(file.content_type) > longest or not CONTENT_TYPE.fullmatch(file.content_type):
-            raise ValidationError(f"attachment {number} has a bad content_type")
-    if size > settings.MAX_EMAIL_BYTES:
-        raise ValidationError(
-            f"bodies and attachments must not be larger than {settings.MAX_EMAIL_BYTES} bytes"
-        )
-
-
-def check_deadline(value: datetime | None) -> None:
-    if value is None:
-        return
-    if timezone.is_naive(value):
-        raise ValidationError("must have a time zone")
-    if not timezone.now() < value <= timezone.now() + timedelta(days=settings.RETENTION_DAYS):
-        raise ValidationError(f"must be within the next {settings.RETENTION_DAYS} days")
-
-
-def check_key(value: str | None) -> None:
-    if value is None:
-        return
-    if not 1 <= len(value) <= 255 or not (value.isascii() and value.isprintable()):
-        raise ValidationError("must be 1 to 255 printable ASCII characters")
+def instance(model: Any, values: Sequence[Any]) -> Any:
+    """As a QuerySet makes it of a row: `values` in the order of the model's fields."""
+    fields = model._meta.concrete_fields
+    converted = [
+        field.from_db_value(value, None, connection) if hasattr(field, "from_db_value") else value
+        for field, value in zip(fields, values, strict=True)
+    ]
+    return model.from_db(connection.alias, [field.attname for field in fields], converted)

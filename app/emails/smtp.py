@@ -1,280 +1,293 @@
+"""One SMTP transaction for one recipient, over a connection that is kept from one to the next."""
+
 import re
 import smtplib
 import socket
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from email.encoders import encode_base64
-from email.mime.base import MIMEBase
-from email.utils import format_datetime
+from typing import Any
 
-from django.conf import settings
-from django.core.mail import EmailMultiAlternatives, get_connection
+from django.core import mail
+from django.core.mail import EmailMessage
 from django.core.mail.backends.smtp import EmailBackend
-from django.core.mail.message import sanitize_address
+from django.utils.module_loading import import_string
 
-from emails.models import Delivery, State
+from emails.conf import conf
+from emails.states import State
 
-# Servers end a connection that is idle or was used often; we do it before them.
+# Servers close a connection that is idle or was used often; we close it before they do.
 IDLE_SECONDS = 20
-MESSAGES_A_CONNECTION = 100
+MESSAGES_PER_CONNECTION = 100
 
 # Codes with which MAIL, RCPT and DATA go on.
 ACCEPTED = ((250,), (250, 251), (354,))
+# Enhanced status codes (RFC 3463) of a recipient that does not exist or takes no mail.
+NO_SUCH_RECIPIENT = re.compile(r"\b5\.(1\.[1236]|1\.10|2\.1)\b")
+ENHANCED_CODE = re.compile(r"\b5\.\d{1,3}\.\d{1,3}\b")
 
-_held = threading.local()
+_kept = threading.local()
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What came of an attempt. `code` is the SMTP reply's, None if there was no reply."""
+class Envelope:
+    sender: str
+    recipient: str
+    content: bytes  # the message, with the line ends of SMTP
+    message: EmailMessage  # the same, for a backend that is not SMTP
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of an attempt. `code` is the SMTP reply's; None if there was no reply."""
 
     state: State
     code: int | None
     answer: str
+    no_such_recipient: bool = False
 
 
 class LeaseLost(Exception):
-    """Somebody else has the delivery by now."""
+    """Another worker has the delivery by now."""
 
 
-def send(delivery: Delivery) -> Outcome:
-    """One SMTP transaction for one recipient.
+def send(envelope: Envelope, begin: Callable[[], bool]) -> Result:
+    """Sends to one recipient: Django's backend says nothing about one refused among several.
 
-    One at a time, as Django says nothing about a recipient refused among others. Blocks up to
-    EMAIL_TIMEOUT for each reply of the server. Raises LeaseLost before anything was sent.
+    `begin` is called just before the server gets the message. If it returns false the message is
+    not sent and LeaseLost is raised. Waits EMAIL_TIMEOUT seconds at most for each reply.
     """
+    data_sent = False
+
+    def begin_data() -> None:
+        nonlocal data_sent
+        if not begin():
+            raise LeaseLost
+        data_sent = True
+
     try:
-        message = build(delivery)
-        content = message.message().as_bytes(linesep="\r\n")
-    except Exception as error:  # no server will make a message of this
-        return Outcome(State.FAILED, None, f"{type(error).__name__}: {error}")
-    backend = hold()
-    try:
+        backend = pooled_backend()
         if isinstance(backend, EmailBackend):
-            code, reply = transact(backend, message, content, delivery)
-        else:
-            code, reply = hand_over(backend, message, delivery)
+            code, reply = send_envelope(backend, envelope, begin_data)
+            return Result(State.SENT, code, reply)
+        send_via_backend(backend, envelope.message, begin_data)
+        return Result(State.SENT, None, type(backend).__module__)
     except LeaseLost:
         raise
-    except Exception as error:  # whatever it was, the row must not stay behind in "sending"
-        return failure(error, delivery.data_sent)
-    return Outcome(State.SENT, code, reply)
+    except NothingSent as error:
+        return classify_error(error, data_sent=False)
+    except Exception as error:  # whatever it was, the delivery must not stay in "sending"
+        return classify_error(error, data_sent)
 
 
-def build(delivery: Delivery) -> EmailMultiAlternatives:
-    email = delivery.email
-    to, cc = [delivery.recipient], []
-    if email.show_recipients:
-        named = list(email.deliveries.values_list("recipient", "kind"))
-        to = [recipient for recipient, kind in named if kind == Delivery.Kind.TO]
-        cc = [recipient for recipient, kind in named if kind == Delivery.Kind.CC]
-    message = EmailMultiAlternatives(
-        subject=email.subject,
-        body=email.text,
-        from_email=email.sender,
-        to=to,
-        cc=cc,
-        reply_to=email.reply_to,
-        headers={
-            **email.headers,
-            "Message-ID": delivery.message_id,
-            "Date": format_datetime(email.created_at),
-        },
-    )
-    if email.html and email.text:
-        message.attach_alternative(email.html, "text/html")
-    elif email.html:
-        message.body, message.content_subtype = email.html, "html"
-    for attachment in email.attachments.all() if delivery.has_attachments else ():
-        if attachment.content_id:
-            part = MIMEBase(*attachment.content_type.split("/"))
-            part.set_payload(bytes(attachment.content))
-            encode_base64(part)
-            part["Content-ID"] = attachment.content_id
-            part.add_header("Content-Disposition", "inline", filename=attachment.filename)
-            message.attach(part)
-        else:
-            message.attach(attachment.filename, bytes(attachment.content), attachment.content_type)
-    # The envelope has one recipient, whatever the header shows.
-    message.recipients = lambda: [delivery.recipient]
-    return message
+# ---- The connection ----
 
 
-def hold():
-    """The backend of this process (or thread), its connection kept from one email to the next."""
-    backend = getattr(_held, "backend", None)
-    old = (
-        backend is not None
-        and getattr(backend, "connection", None) is not None
-        and (time.monotonic() - _held.used > IDLE_SECONDS or _held.count >= MESSAGES_A_CONNECTION)
-    )
-    if old:
-        forget()
-    if backend is None or old:
-        _held.backend = get_connection(settings.DELIVERY_BACKEND)
-        _held.count = 0
-    return _held.backend
+def pooled_backend() -> Any:
+    """The email backend of this thread, with its connection."""
+    backend = getattr(_kept, "backend", None)
+    if backend is not None and getattr(backend, "connection", None) is not None:
+        idle = time.monotonic() - _kept.used > IDLE_SECONDS
+        if idle or _kept.count >= MESSAGES_PER_CONNECTION:
+            close()
+            backend = None
+    if backend is None:
+        backend = _kept.backend = new_backend()
+        _kept.count, _kept.used = 0, time.monotonic()
+    return backend
 
 
-def forget() -> None:
-    """Ends the connection, if there is one."""
-    backend = getattr(_held, "backend", None)
-    _held.backend = None
-    if isinstance(backend, EmailBackend) and backend.connection is not None:
+def new_backend() -> Any:
+    if conf.DELIVERY_MAILER:
+        backend = mail.mailers[conf.DELIVERY_MAILER]  # type: ignore[attr-defined]
+    else:
+        backend = import_string(conf.DELIVERY_BACKEND)()
+    if isinstance(backend, EmailBackend) and backend.timeout is None:
+        backend.timeout = conf.DELIVERY_TIMEOUT  # type: ignore[assignment]
+    return backend
+
+
+def close() -> None:
+    """Closes the connection of this thread, if there is one."""
+    backend = getattr(_kept, "backend", None)
+    _kept.backend = None
+    connection = getattr(backend, "connection", None)
+    if isinstance(backend, EmailBackend) and connection is not None:
         with suppress(OSError):
-            if backend.connection.sock is not None:
-                backend.connection.sock.settimeout(1)  # a farewell isn't worth a wait
+            if connection.sock is not None:
+                connection.sock.settimeout(1)  # for the reply to QUIT
         with suppress(Exception):
             backend.close()
 
 
-def drop(backend: EmailBackend) -> None:
-    """Ends the connection without a farewell."""
+def abort(backend: EmailBackend) -> None:
+    """Closes the connection without QUIT."""
     if backend.connection is not None:
         with suppress(OSError):
             backend.connection.close()
         backend.connection = None
 
 
-def transact(backend, message, content: bytes, delivery: Delivery) -> tuple[int, str]:
-    """MAIL, RCPT, DATA. Returns the server's yes; raises what smtplib would raise."""
-    encoding = message.encoding or settings.DEFAULT_CHARSET
-    sender = envelope_address(message.from_email, encoding)
-    recipient = envelope_address(delivery.recipient, encoding)
+def reset_or_abort(backend: EmailBackend, code: int) -> None:
+    """Makes the connection ready for the next email after a refusal."""
+    if code == 421 or backend.connection is None:
+        return abort(backend)
+    try:
+        backend.connection.rset()
+        _kept.used = time.monotonic()
+    except (smtplib.SMTPException, OSError):
+        abort(backend)
+
+
+# ---- The dialogue ----
+
+
+def send_envelope(
+    backend: EmailBackend, envelope: Envelope, begin_data: Callable[[], None]
+) -> tuple[int, str]:
+    """MAIL, RCPT, DATA. Returns the server's reply to the message; raises smtplib's exceptions."""
+    sender, recipient = envelope_address(envelope.sender), envelope_address(envelope.recipient)
+    size = len(envelope.content)
     try:
         reused = not backend.open()
         try:
-            replies = introduce(backend.connection, sender, recipient, len(content))
+            replies = send_commands(backend.connection, sender, recipient, size)
         except (smtplib.SMTPServerDisconnected, OSError):
             if not reused:
                 raise
             replies = [(421, b"")]
-        if reused and replies[-1][0] == 421:  # it was tired of the connection, not of the email
-            drop(backend)
+        if reused and replies[-1][0] == 421:
+            # A 421 on a reused connection ends the session, not the message: connect and retry.
+            abort(backend)
             backend.open()
-            replies = introduce(backend.connection, sender, recipient, len(content))
-        smtp = backend.connection
-        refused = [code not in good for (code, _), good in zip(replies, ACCEPTED, strict=False)]
-        if True in refused:
-            if replies[-1][0] == 354:  # it awaits a message nevertheless, and is to have none
-                drop(backend)
-            code, reply = replies[refused.index(True)]
-            if refused[0]:
-                raise smtplib.SMTPSenderRefused(code, reply, sender)
-            if refused[1]:
-                raise smtplib.SMTPRecipientsRefused({recipient: (code, reply)})
-            raise smtplib.SMTPDataError(code, reply)
-        if not delivery.mark_data():
-            drop(backend)
-            raise LeaseLost
-        delivery.data_sent = True
-        smtp.send(re.sub(rb"(?m)^\.", b"..", content) + b"\r\n.\r\n")
-        code, reply = smtp.getreply()
+            replies = send_commands(backend.connection, sender, recipient, size)
+        if refusal := first_refusal(replies, sender, recipient):
+            if replies[-1][0] == 354:  # it waits for a message nevertheless, and must get none
+                abort(backend)
+            raise refusal
+        begin_data()
+        connection = backend.connection
+        connection.send(re.sub(rb"(?m)^\.", b"..", envelope.content) + b"\r\n.\r\n")
+        code, reply = connection.getreply()
         if code != 250:
             raise smtplib.SMTPDataError(code, reply)
     except smtplib.SMTPResponseException as error:
-        leave(backend, error.smtp_code)
+        reset_or_abort(backend, error.smtp_code)
         raise
     except smtplib.SMTPRecipientsRefused as error:
-        leave(backend, error.recipients[recipient][0])
+        reset_or_abort(backend, error.recipients[recipient][0])
         raise
     except BaseException:
-        drop(backend)
+        abort(backend)
         raise
-    _held.used = time.monotonic()
-    _held.count += 1
+    _kept.used = time.monotonic()
+    _kept.count += 1
     return code, reply.decode(errors="replace")
 
 
-def envelope_address(address: str, encoding: str) -> str:
-    """In angle brackets, without a name. Django's own way takes its time, and ASCII needs none.
-
-    Raises ValueError for a line break, after which the rest would be a command of its own.
-    """
+def envelope_address(address: str) -> str:
+    """In angle brackets, without a name, the domain in ASCII. Raises ValueError if it can't be."""
     if "\r" in address or "\n" in address:
         raise ValueError("a line break in an address")
-    return smtplib.quoteaddr(address if address.isascii() else sanitize_address(address, encoding))
+    bare = address.rpartition("<")[2].rstrip().removesuffix(">") if "<" in address else address
+    if not bare.isascii():
+        local, _, domain = bare.rpartition("@")
+        bare = f"{local}@{domain.encode('idna').decode()}"
+        bare.encode("ascii")
+    return f"<{bare}>"
 
 
-def introduce(smtp: smtplib.SMTP, sender: str, recipient: str, size: int):
+def send_commands(smtp: Any, sender: str, recipient: str, size: int) -> list[tuple[int, bytes]]:
     """The replies to MAIL, RCPT and DATA as (code, text), up to the first refusal.
 
-    A server that offers PIPELINING (RFC 2920) gets all three at once, so that a distant one is
-    waited for once instead of three times, and answers each.
+    A server that offers PIPELINING (RFC 2920) gets all three at once, which saves two round trips.
     """
     smtp.ehlo_or_helo_if_needed()
-    size = f" size={size}" if smtp.has_extn("size") else ""
-    commands = [f"mail FROM:{sender}{size}", f"rcpt TO:{recipient}", "data"]
+    option = f" size={size}" if smtp.has_extn("size") else ""
+    commands = [f"mail FROM:{sender}{option}", f"rcpt TO:{recipient}", "data"]
     at_once = smtp.has_extn("pipelining")
     if at_once:
         smtp.send("".join(f"{command}\r\n" for command in commands))
-    replies, refused = [], False
+    replies: list[tuple[int, bytes]] = []
+    refused = False
     for command, good in zip(commands, ACCEPTED, strict=True):
         try:
             replies.append(smtp.getreply() if at_once else smtp.docmd(command))
         except (smtplib.SMTPServerDisconnected, OSError):
             if not refused:
                 raise
-            break  # what it said before it left stands
+            break  # the refusal stands that it sent before it hung up
         refused = refused or replies[-1][0] not in good
         if refused and (not at_once or replies[-1][0] == 421):
             break
     return replies
 
 
-def leave(backend: EmailBackend, code: int) -> None:
-    """Makes the connection ready for the next email after a refusal, or gives it up."""
-    if code == 421 or backend.connection is None:
-        return drop(backend)
-    try:
-        backend.connection.rset()
-        _held.used = time.monotonic()
-    except (smtplib.SMTPException, OSError):
-        drop(backend)
+def first_refusal(
+    replies: list[tuple[int, bytes]], sender: str, recipient: str
+) -> smtplib.SMTPException | None:
+    for number, ((code, reply), good) in enumerate(zip(replies, ACCEPTED, strict=False)):
+        if code in good:
+            continue
+        if number == 0:
+            return smtplib.SMTPSenderRefused(code, reply, sender)
+        if number == 1:
+            return smtplib.SMTPRecipientsRefused({recipient: (code, reply)})
+        return smtplib.SMTPDataError(code, reply)
+    return None
 
 
-def hand_over(backend, message, delivery: Delivery) -> tuple[int | None, str]:
-    """To a backend that isn't Django's own for SMTP, in one call of which no part is known."""
-    if not delivery.mark_data():
-        raise LeaseLost
-    delivery.data_sent = True
+class NothingSent(RuntimeError):
+    """The email backend says that it sent nothing."""
+
+
+def send_via_backend(backend: Any, message: EmailMessage, begin_data: Callable[[], None]) -> None:
+    """By a backend other than Django's SMTP: one call, of which no part is known."""
+    begin_data()
     if not backend.send_messages([message]):
-        delivery.data_sent = False
-        raise RuntimeError("the email backend says that it sent nothing")
-    return None, type(backend).__module__
+        raise NothingSent("the email backend says that it sent nothing")
 
 
-def failure(error: Exception, data_sent: bool) -> Outcome:
-    """Sorts an error: failed only if the server refused this very message for good.
+def classify_error(error: Exception, data_sent: bool) -> Result:
+    """Failed only if the server refused this very message for good.
 
-    A failed login or a server that turns everybody away is for the operator to mend; meanwhile
-    the email waits. Without an answer to the message itself nobody knows.
+    A failed login, or a server that refuses everything, is for the operator to repair; meanwhile
+    the email waits. Without a reply to the message itself the outcome is uncertain.
     """
     code, reason = getattr(error, "status_code", None), str(error)
     if isinstance(error, smtplib.SMTPRecipientsRefused):
         code, reply = next(iter(error.recipients.values()))
         reason = reply.decode(errors="replace")
     elif isinstance(error, smtplib.SMTPResponseException):
-        code = error.smtp_code
-        reply = error.smtp_error
+        code, reply = error.smtp_code, error.smtp_error
         reason = reply.decode(errors="replace") if isinstance(reply, bytes) else str(reply)
     about_this_message = (
         smtplib.SMTPRecipientsRefused,
         smtplib.SMTPSenderRefused,
         smtplib.SMTPDataError,
     )
-    not_even_connected = (ConnectionRefusedError, socket.gaierror, smtplib.SMTPConnectError)
+    not_connected = (ConnectionRefusedError, socket.gaierror, smtplib.SMTPConnectError)
     answered = isinstance(code, int) and code > 0
     if isinstance(error, about_this_message) and answered:
         state = State.FAILED if code >= 500 else State.DEFERRED
     elif answered and not isinstance(error, smtplib.SMTPException):  # a provider's HTTP status
         state = State.FAILED if code in (400, 413, 422) else State.DEFERRED
         state = State.UNCERTAIN if code in (502, 504) else state
-    elif data_sent and not isinstance(error, not_even_connected):
+    elif data_sent and not isinstance(error, not_connected):
         state = State.UNCERTAIN
     else:
         state = State.DEFERRED
+    unknown = isinstance(error, smtplib.SMTPRecipientsRefused) and no_such_recipient(code, reason)
     answer = f"{type(error).__name__}: {reason}".replace("\0", "")
-    return Outcome(state, code if answered else None, answer)
+    return Result(state, code if answered else None, answer, no_such_recipient=unknown)
+
+
+def no_such_recipient(code: int, reply: str) -> bool:
+    """Whether a refusal of the recipient is about the address, not about policy or the sender."""
+    if code < 500:
+        return False
+    if ENHANCED_CODE.search(reply):
+        return bool(NO_SUCH_RECIPIENT.search(reply))
+    return code in (550, 551, 553)

@@ -1,148 +1,119 @@
+"""The Celery tasks. What they need of Celery is said here, not in the project's settings."""
+
 import logging
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
+from typing import Any
 
 from celery import Task, shared_task
 from celery.exceptions import Reject
 from celery.utils import uuid
-from django.conf import settings
-from django.db import DatabaseError, InterfaceError, connection
+from django.db import DatabaseError
 from django.db.models import Exists, OuterRef
 from django.utils import timezone
 
-from emails import context, services, smtp
-from emails.models import UNFINISHED, Delivery, Email, State, after_uncertain, retry_delay
+from emails import delivering, services
+from emails.conf import conf
+from emails.models import Delivery, Email
+from emails.queues import MAINTENANCE
+from emails.states import UNFINISHED
 
 logger = logging.getLogger(__name__)
 
 PURGE_BATCH = 500
 PURGE_BATCHES = 20
-# Seconds between tries to reach a database that is being restarted.
-DATABASE_PAUSES = (0.2, 0.5, 1, 2, 3, 5, 5, 5, 5)
+
+# A message is acknowledged after its task ended; the claim of the row makes a copy harmless. The
+# row holds the result.
+OPTIONS: dict[str, Any] = {
+    "acks_late": True,
+    "reject_on_worker_lost": True,
+    "ignore_result": True,
+    "serializer": "json",
+}
 
 
-class StoredTask(Task):
+class StoredTask(Task):  # type: ignore[misc]
     """A task whose call is stored, in the caller's transaction, instead of published."""
 
-    def apply_async(self, args=None, kwargs=None, task_id=None, producer=None, **options):
+    def apply_async(
+        self,
+        args: Sequence[Any] | None = None,
+        kwargs: dict[str, Any] | None = None,
+        task_id: str | None = None,
+        producer: Any = None,
+        **options: Any,
+    ) -> Any:
         if options:
-            raise TypeError(f"{self.name} takes no {', '.join(options)}: a row has no such thing")
+            raise TypeError(f"{self.name} takes no {', '.join(options)}: a row has none")
         email = store(task_id or uuid(), *(args or ()), **(kwargs or {}))
         return self.AsyncResult(str(email.pk))
 
 
-@shared_task(base=StoredTask, bind=True)
-def send_email(self, title, content, from_, to, html_content=None) -> str:
+class MaintenanceTask(Task):  # type: ignore[misc]
+    """A task that is published to the queue for maintenance, whatever the project's routes are."""
+
+    def apply_async(self, *args: Any, **options: Any) -> Any:
+        return super().apply_async(*args, **{"queue": MAINTENANCE} | options)
+
+
+@shared_task(base=StoredTask, bind=True, **OPTIONS)  # type: ignore[untyped-decorator]
+def send_email(
+    self: Any,
+    title: str,
+    content: str,
+    from_: str | None,
+    to: str | Sequence[str],
+    html_content: str | None = None,
+) -> str:
     """Sends an email, to one address or to several. The result's id is the email's.
 
-    `send_email.delay(…)` only writes a row, as part of the caller's transaction: no broker is
-    needed, and neither text nor address is in a message. It comes here if it is called as a
-    function, or by a message from a project that knows nothing but the task's name.
+    `send_email.delay(…)` only writes a row, as part of the caller's transaction: it needs no
+    broker, and no message has the text or an address. A worker runs this body for a message from a
+    project that knows nothing but the task's name.
     """
     key = self.request.id
-    return str(persistently(lambda: store(key, title, content, from_, to, html_content)).pk)
+    accepted = delivering.retry_while_database_down(
+        lambda: store(key, title, content, from_, to, html_content)
+    )
+    return str(accepted.pk)
 
 
-def store(key: str | None, title, content, from_, to, html_content=None) -> Email:
-    return services.accept(
-        None,
+def store(
+    key: str | None,
+    title: str,
+    content: str,
+    from_: str | None,
+    to: str | Sequence[str],
+    html_content: str | None = None,
+) -> Email:
+    message = services.Message(
         subject=title,
         text=content,
         html=html_content or "",
         sender=from_ or "",
         recipients=[to] if isinstance(to, str) else list(to),
         show_recipients=True,
-        idempotency_key=key,
     )
+    return services.accept(None, message, idempotency_key=key)
 
 
-def persistently(act: Callable):
-    """Does it, again and again while the database is away: half a minute at most."""
-    for pause in (*DATABASE_PAUSES, None):
-        try:
-            return act()
-        except (DatabaseError, InterfaceError) as error:
-            if pause is None or connection.in_atomic_block:
-                raise
-            logger.warning("the database doesn't answer: %s", type(error).__name__)
-            connection.close()
-            time.sleep(pause)
-
-
-@shared_task
+@shared_task(**OPTIONS)  # type: ignore[untyped-decorator]
 def deliver(*delivery_ids: int) -> None:
-    """Sends one email to one recipient, if the delivery is still waiting for that; or several.
-
-    The message is only a doorbell: it may come twice, late or for a row that is gone. Retries are
-    the relay's business, by `due_at`. What doesn't fit into a part of the task's time goes back.
-    """
-    until = time.monotonic() + settings.CELERY_TASK_TIME_LIMIT / 4
-    for position, delivery_id in enumerate(delivery_ids):
-        if position and time.monotonic() > until:
-            return give_back(delivery_ids[position:])
-        deliver_one(delivery_id)
-
-
-def give_back(delivery_ids: Sequence[int]) -> None:
-    persistently(lambda: Delivery.objects.give_back(delivery_ids))
-    logger.info("%s deliveries given back, the server is slow", len(delivery_ids))
-
-
-def deliver_one(delivery_id: int) -> None:
+    """Sends deliveries that are queued. The message may come twice, late, or for deleted rows."""
     try:
-        delivery = persistently(lambda: Delivery.objects.claim(delivery_id))
+        delivering.deliver(delivery_ids)
     except DatabaseError as error:
         raise Reject(type(error).__name__, requeue=True) from None
-    if delivery is None:
-        logger.info("delivery %s isn't waiting to be sent, skipped", delivery_id)
-        return
-    email = delivery.email
-    with context.bind(
-        request_id=email.request_id, email_id=delivery.email_id, delivery_id=delivery.pk
-    ):
-        attempt(delivery)
 
 
-def attempt(delivery: Delivery) -> None:
-    started = time.monotonic()
-    try:
-        outcome = smtp.send(delivery)
-    except smtp.LeaseLost:
-        logger.warning("attempt %s stopped: the lease was lost", delivery.attempts)
-        return
-    state, due_at = outcome.state, None
-    if state == State.DEFERRED:
-        due_at = timezone.now() + retry_delay(delivery.attempts)
-        if due_at > delivery.deadline:
-            state, due_at = State.FAILED, None
-    elif state == State.UNCERTAIN:
-        due_at = after_uncertain(delivery.attempts)
-        if due_at and due_at > delivery.deadline:
-            due_at = None
-    seconds = time.monotonic() - started
-    recorded = persistently(
-        lambda: delivery.record(
-            state, code=outcome.code, answer=outcome.answer, seconds=seconds, due_at=due_at
-        )
-    )
-    logger.log(
-        logging.INFO if state == State.SENT else logging.WARNING,
-        "%s after attempt %s, SMTP code %s%s",
-        state,
-        delivery.attempts,
-        outcome.code,
-        "" if recorded else ", not recorded: the lease was lost",
-    )
-
-
-@shared_task
+@shared_task(base=MaintenanceTask, **OPTIONS)  # type: ignore[untyped-decorator]
 def purge() -> None:
-    """Deletes emails that are finished and older than RETENTION_DAYS.
+    """Deletes emails that are finished and older than EMAILS_RETENTION_DAYS.
 
-    In small transactions, so that nobody waits long for the database; the rest at the next run.
+    In small transactions, so that no other waits long; the rest at the next run.
     """
-    oldest_kept = timezone.now() - timedelta(days=settings.RETENTION_DAYS)
+    oldest_kept = timezone.now() - timedelta(days=conf.RETENTION_DAYS)
     waiting = Delivery.objects.filter(
         email=OuterRef("pk"), state__in=UNFINISHED, due_at__isnull=False
     )

@@ -1,5 +1,6 @@
 """Settings, all of them from environment variables. README.md lists them."""
 
+import json
 import logging
 from email.utils import parseaddr
 from pathlib import Path
@@ -10,8 +11,9 @@ from celery.schedules import crontab
 from django.core.exceptions import ImproperlyConfigured, ValidationError
 from django.core.validators import validate_email
 from django.utils.module_loading import import_string
-from kombu import Exchange, Queue
 
+from emails.conf import domain_limits
+from emails.queues import CONSUMED, MAIL
 from mailroom.tls import VerifiedTLS
 
 BASE_DIR = Path(__file__).resolve().parent.parent
@@ -67,6 +69,17 @@ def address(name: str, value: str) -> str:
         validate_email(parseaddr(value)[1])
     except ValidationError:
         raise wrong(name, "email addresses") from None
+    return value
+
+
+def limits(name: str) -> dict:
+    """JSON: a domain, or * for every other, to its limits (EMAILS_DOMAIN_LIMITS)."""
+    try:
+        value = json.loads(env.str(name, "") or "{}")
+    except ValueError:
+        value = None
+    if expected := domain_limits(value):
+        raise wrong(name, f"JSON, {expected}")
     return value
 
 
@@ -159,28 +172,22 @@ SILENCED_SYSTEM_CHECKS = ["security.W005", "security.W021"]
 
 # --- Database ---------------------------------------------------------------------------------
 
-DATABASE = url(
-    "DATABASE_URL",
-    f"sqlite:///{BASE_DIR / 'db.sqlite3'}",
-    env.db_url_config,
-    ("sqlite", "postgres", "postgresql"),
-)
+DATABASE = url("DATABASE_URL", "", env.db_url_config, ("postgresql", "postgres"))
 PREPARED_STATEMENTS = boolean("PREPARED_STATEMENTS", True)
-if DATABASE["ENGINE"].endswith("sqlite3"):
-    # Web, relay and workers write to one file: readers must not block the writer, and a writer
-    # must wait for its turn at BEGIN, as SQLite refuses to wait once a transaction has read.
-    DATABASE["OPTIONS"] = {
-        "init_command": "PRAGMA journal_mode=WAL",
-        "timeout": 20,
-        "transaction_mode": "IMMEDIATE",
-    }
-else:
-    DATABASE.setdefault("CONN_MAX_AGE", 60)
-    DATABASE["CONN_HEALTH_CHECKS"] = True
-    DATABASE.setdefault("OPTIONS", {}).setdefault("connect_timeout", 5)
-    if PREPARED_STATEMENTS:
-        # Executions on a connection before the server keeps a statement; Django's own is never.
-        DATABASE["OPTIONS"].setdefault("prepare_threshold", 5)
+DATABASE.setdefault("CONN_MAX_AGE", 60)
+DATABASE["CONN_HEALTH_CHECKS"] = True
+# A database that falls silent is noticed within seconds: when it is connected to, when it doesn't
+# acknowledge what was sent (milliseconds), and when nothing is sent (the relay listens).
+DATABASE["OPTIONS"] = {
+    "connect_timeout": 2,
+    "tcp_user_timeout": 2500,
+    "keepalives_idle": 4,
+    "keepalives_interval": 1,
+    "keepalives_count": 3,
+} | DATABASE.get("OPTIONS", {})
+if PREPARED_STATEMENTS:
+    # Executions on a connection before the server keeps a statement; Django's own is never.
+    DATABASE["OPTIONS"].setdefault("prepare_threshold", 5)
 DATABASES = {"default": DATABASE}
 
 # --- Email ------------------------------------------------------------------------------------
@@ -191,11 +198,11 @@ SMTP = url(
     env.email_url_config,
     ("smtp", "smtp+tls", "smtp+ssl", "consolemail"),
 )
-# What Django's own mail functions send goes the way of all emails; this is what workers send by.
+# Django's own mail functions store an email; this is what workers send by.
 EMAIL_BACKEND = "emails.backend.EmailBackend"
-DELIVERY_BACKEND = env.str("DELIVERY_BACKEND", SMTP["EMAIL_BACKEND"])
+EMAILS_DELIVERY_BACKEND = env.str("DELIVERY_BACKEND", SMTP["EMAIL_BACKEND"])
 try:
-    import_string(DELIVERY_BACKEND)
+    import_string(EMAILS_DELIVERY_BACKEND)
 except ImportError:
     raise wrong("DELIVERY_BACKEND", "the path of an email backend that is installed") from None
 EMAIL_HOST = SMTP["EMAIL_HOST"]
@@ -209,21 +216,25 @@ EMAIL_TIMEOUT = number("EMAIL_TIMEOUT", 10)
 DEFAULT_FROM_EMAIL = address(
     "DEFAULT_FROM_EMAIL", env.str("DEFAULT_FROM_EMAIL", "mailroom@localhost")
 )
-ALLOWED_SENDERS = [entry.lower() for entry in env.list("ALLOWED_SENDERS", default=[])]
-for entry in ALLOWED_SENDERS:
+EMAILS_ALLOWED_SENDERS = [entry.lower() for entry in env.list("ALLOWED_SENDERS", default=[])]
+for entry in EMAILS_ALLOWED_SENDERS:
     address("ALLOWED_SENDERS", f"any{entry}" if entry.startswith("@") else entry)
-MAX_RECIPIENTS = number("MAX_RECIPIENTS", 50)
-MAX_EMAIL_BYTES = number("MAX_EMAIL_BYTES", 10 * 1024**2)
+EMAILS_MAX_RECIPIENTS = number("MAX_RECIPIENTS", 50)
+EMAILS_MAX_ATTACHMENTS = number("MAX_ATTACHMENTS", 50, minimum=0)
+EMAILS_MAX_EMAIL_BYTES = number("MAX_EMAIL_BYTES", 10 * 1024**2)
+EMAILS_MAX_BATCH = number("MAX_BATCH", 500)
 # As JSON, attachments in base64; the form's fields are smaller.
-DATA_UPLOAD_MAX_MEMORY_SIZE = MAX_EMAIL_BYTES * 2 + 65536
-RECIPIENTS_PER_HOUR = number("RECIPIENTS_PER_HOUR", 0, minimum=0)
-DEADLINE_SECONDS = number("DEADLINE_SECONDS", 86400)
-RETRY_SECONDS = number("RETRY_SECONDS", 30.0, minimum=0.1)
-UNCERTAIN_POLICY = choice("UNCERTAIN_POLICY", "resend", "hold")
-RETENTION_DAYS = number("RETENTION_DAYS", 30)
-RELAY_POLL_SECONDS = number("RELAY_POLL_SECONDS", 1.0, minimum=0.05)
-RELAY_THREADS = number("RELAY_THREADS", 4)
-METRICS_TOKEN = env.str("METRICS_TOKEN", "")
+DATA_UPLOAD_MAX_MEMORY_SIZE = EMAILS_MAX_EMAIL_BYTES * 2 + 65536
+EMAILS_RECIPIENTS_PER_HOUR = number("RECIPIENTS_PER_HOUR", 0, minimum=0)
+EMAILS_DEADLINE_SECONDS = number("DEADLINE_SECONDS", 86400)
+EMAILS_RETRY_SECONDS = number("RETRY_SECONDS", 30.0, minimum=0.1)
+EMAILS_UNCERTAIN_POLICY = choice("UNCERTAIN_POLICY", "resend", "hold")
+EMAILS_RETENTION_DAYS = number("RETENTION_DAYS", 30)
+EMAILS_RELAY_POLL_SECONDS = number("RELAY_POLL_SECONDS", 1.0, minimum=0.05)
+EMAILS_RELAY_THREADS = number("RELAY_THREADS", 4)
+EMAILS_SMTP_CONNECTIONS = number("SMTP_CONNECTIONS", 0, minimum=0)
+EMAILS_DOMAIN_LIMITS = limits("DOMAIN_LIMITS")
+EMAILS_METRICS_TOKEN = env.str("METRICS_TOKEN", "")
 
 # --- Celery -----------------------------------------------------------------------------------
 
@@ -245,38 +256,12 @@ if CELERY_BROKER_URL.startswith("amqps"):
     BROKER_CA_FILE = env.str("BROKER_CA_FILE", "")
     CELERY_BROKER_USE_SSL = VerifiedTLS(**({"ca_certs": BROKER_CA_FILE} if BROKER_CA_FILE else {}))
 
-# A topic exchange, because with a direct one Celery holds back delayed messages in the worker.
-EXCHANGE = Exchange("mailroom", type="topic")
-
-
-def quorum_queue(name: str) -> Queue:
-    # No argument but the type: a queue can't be declared again with others. Limits and
-    # dead-lettering belong in the broker's policies. A queue that must differ gets a new version.
-    return Queue(name, EXCHANGE, routing_key=name, queue_arguments={"x-queue-type": "quorum"})
-
-
-CELERY_TASK_QUEUES = [quorum_queue(name) for name in ("mail.v1", "mail.dead.v1", "maintenance.v1")]
-CELERY_TASK_ROUTES = {
-    "emails.tasks.deliver": {"queue": "mail.v1"},
-    "emails.tasks.send_email": {"queue": "mail.v1"},
-    "emails.tasks.purge": {"queue": "maintenance.v1"},
-}
-CELERY_TASK_DEFAULT_QUEUE = CELERY_TASK_DEFAULT_ROUTING_KEY = "mail.v1"
-CELERY_TASK_DEFAULT_EXCHANGE = EXCHANGE.name
-CELERY_TASK_DEFAULT_EXCHANGE_TYPE = EXCHANGE.type
+CELERY_TASK_DEFAULT_QUEUE = MAIL
+CELERY_TASK_QUEUES = CONSUMED
 CELERY_TASK_CREATE_MISSING_QUEUES = False
-CELERY_WORKER_DETECT_QUORUM_QUEUES = True
-CELERY_BROKER_NATIVE_DELAYED_DELIVERY_QUEUE_TYPE = "classic"
-
-# The state of a job is its row, so nothing reads results.
 CELERY_TASK_IGNORE_RESULT = True
 CELERY_TASK_SERIALIZER = CELERY_RESULT_SERIALIZER = "json"
 CELERY_ACCEPT_CONTENT = ["json"]
-
-# A message is gone only after its task ended; the claim on the row makes a second copy harmless.
-CELERY_TASK_ACKS_LATE = True
-CELERY_TASK_REJECT_ON_WORKER_LOST = True
-CELERY_WORKER_CANCEL_LONG_RUNNING_TASKS_ON_CONNECTION_LOSS = False
 CELERY_WORKER_PREFETCH_MULTIPLIER = 4
 CELERY_WORKER_MAX_TASKS_PER_CHILD = 2000
 CELERY_WORKER_SEND_TASK_EVENTS = True
@@ -286,33 +271,7 @@ CELERY_DB_REUSE_MAX = 1000
 # Seconds. The lease of a delivery outlives the hard limit: when it ends, the task is dead.
 CELERY_TASK_TIME_LIMIT = number("TASK_TIME_LIMIT", 120, minimum=6)
 CELERY_TASK_SOFT_TIME_LIMIT = CELERY_TASK_TIME_LIMIT * 5 // 6
-SENDING_LEASE_SECONDS = CELERY_TASK_TIME_LIMIT * 5 // 4
-
-# Workers outlive any outage of the broker. Publishing must end in bounded time even when the
-# broker has stopped reading (memory or disk alarm), and must not repeat itself: each try that
-# timed out may have left a copy. The relay asks for confirms on its own connections: a worker
-# would wait for one at each of its events, and handle half as many tasks.
-CELERY_BROKER_CONNECTION_RETRY_ON_STARTUP = True
-CELERY_BROKER_CONNECTION_MAX_RETRIES = None
-CELERY_BROKER_CONNECTION_TIMEOUT = 4
-CELERY_BROKER_HEARTBEAT = 30
-CELERY_BROKER_POOL_LIMIT = 4
-CELERY_BROKER_POOL_ACQUIRE_TIMEOUT = 5
-CELERY_BROKER_TRANSPORT_OPTIONS = {
-    "read_timeout": 5,
-    "write_timeout": 5,
-    "max_retries": 1,
-    "interval_start": 0,
-    "interval_step": 0.2,
-    "interval_max": 0.5,
-}
-CELERY_TASK_PUBLISH_RETRY = False
-
-# An exclusive control queue makes a worker exit when it reconnects before the broker noticed
-# that its old connection is gone; RabbitMQ 4.3 refuses one that is neither exclusive nor durable.
-CELERY_CONTROL_QUEUE_EXCLUSIVE = False
-CELERY_CONTROL_QUEUE_DURABLE = True
-CELERY_EVENT_QUEUE_EXCLUSIVE = True
+EMAILS_SENDING_LEASE_SECONDS = CELERY_TASK_TIME_LIMIT * 5 // 4
 
 CELERY_BEAT_SCHEDULE = {
     "purge": {"task": "emails.tasks.purge", "schedule": crontab(minute=17)},

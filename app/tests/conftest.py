@@ -1,5 +1,4 @@
 import asyncio
-import socket
 import threading
 
 import pytest
@@ -7,6 +6,7 @@ from aiosmtpd.controller import Controller
 
 from emails import services, smtp
 from emails.models import ApiKey
+from tests.tools import free_port
 
 KEY = "a-key-of-the-tests-0123456789abcdef"
 
@@ -69,17 +69,12 @@ class Mailbox:
         return self.reply or "421 gone"
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
-
-
 @pytest.fixture(autouse=True)
 def real_smtp(settings):
     """Django's test set-up replaces the backend by one that only remembers."""
     settings.EMAIL_BACKEND = "emails.backend.EmailBackend"
     yield
-    smtp.forget()
+    smtp.close()
 
 
 @pytest.fixture
@@ -101,16 +96,16 @@ def user(django_user_model):
 
 @pytest.fixture
 def api_key(user):
-    return ApiKey.objects.create(owner=user, name="tests", digest=ApiKey.hash(KEY))
+    return ApiKey.objects.create(owner=user, name="tests", digest=services.hash_key(KEY))
 
 
 @pytest.fixture
 def accept(user):
     """Accepts an email with the given differences from a good one."""
 
-    def accept(**fields):
+    def accept(owner=user, key=None, **fields):
         good = {"subject": "Hello", "text": "Body", "recipients": ["bob@example.org"]}
-        return services.accept(user, **good | fields)
+        return services.accept(owner, services.Message(**good | fields), key)
 
     return accept
 

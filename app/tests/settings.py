@@ -7,7 +7,7 @@ os.environ.update(
     SECRET_KEY="only-for-tests",
     ALLOWED_HOSTS="testserver,localhost",
     HTTPS_ONLY="false",
-    DATABASE_URL=os.environ.get("TEST_DATABASE_URL", "sqlite://:memory:"),
+    DATABASE_URL=os.environ["TEST_DATABASE_URL"],
     BROKER_URL="amqp://guest:guest@127.0.0.1:1//",  # nobody listens there
     EMAIL_URL="smtp://127.0.0.1:1",
     EMAIL_TIMEOUT="2",
@@ -20,6 +20,7 @@ for name in (
     *("STATIC_ROOT", "TASK_TIME_LIMIT", "RETENTION_DAYS", "RELAY_POLL_SECONDS", "RELAY_THREADS"),
     *("DELIVERY_BACKEND", "UNCERTAIN_POLICY", "RETRY_SECONDS", "DEADLINE_SECONDS", "LOG_FORMAT"),
     *("MAX_EMAIL_BYTES", "RECIPIENTS_PER_HOUR", "METRICS_TOKEN", "PREPARED_STATEMENTS"),
+    *("MAX_ATTACHMENTS", "MAX_BATCH", "SMTP_CONNECTIONS", "DOMAIN_LIMITS"),
 ):
     os.environ.pop(name, None)
 

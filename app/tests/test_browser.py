@@ -5,7 +5,9 @@ import pytest
 from django.db import connection
 from playwright.sync_api import expect, sync_playwright
 
-from emails.models import Delivery, State
+from emails.models import Delivery
+from emails.states import State
+from tests.tools import claim, end
 
 ARGUMENTS = [
     "--headless",
@@ -60,8 +62,8 @@ def send(page, subject: str) -> None:
 
 def fail_first(answer: str = "no such user") -> None:
     """As a worker does that was refused."""
-    delivery = Delivery.objects.claim(Delivery.objects.order_by("pk").first().pk)
-    delivery.record(State.FAILED, code=550, answer=answer, seconds=0.1)
+    claimed = claim(Delivery.objects.order_by("pk").first())
+    end(claimed, State.FAILED, code=550, answer=answer, seconds=0.1)
     connection.close()
 
 

@@ -8,7 +8,9 @@ from django.db import OperationalError, connection
 from django.test import Client
 from django.utils import timezone
 
-from emails.models import ApiKey, Delivery, Email, State
+from emails import services
+from emails.models import ApiKey, Delivery, Email
+from emails.states import State
 from emails.tasks import deliver
 
 pytestmark = pytest.mark.django_db
@@ -88,7 +90,7 @@ def test_the_list_is_filtered_searched_and_counted(client, accept, user):
     assert numbers("?state=nonsense") == {"0", "1", "2", "3"}
     counts = client.get("/").context["counts"]
     assert counts == {
-        "queued": 0,
+        **dict.fromkeys(("scheduled", "queued", "cancelled", "skipped"), 0),
         "sending": 0,
         "deferred": 0,
         "uncertain": 1,
@@ -109,7 +111,7 @@ def test_an_emails_page_shows_attempts_and_answers_and_sends_again(client, accep
     assert "550" in page
     assert '<span class="state failed">failed</span>' in page
     response = client.post(url, follow=True)
-    assert "Sends 1 once more." in response.content.decode()
+    assert "1 deliveries queued for retry." in response.content.decode()
     assert "Send once more" not in response.content.decode(), "nothing is dead any more"
     assert email.deliveries.get().state == State.QUEUED
 
@@ -123,7 +125,7 @@ def test_an_emails_page_is_private(client, accept, django_user_model):
 
 
 def test_the_form_tells_of_the_limit(client, user, settings):
-    settings.RECIPIENTS_PER_HOUR = 1
+    settings.EMAILS_RECIPIENTS_PER_HOUR = 1
     client.force_login(user)
     assert "limit of recipients" in client.post("/", FORM).content.decode()
 
@@ -187,7 +189,7 @@ def test_the_admin_replays_only_with_its_permission(client, accept, django_user_
     client.post(url, data)
     assert email.deliveries.get().state == State.FAILED
     staff.user_permissions.add(Permission.objects.get(codename="replay_delivery"))
-    assert "Sends 1 once more." in client.post(url, data, follow=True).content.decode()
+    assert "1 deliveries queued for retry." in client.post(url, data, follow=True).content.decode()
     assert email.deliveries.get().state == State.QUEUED
 
 
@@ -200,10 +202,10 @@ def test_the_command_lists_the_dead_and_sends_them_again(accept, capsys):
     assert "failed attempts=0 code=550" in listed
     assert "bob" not in listed
     call_command("replay", str(email.pk), send=True)
-    assert "sends 1 once more" in capsys.readouterr().out
+    assert "1 deliveries queued for retry" in capsys.readouterr().out
     assert [d.state for d in Delivery.objects.order_by("pk")] == [State.QUEUED, State.FAILED]
     call_command("replay", state="uncertain", send=True)
-    assert "sends 0" in capsys.readouterr().out
+    assert "0 deliveries queued" in capsys.readouterr().out
     with pytest.raises(CommandError, match="ID: expected"):
         call_command("replay", "nonsense")
 
@@ -213,5 +215,5 @@ def test_the_admin_makes_a_key_and_shows_it_once(admin_client, user):
         "/admin/emails/apikey/add/", {"owner": user.pk, "name": "shop"}, follow=True
     )
     key = str(next(iter(response.context["messages"]))).rpartition(" ")[2]
-    assert ApiKey.authenticate(key) == ApiKey.objects.get(name="shop")
+    assert services.authenticate(key) == ApiKey.objects.get(name="shop")
     assert key not in admin_client.get("/admin/emails/apikey/").content.decode()

@@ -4,7 +4,8 @@ import pytest
 from django.utils import timezone
 
 from emails import tasks
-from emails.models import Delivery, Email, State
+from emails.models import Delivery, Email
+from emails.states import State
 
 pytestmark = pytest.mark.django_db
 

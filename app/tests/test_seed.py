@@ -1,19 +1,24 @@
 """send_email, and Django's own mail functions, for code that knows nothing of the tables."""
 
+import json
 import os
+import secrets
 import subprocess
 import sys
 from email.mime.image import MIMEImage
+from urllib.parse import urlsplit
 
+import psycopg
 import pytest
 from django.conf import settings
 from django.core.exceptions import ValidationError
 from django.core.mail import EmailMessage, EmailMultiAlternatives, get_connection, send_mail
 from django.db import transaction
 
-from emails import smtp
-from emails.models import Delivery, Email
+from emails import messages
+from emails.models import Email
 from emails.tasks import deliver, send_email
+from tests.tools import claim, database_url
 
 pytestmark = pytest.mark.django_db
 
@@ -89,11 +94,12 @@ def test_what_a_message_has_reaches_the_recipient():
 
     email = Email.objects.get()
     bcc = email.deliveries.get(recipient="dan@example.org")
-    built = smtp.build(Delivery.objects.claim(bcc.pk)).message()
+    claimed = claim(bcc)
+    built = messages.build(claimed).message()
     assert (built["To"], built["Cc"], built["Bcc"]) == ("bob@example.org", "carl@example.org", None)
     assert built["Reply-To"] == "help@example.org"
     assert built["List-Unsubscribe"] == "<https://example.org/x>"
-    assert built["Message-ID"] == bcc.message_id
+    assert built["Message-ID"] == claimed.message_id == f"<{email.pk}.{bcc.pk}@example.org>"
     parts = {part.get_content_type(): part for part in built.walk()}
     assert parts["text/csv"].get_payload(decode=True) == b"a;b"
     assert parts["text/csv"].get_filename() == "report.csv"
@@ -115,9 +121,10 @@ def test_what_can_not_be_stored_is_an_error_unless_it_may_fail():
 
 
 PROJECT = """
+import json, os
 SECRET_KEY = "x"
 USE_TZ = True
-DATABASES = {"default": {"ENGINE": "django.db.backends.sqlite3", "NAME": "own.sqlite3"}}
+DATABASES = {"default": {"ENGINE": "django.db.backends.postgresql", **json.loads(os.environ["DB"])}}
 INSTALLED_APPS = ["django.contrib.auth", "django.contrib.contenttypes", "emails"]
 EMAIL_BACKEND = "emails.backend.EmailBackend"
 """
@@ -125,16 +132,24 @@ USE = """
 import django; django.setup()
 from django.core.mail import send_mail
 from django.core.management import call_command
+from emails import deliveries
 from emails.models import Delivery, Email
 from emails.tasks import deliver
 call_command("migrate", verbosity=0)
 send_mail("Hello", "Body", "shop@example.net", ["bob@example.org"])
 assert Email.objects.get().subject == "Hello"
-assert len(Delivery.objects.lease(9)) == 1
+assert len(deliveries.lease(9).deliveries) == 1
 """
 
 
 def test_a_project_needs_two_lines_of_settings(tmp_path):
+    url = urlsplit(database_url())
+    database = {
+        "NAME": f"own_{secrets.token_hex(4)}",
+        **{"USER": url.username, "PASSWORD": url.password, "HOST": url.hostname, "PORT": url.port},
+    }
+    with psycopg.connect(os.environ["TEST_DATABASE_URL"], autocommit=True) as server:
+        server.execute(f"CREATE DATABASE {database['NAME']}")
     (tmp_path / "own_settings.py").write_text(PROJECT)
     done = subprocess.run(
         [sys.executable, "-c", USE],
@@ -143,6 +158,7 @@ def test_a_project_needs_two_lines_of_settings(tmp_path):
             "PATH": os.environ["PATH"],
             "PYTHONPATH": f"{tmp_path}:{settings.BASE_DIR}",
             "DJANGO_SETTINGS_MODULE": "own_settings",
+            "DB": json.dumps(database),
         },
         capture_output=True,
         text=True,

@@ -7,9 +7,11 @@ import pytest
 from celery.app.defaults import NAMESPACES, flatten
 from django.conf import settings
 
+from emails.queues import DEAD_LETTERS
 from mailroom.celery import app
 from mailroom.tls import VerifiedTLS
 
+DATABASE_URL = "postgresql://u:p@h/n"
 SHOW = (
     "import json; from mailroom import settings as s;"
     "print(json.dumps({n: getattr(s, n) for n in dir(s) if n.isupper()}, default=str))"
@@ -21,7 +23,7 @@ def load(**variables) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-c", SHOW],
         cwd=settings.BASE_DIR,
-        env={"PATH": os.environ["PATH"]} | variables,
+        env={"PATH": os.environ["PATH"], "DATABASE_URL": DATABASE_URL} | variables,
         capture_output=True,
         text=True,
         check=False,
@@ -39,7 +41,9 @@ def values(**variables) -> dict:
         ("DEBUG", "flase"),
         ("HTTPS_ONLY", "2"),
         ("PREPARED_STATEMENTS", "maybe"),
+        ("DATABASE_URL", ""),
         ("DATABASE_URL", "mysql://user:password@host/name"),
+        ("DATABASE_URL", "sqlite:////var/lib/db.sqlite3"),
         ("DATABASE_URL", "postgres://user:password@host:port/name"),
         ("BROKER_URL", "redis://:password@host"),
         ("BROKER_URL", "amqp://user:password@host:99999/"),
@@ -60,6 +64,13 @@ def values(**variables) -> dict:
         ("RECIPIENTS_PER_HOUR", "-1"),
         ("LOG_FORMAT", "xml"),
         ("LOG_LEVEL", "LOUD"),
+        ("MAX_ATTACHMENTS", "-1"),
+        ("MAX_BATCH", "0"),
+        ("SMTP_CONNECTIONS", "-1"),
+        ("DOMAIN_LIMITS", "example.org"),
+        ("DOMAIN_LIMITS", '{"example.org": {"concurrent": 0}}'),
+        ("DOMAIN_LIMITS", '{"Example.org": {"concurrent": 1}}'),
+        ("DOMAIN_LIMITS", '{"example.org": {"per_hour": 5}}'),
     ],
 )
 def test_a_wrong_variable_is_named_and_its_value_kept_secret(name, value):
@@ -87,6 +98,7 @@ def test_deployment_checks_pass():
         [sys.executable, "manage.py", "check", "--deploy", "--fail-level", "WARNING"],
         cwd=settings.BASE_DIR,
         env={"PATH": os.environ["PATH"], "ALLOWED_HOSTS": "example.org"}
+        | {"DATABASE_URL": os.environ["TEST_DATABASE_URL"]}
         | {"SECRET_KEY": "0123456789abcdefghijklmnopqrstuvwxyz-0123456789-ABCDEF"},
         capture_output=True,
         text=True,
@@ -96,9 +108,6 @@ def test_deployment_checks_pass():
 
 
 def test_databases_by_url():
-    sqlite = values(DATABASE_URL="sqlite:////var/lib/x/db.sqlite3")["DATABASES"]["default"]
-    assert sqlite["NAME"] == "/var/lib/x/db.sqlite3"
-    assert sqlite["OPTIONS"]["transaction_mode"] == "IMMEDIATE"
     postgresql = values(DATABASE_URL="postgresql://u:p%40ss@h:5433/n?sslmode=verify-full")
     postgresql = postgresql["DATABASES"]["default"]
     assert postgresql["ENGINE"] == "django.db.backends.postgresql"
@@ -141,17 +150,16 @@ def test_celery_knows_every_setting_of_its_namespace():
 
 def test_queues_carry_their_type_and_nothing_else():
     app.loader.import_default_modules()
-    queues = app.amqp.queues
-    assert set(queues) == {"mail.v1", "mail.dead.v1", "maintenance.v1"}
-    for queue in queues.values():
+    assert set(app.amqp.queues) == {"mail.v1", "maintenance.v1"}
+    for queue in (*app.amqp.queues.values(), DEAD_LETTERS):
         assert queue.queue_arguments == {"x-queue-type": "quorum"}
-        assert (queue.exchange.name, queue.exchange.type) == ("mailroom", "topic")
+        assert (queue.exchange.name, queue.exchange.type) == ("emails", "topic")
         assert queue.routing_key == queue.name
-    assert set(app.conf.task_routes) == {name for name in app.tasks if name.startswith("emails.")}
+    assert app.conf.task_default_queue == "mail.v1"
 
 
 def test_the_lease_outlives_the_task():
-    assert settings.SENDING_LEASE_SECONDS > settings.CELERY_TASK_TIME_LIMIT
+    assert settings.EMAILS_SENDING_LEASE_SECONDS > settings.CELERY_TASK_TIME_LIMIT
     assert settings.CELERY_TASK_SOFT_TIME_LIMIT < settings.CELERY_TASK_TIME_LIMIT
 
 

@@ -9,7 +9,6 @@ import socketserver
 import subprocess
 import sys
 import threading
-import time
 from contextlib import contextmanager, suppress
 from email import message_from_bytes
 from pathlib import Path
@@ -22,10 +21,12 @@ import pytest
 from django.conf import settings
 from kombu import Connection
 
-from mailroom.celery import app
-from tests.conftest import KEY, free_port
+from emails.queues import CONSUMED, DEAD_LETTERS
+from tests.conftest import KEY
+from tests.tools import eventually, free_port
 
 BROKER_URL = os.environ.get("TEST_BROKER_URL", "")
+QUEUES = (*CONSUMED, DEAD_LETTERS)
 NOBODY = "amqp://guest:guest@127.0.0.1:1//"
 BIN = Path(sys.executable).parent
 EMAIL = {"subject": "Through it all", "text": "Body", "to": ["bob@example.org"]}
@@ -34,16 +35,6 @@ pytestmark = [
     pytest.mark.broker,
     pytest.mark.skipif(not BROKER_URL, reason="TEST_BROKER_URL names no broker"),
 ]
-
-
-def eventually(check, timeout: float = 30):
-    """The first true answer of `check`; fails when there is none within `timeout` seconds."""
-    deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline:
-        if answer := check():
-            return answer
-        time.sleep(0.1)
-    raise AssertionError(f"not within {timeout} seconds: {check.__name__}")
 
 
 class System:
@@ -212,11 +203,8 @@ def kill(process: subprocess.Popen) -> None:
 
 @pytest.fixture
 def database_url(tmp_path):
-    """An empty database: a file, or one on the server that TEST_DATABASE_URL names."""
-    server = os.environ.get("TEST_DATABASE_URL")
-    if not server:
-        yield f"sqlite:///{tmp_path / 'db.sqlite3'}"
-        return
+    """An empty database."""
+    server = os.environ["TEST_DATABASE_URL"]
     name = f"system_{secrets.token_hex(4)}"
     with psycopg.connect(server, autocommit=True) as connection:
         connection.execute(f"CREATE DATABASE {name}")
@@ -228,7 +216,7 @@ def database_url(tmp_path):
 def system(tmp_path, mailbox, settings, database_url):
     system = System(tmp_path, settings.EMAIL_PORT, database_url)
     with Connection(BROKER_URL) as connection:  # row ids of another test's database mean nothing
-        for queue in app.amqp.queues.values():
+        for queue in QUEUES:
             bound = queue.bind(connection.default_channel)
             bound.declare()
             bound.purge()
@@ -248,7 +236,7 @@ def test_an_email_posted_is_delivered(system, mailbox):
 def test_an_email_accepted_without_a_broker_is_delivered_when_there_is_one(system, mailbox):
     with system.relay(BROKER_URL=NOBODY) as relay:
         email_id = system.post()
-        eventually(lambda: "doesn't answer" in relay.log.read_text())
+        eventually(lambda: "is unavailable" in relay.log.read_text())
         assert relay.poll() is None
         assert system.recipient(email_id)["state"] == "queued"
     with system.relay(), system.worker():
@@ -267,7 +255,7 @@ def test_a_broker_that_falls_silent_stops_the_relay_for_seconds_only(system, mai
         system.wait_for(system.post(), "sent")
         wire.cut = True
         email_id = system.post()
-        eventually(lambda: "doesn't answer" in relay.log.read_text(), timeout=15)
+        eventually(lambda: "is unavailable" in relay.log.read_text(), timeout=15)
         assert system.recipient(email_id)["state"] == "queued"
         wire.cut = False
         # Half of the lease: it was given back.
@@ -375,7 +363,7 @@ def test_a_worker_tells_systemd_that_it_is_ready_and_lives(system, tmp_path):
             for _ in range(8):  # longer than a standing loop would be forgiven
                 assert systemd.recv(99) in (b"WATCHDOG=1", b"READY=1")
             wire.cut = False
-            eventually(lambda: systemd.recv(99) == b"READY=1", timeout=60)
+            eventually(lambda: systemd.recv(99) == b"READY=1", seconds=60)
             worker.send_signal(signal.SIGTERM)
             eventually(lambda: systemd.recv(99) == b"STOPPING=1")
 
@@ -394,12 +382,12 @@ def test_task_messages_and_logs_hold_no_address_and_no_text(system, mailbox):
 
 def test_a_worker_declares_every_queue_and_takes_the_purge(system):
     with Connection(BROKER_URL) as connection:
-        for queue in app.amqp.queues.values():
+        for queue in QUEUES:
             queue.bind(connection.default_channel).delete()
     with system.worker() as worker:
-        for name in ("mail.dead.v1", "maintenance.v1"):
+        for queue in (DEAD_LETTERS, *CONSUMED[1:]):
             with Connection(BROKER_URL) as connection:
-                app.amqp.queues[name].bind(connection.default_channel).queue_declare(passive=True)
+                queue.bind(connection.default_channel).queue_declare(passive=True)
         # Celery binds each queue for delayed messages, and only warns where there is none.
         assert "Failed to bind" not in worker.log.read_text()
         system.manage("shell", "-v0", "-c", "from emails.tasks import purge; purge.delay()")

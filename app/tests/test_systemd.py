@@ -2,10 +2,10 @@ import time
 from types import SimpleNamespace
 from unittest.mock import Mock
 
-import mailroom.celery as worker
+from emails import worker
 
 
-def test_a_worker_is_fed_unless_its_loop_stands_still(monkeypatch):
+def test_watchdog_pings_stop_when_the_loop_is_stuck(monkeypatch):
     told = []
     monkeypatch.setattr(worker.systemd, "notify", told.append)
     monkeypatch.setattr(worker.Systemd, "PERIOD", 0.05)

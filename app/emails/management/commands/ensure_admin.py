@@ -6,6 +6,7 @@ from django.core.management.base import BaseCommand, CommandError
 from django.db import transaction
 
 from emails.models import ApiKey
+from emails.services import hash_key
 
 REQUIRED = {"username", "password"}
 OPTIONAL = {"email", "api_key"}
@@ -70,7 +71,7 @@ class Command(BaseCommand):
         return bool(changed)
 
     def ensure_key(self, user, key: str) -> bool:
-        digest = ApiKey.hash(key)
+        digest = hash_key(key)
         if ApiKey.objects.filter(digest=digest).exclude(owner=user, name=KEY_NAME).exists():
             raise CommandError("api_key: already in use under another name")
         found = ApiKey.objects.filter(owner=user, name=KEY_NAME).first()

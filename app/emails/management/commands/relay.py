@@ -1,6 +1,7 @@
 import signal
+from typing import Any
 
-from django.core.management.base import BaseCommand, CommandError
+from django.core.management.base import BaseCommand, CommandError, CommandParser
 
 from emails.relay import Publisher, Relay
 
@@ -8,10 +9,10 @@ from emails.relay import Publisher, Relay
 class Command(BaseCommand):
     help = "Publishes due deliveries to the broker until it is stopped (SIGTERM or SIGINT)."
 
-    def add_arguments(self, parser) -> None:
+    def add_arguments(self, parser: CommandParser) -> None:
         parser.add_argument("--once", action="store_true", help="publish what is due now and exit")
 
-    def handle(self, *, once: bool, **_) -> None:
+    def handle(self, *, once: bool, **_: Any) -> None:
         if once:
             publisher = Publisher()
             try:

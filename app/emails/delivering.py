@@ -1,0 +1,149 @@
+"""What a worker does with a message of the queue: claim, send, record."""
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from django.db import DatabaseError, InterfaceError, connection
+
+from emails import context, deliveries, messages, slots, smtp
+from emails.conf import conf
+from emails.deliveries import Claimed, Ended
+from emails.states import State
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# Seconds between tries to reach a database that is being restarted.
+DATABASE_PAUSES = (0.2, 0.5, 1, 2, 3, 5, 5, 5, 5)
+# The emails that are claimed at a time are sent within about so many seconds, so that few become
+# uncertain when a worker dies. A fast server gets many at a time, a slow one a single email.
+CHUNK_SECONDS = 0.1
+LARGEST_CHUNK = 10
+
+
+def retry_while_database_down(act: Callable[[], T]) -> T:
+    """Does it, and retries while the database is away: half a minute at most."""
+    for pause in DATABASE_PAUSES:
+        try:
+            return act()
+        except (DatabaseError, InterfaceError) as error:
+            if connection.in_atomic_block:
+                raise
+            logger.warning("the database is unavailable: %s", type(error).__name__)
+            connection.close()
+            time.sleep(pause)
+    return act()
+
+
+class Sender:
+    """Sends the deliveries of one message, a few at a time.
+
+    Attempts that ended are recorded together, in the statement that begins the next ones: one
+    durable commit for several emails of a fast server, and for each email of a slow one.
+    """
+
+    # Seconds that the last email of this process took: how many to claim next.
+    pace = float("inf")
+
+    def __init__(self) -> None:
+        self.ended: list[Ended] = []
+        self.begun: set[int] = set()
+
+    def send(self, ids: Sequence[int]) -> None:
+        """Sends what is queued of these. What there is no time for goes back to the relay."""
+        end = time.monotonic() + conf.SENDING_LEASE_SECONDS / 5
+        rest = deque(ids)
+        first = True
+        while rest and (first or time.monotonic() < end):
+            chunk = [rest.popleft() for _ in range(min(self.chunk_size(), len(rest)))]
+            claimed = retry_while_database_down(lambda ids=chunk: deliveries.claim(ids))  # type: ignore[misc]
+            if len(claimed) < len(chunk):
+                logger.info("%s deliveries are not queued, skipped", len(chunk) - len(claimed))
+            while claimed and (first or time.monotonic() < end):
+                self.attempt(claimed)
+                claimed.pop(0)
+                first = False
+            if claimed:
+                retry_while_database_down(lambda left=claimed: deliveries.unclaim(left))  # type: ignore[misc]
+                rest.extend(each.id for each in claimed)
+        self.flush()
+        if rest:
+            retry_while_database_down(lambda: deliveries.requeue(list(rest)))
+            logger.info("%s deliveries requeued, the mail server is slow", len(rest))
+
+    @classmethod
+    def chunk_size(cls) -> int:
+        # A held delivery waits for a person, so only what was sent may become uncertain.
+        if conf.UNCERTAIN_POLICY == "hold" or cls.pace <= 0:
+            return 1
+        return max(1, min(int(CHUNK_SECONDS / cls.pace), LARGEST_CHUNK))
+
+    def attempt(self, claimed: Sequence[Claimed]) -> None:
+        """Sends the first of these; the others are those that come next."""
+        delivery, started = claimed[0], time.monotonic()
+        ids = {"request_id": delivery.request_id, "email_id": delivery.email_id}
+        with context.bind(**ids, delivery_id=delivery.id):
+            try:
+                result = self.result(claimed)
+            except smtp.LeaseLost:
+                logger.warning("attempt %s stopped: the lease was lost", delivery.number)
+                return
+            seconds = time.monotonic() - started
+            type(self).pace = seconds if result.state == State.SENT else float("inf")
+            left = delivery.seconds_left - seconds
+            step = deliveries.following(result.state, attempts=delivery.number, seconds_left=left)
+            ended = (delivery.number, step, result.code, result.answer, seconds)
+            self.ended.append(Ended(delivery.id, *ended, suppress=result.no_such_recipient))
+            logger.log(
+                logging.INFO if step.state == State.SENT else logging.WARNING,
+                "%s after attempt %s, SMTP code %s",
+                step.state,
+                delivery.number,
+                result.code,
+            )
+            if self.chunk_size() == 1:
+                self.flush()
+
+    def result(self, claimed: Sequence[Claimed]) -> smtp.Result:
+        delivery = claimed[0]
+        try:
+            message = messages.build(delivery)
+            content = messages.as_bytes(message)
+        except (DatabaseError, InterfaceError) as error:
+            return smtp.Result(State.DEFERRED, None, type(error).__name__)
+        except Exception as error:  # this can't become a message, whatever the server is
+            return smtp.Result(State.FAILED, None, f"{type(error).__name__}: {error}")
+        envelope = smtp.Envelope(delivery.sender, delivery.recipient, content, message)
+        return smtp.send(envelope, begin=lambda: self.begin(claimed))
+
+    def begin(self, claimed: Sequence[Claimed]) -> bool:
+        """Notes that the server may get the first of these, and soon those after it."""
+        if claimed[0].id not in self.begun:
+            following = claimed[: self.chunk_size()]
+            _, begun = deliveries.record(self.ended, following)
+            self.ended, self.begun = [], begun
+        return claimed[0].id in self.begun
+
+    def flush(self) -> None:
+        """Records the attempts that ended."""
+        if not self.ended:
+            return
+        done, _ = retry_while_database_down(lambda: deliveries.record(self.ended))
+        for each in self.ended:
+            if each.id not in done:
+                logger.warning("delivery %s: outcome not recorded, the lease was lost", each.id)
+        self.ended = []
+
+
+def deliver(ids: Sequence[int]) -> None:
+    """Sends the deliveries of a message. Without a free SMTP connection they go back."""
+    with slots.smtp_slot(patience=conf.SENDING_LEASE_SECONDS / 5) as free:
+        if free:
+            Sender().send(ids)
+            return
+    retry_while_database_down(lambda: deliveries.requeue(ids))
+    logger.info("%s deliveries requeued, no SMTP connection is free", len(ids))

@@ -1,0 +1,77 @@
+"""The message of a delivery, by Django's own classes."""
+
+import email.policy
+from email.encoders import encode_base64
+from email.message import Message
+from email.mime.base import MIMEBase
+from email.utils import format_datetime
+from typing import Any
+
+import django
+from django.core.mail import EmailMultiAlternatives
+
+from emails.deliveries import Claimed
+from emails.models import Attachment, Delivery
+
+
+def build(delivery: Claimed) -> EmailMultiAlternatives:
+    to, cc = [delivery.recipient], []
+    if delivery.show_recipients:
+        named = list(
+            Delivery.objects.filter(email=delivery.email_id).values_list("recipient", "kind")
+        )
+        to = [recipient for recipient, kind in named if kind == Delivery.Kind.TO]
+        cc = [recipient for recipient, kind in named if kind == Delivery.Kind.CC]
+    message = EmailMultiAlternatives(
+        subject=delivery.subject,
+        body=delivery.text,
+        from_email=delivery.sender,
+        to=to,
+        cc=cc,
+        reply_to=delivery.reply_to,
+        headers={
+            **delivery.headers,
+            "Message-ID": delivery.message_id,
+            "Date": format_datetime(delivery.created_at),
+        },
+    )
+    if delivery.html and delivery.text:
+        message.attach_alternative(delivery.html, "text/html")
+    elif delivery.html:
+        message.body, message.content_subtype = delivery.html, "html"
+    if delivery.has_attachments:
+        for attachment in Attachment.objects.filter(email=delivery.email_id):
+            attach(message, attachment)
+    # The envelope has one recipient, whatever the header shows.
+    message.recipients = lambda: [delivery.recipient]  # type: ignore[method-assign]
+    return message
+
+
+def attach(message: EmailMultiAlternatives, attachment: Attachment) -> None:
+    content = bytes(attachment.content)
+    if not attachment.content_id:
+        message.attach(attachment.filename, content, attachment.content_type)
+        return
+    part: Any
+    if django.VERSION >= (6, 0):
+        part = email.message.MIMEPart()
+        maintype, subtype = attachment.content_type.split("/")
+        part.set_content(content, maintype, subtype, cte="base64")
+    else:
+        part = MIMEBase(*attachment.content_type.split("/"))
+        part.set_payload(content)
+        encode_base64(part)
+    part["Content-ID"] = attachment.content_id
+    part.add_header("Content-Disposition", "inline", filename=attachment.filename)
+    message.attach(part)
+
+
+def as_bytes(message: EmailMultiAlternatives) -> bytes:
+    """The message with the line ends of SMTP."""
+    made: Any
+    if django.VERSION >= (6, 0):
+        made = message.message(policy=email.policy.SMTP)  # type: ignore[call-arg]
+        return bytes(made.as_bytes())
+    made = message.message()
+    assert isinstance(made, Message)  # noqa: S101 - for the type checker
+    return bytes(made.as_bytes(linesep="\r\n"))  # type: ignore[call-arg]

@@ -1,0 +1,52 @@
+"""What follows an attempt to send. Nothing here knows the database or the mail server."""
+
+from dataclasses import dataclass
+
+from emails.states import FailedBy, State
+
+LONGEST_RETRY_SECONDS = 3600.0
+LARGEST_EXPONENT = 16
+
+
+@dataclass(frozen=True)
+class Step:
+    """The state after an attempt, and the seconds until the next one; None: there is none."""
+
+    state: State
+    wait: float | None
+    failed_by: str = ""
+
+
+def longest_wait(attempts: int, retry_seconds: float) -> float:
+    """The longest wait in seconds after so many attempts: it doubles each time, up to an hour."""
+    doubled = retry_seconds * 2.0 ** min(max(attempts, 1) - 1, LARGEST_EXPONENT)
+    return min(doubled, LONGEST_RETRY_SECONDS)
+
+
+def next_step(
+    result: State,
+    *,
+    attempts: int,
+    seconds_left: float,
+    policy: str,
+    retry_seconds: float,
+    jitter: float,
+) -> Step:
+    """What follows the result of an attempt: sent, failed, deferred or uncertain.
+
+    `seconds_left` are those until the deadline, `jitter` is a random number from 0 to 1. The wait
+    is in the second half of its range: one in the first half would spend the short waits while the
+    server is still down, and long ones follow.
+    """
+    if result == State.SENT:
+        return Step(State.SENT, None)
+    if result == State.FAILED:
+        return Step(State.FAILED, None, FailedBy.SERVER)
+    wait = longest_wait(attempts, retry_seconds) * (0.5 + jitter / 2)
+    if result == State.DEFERRED:
+        if wait > seconds_left:
+            return Step(State.FAILED, None, FailedBy.DEADLINE)
+        return Step(State.DEFERRED, wait)
+    if policy == "hold" or wait > seconds_left:
+        return Step(State.UNCERTAIN, None)
+    return Step(State.UNCERTAIN, wait)

@@ -1,0 +1,66 @@
+"""Runs the named statements of emails/sql/ on PostgreSQL.
+
+The server plans each statement once per connection and keeps the plan (psycopg prepares it), which
+halves what an email costs. The lookups are by key, so that a kept plan is right for every value.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import resources
+from typing import Any, Self
+
+import psycopg
+from django.db import NotSupportedError, connection
+
+Row = tuple[Any, ...]
+
+
+def load(filename: str) -> dict[str, str]:
+    """The statements of a file of emails/sql/, by the names in its `-- name:` lines."""
+    text = (resources.files("emails") / "sql" / filename).read_text()
+    _, *parts = re.split(r"^-- name: (\w+)\n", text, flags=re.MULTILINE)
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+@contextmanager
+def execute(statement: str, values: Any = None, *, prepare: bool | None = None) -> Iterator[Any]:
+    """Runs the statement; gives the cursor. `prepare=False`: planned anew for each execution."""
+    try:
+        cursor = _run(statement, values, prepare)
+    except NotSupportedError:
+        # A migration has changed a column's type since the statement was planned. Nothing was done.
+        if connection.in_atomic_block:
+            raise
+        connection.close()
+        cursor = _run(statement, values, prepare)
+    with cursor:
+        yield cursor
+
+
+def fetch(statement: str, values: Any = None, *, prepare: bool | None = None) -> list[Row]:
+    """Runs the statement; gives all its rows."""
+    with execute(statement, values, prepare=prepare) as cursor:
+        rows: list[Row] = cursor.fetchall()
+        return rows
+
+
+class _Cursor(psycopg.Cursor[Row]):
+    """Sends the values apart from the statement.
+
+    Django's own cursor puts them into the text, so the server would see another statement each
+    time.
+    """
+
+    prepare: bool | None = None
+
+    def execute(self, query: Any, params: Any = None, **_: Any) -> Self:
+        return super().execute(query, params, prepare=self.prepare)
+
+
+def _run(statement: str, values: Any, prepare: bool | None) -> Any:
+    cursor: Any = connection.cursor()
+    cursor.cursor = _Cursor(cursor.connection)  # Django's wrapper around it translates errors
+    cursor.cursor.prepare = prepare
+    cursor.execute(statement, values)
+    return cursor

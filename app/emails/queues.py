@@ -1,0 +1,78 @@
+"""The queues of this app, and Celery's settings for them: `configure(app)` in celery.py."""
+
+from typing import Any
+
+from celery import Celery, signals
+from kombu import Exchange, Queue
+
+MAIL = "mail.v1"
+MAINTENANCE = "maintenance.v1"
+DEAD = "mail.dead.v1"
+# A topic exchange: with a direct one Celery holds delayed messages back in the worker.
+EXCHANGE = Exchange("emails", type="topic")
+
+
+def quorum_queue(name: str) -> Queue:
+    # The type is the only argument, since the arguments of a queue can't be changed. Limits and
+    # dead-lettering are policies of the broker. A queue that must differ gets a new version.
+    return Queue(name, EXCHANGE, routing_key=name, queue_arguments={"x-queue-type": "quorum"})
+
+
+CONSUMED = [quorum_queue(MAIL), quorum_queue(MAINTENANCE)]
+# Workers declare it and nobody consumes it: a person looks at it.
+DEAD_LETTERS = quorum_queue(DEAD)
+
+# The project's own settings win over these.
+DEFAULTS: dict[str, Any] = {
+    "worker_consumer": "emails.worker:Consumer",
+    "worker_detect_quorum_queues": True,
+    "broker_native_delayed_delivery_queue_type": "classic",
+    # Workers outlive any outage of the broker. Publishing ends in bounded time even if the broker
+    # has stopped reading (an alarm of memory or disk), and is not repeated: each try that timed
+    # out may have left a copy.
+    "broker_connection_retry_on_startup": True,
+    "broker_connection_max_retries": None,
+    "broker_connection_timeout": 4,
+    "broker_heartbeat": 30,
+    "broker_pool_limit": 4,
+    "broker_pool_acquire_timeout": 5,
+    "broker_transport_options": {
+        "read_timeout": 5,
+        "write_timeout": 5,
+        "max_retries": 1,
+        "interval_start": 0,
+        "interval_step": 0.2,
+        "interval_max": 0.5,
+    },
+    "task_publish_retry": False,
+    "worker_cancel_long_running_tasks_on_connection_loss": False,
+    # With an exclusive control queue a worker exits when it reconnects before the broker noticed
+    # that the old connection is gone; RabbitMQ 4.3 refuses one that is neither exclusive nor
+    # durable.
+    "control_queue_exclusive": False,
+    "control_queue_durable": True,
+    "event_queue_exclusive": True,
+}
+
+
+def configure(app: Celery) -> None:
+    """Makes a project's Celery application ready for the tasks of this app.
+
+    Call it in celery.py after config_from_object().
+    """
+    app.add_defaults(DEFAULTS)
+    app.on_after_finalize.connect(_add_queues, weak=False)
+    signals.celeryd_init.connect(_prepare_worker, weak=False)
+
+
+def _add_queues(sender: Celery, **_: Any) -> None:
+    for queue in CONSUMED:
+        if queue.name not in sender.amqp.queues:
+            sender.amqp.queues.add(queue)
+
+
+def _prepare_worker(sender: Any, instance: Any, **_: Any) -> None:
+    """Imported late: only workers need the module."""
+    from emails import worker
+
+    worker.prepare(instance.app)

@@ -1,0 +1,63 @@
+"""EMAILS_SMTP_CONNECTIONS: a cap on the SMTP connections of all workers together."""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from django.db import connection
+from django.db.backends.base.base import BaseDatabaseWrapper
+
+from emails import smtp
+from emails.conf import conf
+from emails.queries import load
+
+SQL = load("emails.sql")
+POLL_SECONDS = 0.05
+
+_own = threading.local()
+
+
+@contextmanager
+def smtp_slot(patience: float) -> Iterator[bool]:
+    """Holds one of the connections that are allowed; false if none is free for so many seconds.
+
+    The slot is a lock in an open transaction of a database connection of its own: it is free as
+    soon as the process is gone. The SMTP connection ends with it, or it would not count.
+    """
+    limit = conf.SMTP_CONNECTIONS
+    if not limit:
+        yield True
+        return
+    database = _database()
+    try:
+        database.set_autocommit(False)
+        deadline = time.monotonic() + patience
+        while not (taken := _take(database, limit)) and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
+        try:
+            yield taken
+        finally:
+            smtp.close()
+        database.rollback()
+        database.set_autocommit(True)
+    except BaseException:
+        database.close()
+        raise
+
+
+def _database() -> BaseDatabaseWrapper:
+    if not hasattr(_own, "database"):
+        _own.database = connection.copy()
+    database: BaseDatabaseWrapper = _own.database
+    database.close_if_unusable_or_obsolete()
+    return database
+
+
+def _take(database: BaseDatabaseWrapper, limit: int) -> bool:
+    with database.cursor() as cursor:
+        cursor.execute(SQL["take_slot"], (limit,))
+        taken = cursor.fetchone() is not None
+    if not taken:
+        database.rollback()  # no old snapshot while it waits
+    return taken

@@ -1,0 +1,202 @@
+-- The state machine of deliveries. Each change of state names the state that it starts from, so of
+-- several contenders one wins. Rows are locked in the order of their ids, so there is no deadlock.
+-- The time is the database's: processes whose clocks differ agree on what is due.
+
+-- name: lease
+-- Takes due deliveries for publishing, the oldest first. Several relays take different ones.
+-- `floor` passes over index entries of finished deliveries that vacuum can't remove yet.
+-- An overdue delivery is returned unchanged: its worker is gone, or its deadline passed.
+WITH due AS MATERIALIZED (
+  SELECT id, email_id, state, due_at, expires_at, domain, attempts, data_sent, started_at
+  FROM emails_delivery
+  WHERE state IN ('scheduled', 'queued', 'sending', 'deferred', 'uncertain')
+    AND due_at <= statement_timestamp() AND due_at >= %(floor)s
+    AND domain <> ALL (%(closed_domains)s)
+  ORDER BY due_at, id
+  LIMIT %(most)s
+  FOR NO KEY UPDATE SKIP LOCKED
+), ranked AS (
+  SELECT *, row_number() OVER (PARTITION BY domain ORDER BY due_at, id) AS place
+  FROM due WHERE state <> 'sending' AND expires_at > statement_timestamp()
+), leased AS (
+  UPDATE emails_delivery AS d
+  SET state = 'queued', published_at = statement_timestamp(),
+    due_at = statement_timestamp() + %(lease)s
+  FROM ranked AS r
+  WHERE d.id = r.id
+    AND r.place <= coalesce((%(allowances)s::jsonb ->> r.domain)::int, %(allowance)s)
+  RETURNING d.id
+)
+SELECT due.id, leased.id IS NOT NULL, due.due_at, due.email_id, email.request_id, due.domain,
+  due.state, due.attempts, due.data_sent, due.started_at,
+  extract(epoch FROM statement_timestamp() - due.started_at)::float8,
+  extract(epoch FROM due.expires_at - statement_timestamp())::float8, statement_timestamp()
+FROM due LEFT JOIN leased ON leased.id = due.id JOIN emails_email AS email ON email.id = due.email_id
+ORDER BY due.due_at, due.id
+
+-- name: due_exists
+SELECT EXISTS (
+  SELECT FROM emails_delivery
+  WHERE state IN ('scheduled', 'queued', 'sending', 'deferred', 'uncertain')
+    AND due_at <= statement_timestamp() AND due_at >= %(floor)s
+)
+
+-- name: release
+-- Ends leases whose publication failed, unless a worker has the delivery by now.
+WITH leased AS MATERIALIZED (
+  SELECT id FROM emails_delivery
+  WHERE id = ANY (%(ids)s) AND state = 'queued' AND published_at = %(published_at)s
+  ORDER BY id FOR NO KEY UPDATE
+)
+UPDATE emails_delivery AS d SET due_at = statement_timestamp(), published_at = NULL
+FROM leased WHERE d.id = leased.id
+
+-- name: requeue
+-- Has the relay publish deliveries again, if they still wait for a worker.
+WITH queued AS MATERIALIZED (
+  SELECT id FROM emails_delivery WHERE id = ANY (%(ids)s) AND state = 'queued'
+  ORDER BY id FOR NO KEY UPDATE
+)
+UPDATE emails_delivery AS d SET due_at = statement_timestamp(), published_at = NULL
+FROM queued WHERE d.id = queued.id
+
+-- name: claim
+-- Takes queued deliveries for sending. This commit needn't be on disk at once: nothing is sent
+-- before the next one is, and then both are.
+WITH queued AS MATERIALIZED (
+  SELECT id FROM emails_delivery WHERE id = ANY (%(ids)s) AND state = 'queued'
+  ORDER BY id FOR NO KEY UPDATE
+)
+UPDATE emails_delivery AS d
+SET state = 'sending', attempts = attempts + 1, data_sent = false,
+  started_at = statement_timestamp(), due_at = statement_timestamp() + %(lease)s
+FROM queued, emails_email AS e, set_config('synchronous_commit', 'off', true)
+WHERE d.id = queued.id AND e.id = d.email_id
+RETURNING d.id, d.attempts, d.recipient, d.email_id,
+  extract(epoch FROM d.expires_at - statement_timestamp())::float8, e.sender, e.subject, e.text,
+  e.html, e.reply_to::text, e.headers::text, e.show_recipients, e.created_at, e.request_id,
+  EXISTS (SELECT FROM emails_attachment AS a WHERE a.email_id = e.id)
+
+-- name: unclaim
+-- Gives back claimed deliveries of which nothing was sent.
+UPDATE emails_delivery AS d
+SET state = 'queued', attempts = attempts - 1, data_sent = false, published_at = NULL,
+  due_at = statement_timestamp()
+FROM unnest(%(ids)s::bigint[], %(numbers)s::int[]) AS c (id, number)
+WHERE d.id = c.id AND d.state = 'sending' AND d.attempts = c.number
+
+-- name: record
+-- Ends attempts, logs and counts them; notes for the next ones that the message is about to go.
+-- That an email was sent is recorded even if the lease was lost: it can't be taken back.
+WITH outcome AS (
+  SELECT * FROM unnest(
+    %(ids)s::bigint[], %(numbers)s::int[], %(states)s::text[], %(failed_by)s::text[],
+    %(waits)s::float8[], %(codes)s::smallint[], %(answers)s::text[], %(seconds)s::float8[],
+    %(buckets)s::float8[], %(suppress)s::bool[]
+  ) AS o (id, number, state, failed_by, wait, code, answer, seconds, bucket, suppress)
+), ended AS (
+  UPDATE emails_delivery AS d
+  SET state = o.state, failed_by = o.failed_by, last_smtp_code = o.code,
+    due_at = statement_timestamp() + o.wait * interval '1 second',
+    last_error = CASE o.state WHEN 'sent' THEN '' ELSE o.answer END,
+    sent_at = CASE o.state WHEN 'sent' THEN statement_timestamp() ELSE d.sent_at END,
+    uncertain_attempts = d.uncertain_attempts + (o.state = 'uncertain')::int
+  FROM outcome AS o
+  WHERE d.id = o.id AND (
+    d.state = 'sending' AND d.attempts = o.number OR o.state = 'sent' AND d.state <> 'sent'
+  )
+  RETURNING d.id, d.email_id, d.recipient, d.started_at, o.number, o.state, o.code, o.answer,
+    o.seconds, o.bucket, o.suppress
+), logged AS (
+  INSERT INTO emails_attempt
+    (delivery_id, number, started_at, seconds, outcome, smtp_code, answer)
+  SELECT id, number, coalesce(started_at, statement_timestamp()), seconds, state, code, answer
+  FROM ended ORDER BY id
+), counted AS (
+  INSERT INTO emails_counter (name, bucket, total, seconds)
+  SELECT 'attempts.' || state, bucket, count(*), sum(seconds) FROM ended GROUP BY state, bucket
+), suppressed AS (
+  INSERT INTO emails_suppression (owner_id, address, reason, detail)
+  SELECT e.owner_id, lower(ended.recipient), 'refused', ended.answer
+  FROM ended JOIN emails_email AS e ON e.id = ended.email_id WHERE ended.suppress
+  ON CONFLICT DO NOTHING
+), begun AS (
+  UPDATE emails_delivery AS d SET data_sent = true
+  FROM unnest(%(begin)s::bigint[], %(begin_numbers)s::int[]) AS b (id, number)
+  WHERE d.id = b.id AND d.state = 'sending' AND d.attempts = b.number
+  RETURNING d.id
+)
+SELECT id, true FROM begun UNION ALL SELECT id, false FROM ended
+
+-- name: expire
+-- Gives up deliveries whose deadline passed; the reason of the last attempt stays.
+WITH late AS MATERIALIZED (
+  SELECT id FROM emails_delivery
+  WHERE id = ANY (%(ids)s) AND expires_at <= statement_timestamp()
+    AND state IN ('scheduled', 'queued', 'deferred', 'uncertain')
+  ORDER BY id FOR NO KEY UPDATE
+), ended AS (
+  UPDATE emails_delivery AS d
+  SET due_at = NULL, published_at = NULL,
+    state = CASE d.state WHEN 'uncertain' THEN 'uncertain' ELSE 'failed' END,
+    failed_by = CASE d.state WHEN 'uncertain' THEN '' ELSE 'deadline' END
+  FROM late WHERE d.id = late.id
+  RETURNING d.id
+)
+INSERT INTO emails_counter (name, bucket, total, seconds)
+SELECT 'expired', 0, count(*), 0 FROM ended HAVING count(*) > 0
+
+-- name: replay
+-- Queues failed and held deliveries again, with a new deadline; without `ids` all of them.
+UPDATE emails_delivery
+SET state = 'queued', failed_by = '', due_at = statement_timestamp(), published_at = NULL,
+  expires_at = statement_timestamp() + %(lifetime)s
+WHERE id = ANY (%(ids)s) AND (state = 'failed' OR state = 'uncertain' AND due_at IS NULL)
+
+-- name: cancel
+UPDATE emails_delivery SET state = 'cancelled', due_at = NULL, published_at = NULL
+WHERE id = ANY (%(ids)s) AND state IN ('scheduled', 'queued', 'deferred')
+
+-- name: reset_impossible_due_times
+-- A due time later than any that its state allows was set while the clock was wrong, or the clock
+-- has been set back since.
+UPDATE emails_delivery SET due_at = statement_timestamp(), published_at = NULL
+WHERE state = 'queued' AND due_at > statement_timestamp()
+    + CASE WHEN published_at IS NULL THEN interval '1 second' ELSE %(published_lease)s * 1.1 END
+  OR state = 'sending' AND due_at > statement_timestamp() + %(sending_lease)s * 1.1
+  OR state IN ('deferred', 'uncertain') AND due_at > statement_timestamp()
+    + 1.1 * least(
+        %(first_retry)s * power(2, least(greatest(attempts, 1) - 1, 16)), %(longest_retry)s
+      ) * interval '1 second'
+
+-- name: published_exists
+SELECT EXISTS (
+  SELECT FROM emails_delivery
+  WHERE state = 'queued' AND due_at > statement_timestamp()
+    AND due_at < statement_timestamp() + %(published_lease)s - %(lost_after)s
+)
+
+-- name: requeue_lost
+-- Finds publications that RabbitMQ confirmed and no worker got: nothing waits in the queue, or
+-- what was published a minute later has been sent already. `due_at` of a published delivery is its
+-- publication plus the lease, so the index finds them.
+WITH latest AS (
+  SELECT max(d.published_at) AS published_at
+  FROM (SELECT delivery_id FROM emails_attempt ORDER BY id DESC LIMIT 20) AS a
+    JOIN emails_delivery AS d ON d.id = a.delivery_id
+), lost AS MATERIALIZED (
+  SELECT id FROM emails_delivery
+  WHERE state = 'queued' AND due_at > statement_timestamp()
+    AND due_at < %(published_lease)s + greatest(
+      CASE WHEN %(queue_is_empty)s THEN statement_timestamp() - %(lost_after)s END,
+      (SELECT published_at - %(overtaken_by)s FROM latest)
+    )
+  ORDER BY due_at LIMIT %(most)s FOR NO KEY UPDATE SKIP LOCKED
+), requeued AS (
+  UPDATE emails_delivery AS d SET due_at = statement_timestamp(), published_at = NULL
+  FROM lost WHERE d.id = lost.id RETURNING d.id
+), counted AS (
+  INSERT INTO emails_counter (name, bucket, total, seconds)
+  SELECT 'republished', 0, count(*), 0 FROM requeued HAVING count(*) > 0
+)
+SELECT count(*) FROM requeued

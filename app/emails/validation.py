@@ -1,0 +1,203 @@
+"""The checks of an email before it is stored. Each raises ValidationError with a sentence."""
+
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from email.policy import default as email_policy
+from functools import lru_cache
+from typing import Any
+
+from django.conf import settings
+from django.core.exceptions import ValidationError
+from django.core.validators import validate_email
+from django.utils import timezone
+
+from emails.conf import conf
+from emails.models import Attachment, Email, SendingLimits
+
+# Line separators and other control characters: in a header they start a new one.
+FORBIDDEN_IN_HEADERS = ("Cc", "Zl", "Zp")
+LONGEST_HEADER = 998
+LONGEST_LOCAL_PART = 64
+LONGEST_ADDRESS = 254
+CONTENT_TYPE = re.compile(r"(?!multipart/|message/)[a-z0-9][\w.+-]*/[a-z0-9][\w.+-]*", re.I | re.A)
+HEADER_NAME = re.compile(r"[!-9;-~]{1,76}")
+MAX_HEADERS = 50
+# Headers that are made from the fields, or by the servers on the way.
+OWN_HEADERS = {
+    *("from", "to", "cc", "bcc", "reply-to", "subject", "date", "message-id", "sender"),
+    *("return-path", "received", "content-type", "content-transfer-encoding", "mime-version"),
+    *("content-disposition", "content-id", "dkim-signature", "delivered-to"),
+}
+
+
+@dataclass(frozen=True)
+class File:
+    filename: str
+    content_type: str
+    content: bytes
+    content_id: str = ""
+
+
+def field_length(model: Any, name: str) -> int:
+    length: int = model._meta.get_field(name).max_length
+    return length
+
+
+def check_storable(value: str) -> None:
+    # PostgreSQL has no null character, and half of a surrogate pair has no UTF-8.
+    if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
+        raise ValidationError("must not contain null characters or lone surrogates")
+
+
+def check_body(value: str) -> None:
+    if not value.strip():
+        raise ValidationError("must not be empty")
+    check_storable(value)
+
+
+def check_header(value: str, limit: int = LONGEST_HEADER) -> None:
+    check_storable(value)
+    if len(value) > limit:
+        raise ValidationError(f"must not be longer than {limit} characters")
+    if any(unicodedata.category(character) in FORBIDDEN_IN_HEADERS for character in value):
+        raise ValidationError("must not contain line breaks or control characters")
+
+
+def check_subject(value: str) -> None:
+    check_body(value)
+    check_header(value, field_length(Email, "subject"))
+
+
+def check_address(value: str) -> None:
+    """An address without a name, of a form that mail servers accept."""
+    local, _, domain = value.rpartition("@")
+    if len(local) > LONGEST_LOCAL_PART or len(value) > LONGEST_ADDRESS or '"' in local:
+        raise ValidationError("is not an email address that mail servers accept")
+    validate_email(value)
+    if not domain.isascii():
+        # Characters that IDNA drops or replaces, such as a soft hyphen, name another domain.
+        try:
+            same = domain.encode("idna").decode("idna") == domain.lower()
+        except UnicodeError:
+            same = False
+        if not same:
+            raise ValidationError("has a domain that is written in another way")
+
+
+@lru_cache(maxsize=1024)
+def bare_address(value: str) -> str:
+    """The address in `Name <address>`, or the address itself. Raises ValidationError."""
+    if "<" not in value and not set(' ":;,()') & set(value):
+        check_address(value)
+        return value
+    check_header(value)
+    try:
+        parsed = email_policy.header_factory("From", value)
+        groups = parsed.groups
+    except (ValueError, IndexError, AttributeError, TypeError):  # of Python's parser
+        raise ValidationError("is not one address") from None
+    named = [group for group in groups if group.display_name is not None]
+    if named or len(groups) != 1 or len(groups[0].addresses) != 1 or parsed.defects:
+        raise ValidationError("is not one address")
+    address = groups[0].addresses[0].addr_spec
+    check_address(address)
+    return str(address)
+
+
+def check_sender(value: str, owner: Any, limits: SendingLimits | None) -> None:
+    check_header(value, field_length(Email, "sender"))
+    address = bare_address(value).lower()
+    if owner is None:
+        return
+    own = set(limits.senders.lower().split()) if limits else set()
+    default = bare_address(settings.DEFAULT_FROM_EMAIL).lower()
+    allowed = own or {default, *conf.ALLOWED_SENDERS}
+    if {address, f"@{address.rpartition('@')[2]}"}.isdisjoint(allowed):
+        raise ValidationError("is not an allowed sender")
+
+
+def check_recipients(value: Sequence[str], kinds: Mapping[str, str]) -> None:
+    if not 1 <= len(kinds) <= conf.MAX_RECIPIENTS:
+        raise ValidationError(
+            f"must name between 1 and {conf.MAX_RECIPIENTS} recipients, cc and bcc included"
+        )
+    check_addresses(value)
+
+
+def check_addresses(value: Iterable[str]) -> None:
+    for number, recipient in enumerate(value, start=1):
+        try:
+            check_header(recipient)
+            check_address(recipient)
+        except ValidationError:
+            raise ValidationError(f"recipient {number} is not an email address") from None
+
+
+def check_reply_to(value: Sequence[str]) -> None:
+    if len(value) > conf.MAX_RECIPIENTS:
+        raise ValidationError(f"must not name more than {conf.MAX_RECIPIENTS} addresses")
+    for number, address in enumerate(value, start=1):
+        try:
+            check_header(address)
+            bare_address(address)
+        except ValidationError:
+            raise ValidationError(f"address {number} is not an email address") from None
+
+
+def check_headers(value: Mapping[str, str]) -> None:
+    if len(value) > MAX_HEADERS:
+        raise ValidationError(f"must not hold more than {MAX_HEADERS} headers")
+    seen = set()
+    for name, content in value.items():
+        if not HEADER_NAME.fullmatch(name) or name.lower() in OWN_HEADERS:
+            raise ValidationError(f"must not hold {name[:40]!r}")
+        if name.lower() in seen:
+            raise ValidationError(f"must hold {name!r} once")
+        seen.add(name.lower())
+        check_header(content)
+
+
+def check_attachments(value: Sequence[File], text: str, html: str) -> None:
+    if len(value) > conf.MAX_ATTACHMENTS:
+        raise ValidationError(f"must not be more than {conf.MAX_ATTACHMENTS}")
+    size = sum(len(part.encode(errors="replace")) for part in (text, html))
+    for number, file in enumerate(value, start=1):
+        size += len(file.content)
+        try:
+            check_header(file.filename, field_length(Attachment, "filename"))
+        except ValidationError:
+            raise ValidationError(f"attachment {number} has a bad filename") from None
+        try:
+            check_header(file.content_id, field_length(Attachment, "content_id"))
+        except ValidationError:
+            raise ValidationError(f"attachment {number} has a bad content_id") from None
+        longest = field_length(Attachment, "content_type")
+        if len(file.content_type) > longest or not CONTENT_TYPE.fullmatch(file.content_type):
+            raise ValidationError(f"attachment {number} has a bad content_type")
+    if size > conf.MAX_EMAIL_BYTES:
+        raise ValidationError(
+            f"bodies and attachments must not be larger than {conf.MAX_EMAIL_BYTES} bytes"
+        )
+
+
+def check_time(value: datetime | None, after: datetime | None = None) -> None:
+    """`after`: what the time must not precede; None: now."""
+    if value is None:
+        return
+    if timezone.is_naive(value):
+        raise ValidationError("must have a time zone")
+    now = timezone.now()
+    if not now < value <= now + timedelta(days=conf.RETENTION_DAYS):
+        raise ValidationError(f"must be within the next {conf.RETENTION_DAYS} days")
+    if after is not None and timezone.is_aware(after) and value <= after:
+        raise ValidationError("must be later than send_at")
+
+
+def check_key(value: str | None) -> None:
+    if value is None:
+        return
+    if not 1 <= len(value) <= 255 or not (value.isascii() and value.isprintable()):
+        raise ValidationError("must be 1 to 255 printable ASCII characters")
