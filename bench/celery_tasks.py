@@ -13,7 +13,7 @@ app = Celery("bench", broker=os.environ["BENCH_BROKER_URL"])
 app.conf.update(
     task_queues=[Queue(NAME, Exchange("mailroom", "topic"), NAME, queue_arguments={"x-queue-type": "quorum"})],
     task_default_queue=NAME,
-    task_default_exchange="mailroom",
+    task_default_exchange="emails",
     task_default_exchange_type="topic",
     task_default_routing_key=NAME,
     task_create_missing_queues=False,

@@ -22,6 +22,16 @@ def get(name: str) -> str:
     return _ids.get().get(name, "")
 
 
+def one_line(text: str) -> str:
+    """The text with all that is not printable escaped: it starts no line, colours no terminal."""
+    if text.isprintable():
+        return text
+    return "".join(
+        each if each.isprintable() else each.encode("unicode_escape").decode("ascii")
+        for each in text
+    )
+
+
 class AddIds(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         for name in FIELDS:

@@ -2,7 +2,7 @@ import json
 import logging
 from datetime import UTC, datetime
 
-from emails.context import FIELDS
+from emails.context import FIELDS, one_line
 
 
 def ids(record: logging.LogRecord) -> dict[str, str]:
@@ -15,7 +15,7 @@ class OneLineFormatter(logging.Formatter):
     """One line per record, tracebacks included; names the request and the email it belongs to."""
 
     def format(self, record: logging.LogRecord) -> str:
-        line = super().format(record).replace("\r", "").replace("\n", "\\n")
+        line = one_line(super().format(record))
         return " ".join([line, *(f"{name}={value}" for name, value in ids(record).items())])
 
 
@@ -33,3 +33,11 @@ class JsonFormatter(logging.Formatter):
         if record.exc_info:
             fields["exception"] = self.formatException(record.exc_info)
         return json.dumps(fields)
+
+
+class NoTraceback(logging.Filter):
+    """A request for an unknown host is somebody's probe, not a fault to trace."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.exc_info = record.exc_text = None
+        return True

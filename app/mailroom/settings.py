@@ -294,7 +294,10 @@ LOGGING = {
         },
         "json": {"()": "mailroom.log.JsonFormatter"},
     },
-    "filters": {"ids": {"()": "emails.context.AddIds"}},
+    "filters": {
+        "ids": {"()": "emails.context.AddIds"},
+        "no_traceback": {"()": "mailroom.log.NoTraceback"},
+    },
     "handlers": {
         "stderr": {
             "class": "logging.StreamHandler",
@@ -307,5 +310,6 @@ LOGGING = {
     "loggers": {
         "django": {"handlers": [], "propagate": True},
         "django.server": {"handlers": [], "propagate": True},
+        "django.security.DisallowedHost": {"filters": ["no_traceback"]},
     },
 }

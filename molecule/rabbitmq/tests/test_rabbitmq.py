@@ -40,7 +40,7 @@ def test_app_user_publishes_and_consumes(connect):
     queue.declare()
     producer_channel = connect().channel()
     producer_channel.confirm_select()
-    producer_channel.basic_publish_confirm(amqp.Message("hello"), exchange="mailroom", routing_key="mail.test")
+    producer_channel.basic_publish_confirm(amqp.Message("hello"), exchange="emails", routing_key="mail.test")
     message = queue.get()
     assert message is not None
     assert message.body in ("hello", b"hello")
@@ -95,7 +95,7 @@ def test_mail_queues_are_under_the_policy(api, connect, eventually):
     found = eventually(lambda: api(f"queues/{VHOST}/mail.v0").get("effective_policy_definition"))
     queue.delete()
     assert found["overflow"] == "reject-publish"
-    assert found["delivery-limit"] == 50
+    assert found["delivery-limit"] == 8
 
 
 def test_queues_are_quorum_queues_by_default(api, connect):
@@ -135,7 +135,7 @@ def test_killed_broker_comes_back_with_its_messages(host, connect, published, ev
     queue.declare()
     channel = connect().channel()
     channel.confirm_select()
-    channel.basic_publish_confirm(amqp.Message("kept", delivery_mode=2), exchange="mailroom", routing_key="mail.kept")
+    channel.basic_publish_confirm(amqp.Message("kept", delivery_mode=2), exchange="emails", routing_key="mail.kept")
     # RabbitMQ writes the register of quorum queues twice a second; a queue declared within the last half second before a
     # kill -9 comes back empty (seen on 4.0.5). That is no matter of this role, and a mail's row in the database outlives it.
     time.sleep(2)

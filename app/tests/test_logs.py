@@ -1,0 +1,77 @@
+"""What a client sends can't write a log entry of its own: gunicorn and Django as they run."""
+
+import os
+import re
+import subprocess
+import sys
+from contextlib import suppress
+from http.client import HTTPConnection
+from pathlib import Path
+
+import pytest
+from django.conf import settings
+
+from tests.tools import database_url, eventually, free_port
+
+pytestmark = pytest.mark.django_db(transaction=True)
+
+
+@pytest.fixture
+def web(tmp_path, request):
+    """A function that sends a request to the web server, and one that gives its log's lines."""
+    port, log = free_port(), tmp_path / "log"
+    gunicorn = Path(sys.executable).parent / "gunicorn"
+    options = ("--no-control-socket", "--access-logfile=-", f"--bind=127.0.0.1:{port}")
+    environment = {
+        "PATH": os.environ["PATH"],
+        "SECRET_KEY": "only-for-tests",
+        "HTTPS_ONLY": "false",
+        "ALLOWED_HOSTS": "127.0.0.1",
+        "DATABASE_URL": database_url(),
+    }
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [gunicorn, *options, "mailroom.wsgi:application"],
+            cwd=settings.BASE_DIR,
+            env=environment,
+            stdout=output,
+            stderr=output,
+        )
+
+    def send(path: str, **headers: str) -> int:
+        connection = HTTPConnection("127.0.0.1", port, timeout=10)
+        connection.request("GET", path, headers=headers)
+        return connection.getresponse().status
+
+    def answers() -> bool:
+        with suppress(OSError):
+            return send("/healthz") == 200
+        return False
+
+    try:
+        eventually(answers)
+        yield send, lambda: log.read_text().splitlines()
+    finally:
+        process.terminate()
+        process.wait(timeout=20)
+
+
+def test_a_path_makes_no_log_entry_of_its_own(web):
+    send, lines = web
+    forged = "2026-11-26 00:00:00,000 INFO emails.services: accepted".replace(" ", "%20")
+    for separator in ("%0a", "%0d", "%e2%80%a8", "%c2%85", "%0b", "%1b%5b31m"):
+        assert send(f"/a{separator}{forged}") == 404
+    found = lines()
+    assert [line for line in found if "FORGED" in line or "accepted" in line]
+    assert not [line for line in found if line.startswith("2026-11-26 00:00:00")]
+    assert not [line for line in found if re.search(r"[\x00-\x1f\x7f\x85\u2028]", line)]
+
+
+def test_a_request_for_an_unknown_host_is_one_line(web):
+    send, lines = web
+    before = len(lines())
+    assert send("/", Host="evil.example.com") == 400
+    new = lines()[before:]
+    assert any("evil.example.com" in line for line in new)
+    assert len(new) == 2, "one of Django's, one of gunicorn's"
+    assert "Traceback" not in "".join(new)
