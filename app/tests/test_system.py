@@ -2,6 +2,8 @@
 
 import json
 import os
+import pickle
+import re
 import secrets
 import signal
 import socket
@@ -9,6 +11,8 @@ import socketserver
 import subprocess
 import sys
 import threading
+import time
+import zlib
 from contextlib import contextmanager, suppress
 from email import message_from_bytes
 from pathlib import Path
@@ -19,9 +23,10 @@ from urllib.request import Request, urlopen
 import psycopg
 import pytest
 from django.conf import settings
-from kombu import Connection
+from kombu import Connection, Producer
 
-from emails.queues import CONSUMED, DEAD_LETTERS
+from emails.queues import CONSUMED, DEAD_LETTERS, EXCHANGE
+from mailroom.celery import app
 from tests.conftest import KEY
 from tests.tools import eventually, free_port
 
@@ -255,7 +260,7 @@ def test_a_broker_that_falls_silent_stops_the_relay_for_seconds_only(system, mai
         system.wait_for(system.post(), "sent")
         wire.cut = True
         email_id = system.post()
-        eventually(lambda: "is unavailable" in relay.log.read_text(), timeout=15)
+        eventually(lambda: "is unavailable" in relay.log.read_text(), seconds=15)
         assert system.recipient(email_id)["state"] == "queued"
         wire.cut = False
         # Half of the lease: it was given back.
@@ -392,3 +397,118 @@ def test_a_worker_declares_every_queue_and_takes_the_purge(system):
         assert "Failed to bind" not in worker.log.read_text()
         system.manage("shell", "-v0", "-c", "from emails.tasks import purge; purge.delay()")
         eventually(lambda: "purged 0 emails" in worker.log.read_text())
+
+
+# Messages that no task of ours sent
+
+IDS = {"task": "emails.tasks.deliver", "id": "1", "lang": "py"}
+JSON = {"content_type": "application/json", "content_encoding": "utf-8"}
+TASK_BODY = '[[1], {}, {"callbacks": null, "errbacks": null, "chain": null, "chord": null}]'
+SECRET = "a-body-that-no-log-shows"
+MALFORMED = {
+    "a list": {"body": f'["{SECRET}"]', "headers": IDS, **JSON},
+    "protocol 1": {"body": f'{{"task": "{SECRET}"}}', "headers": IDS, **JSON},
+    "protocol 1 without headers": {"body": f'{{"task": "{SECRET}"}}', "headers": {}, **JSON},
+    "no headers": {"body": TASK_BODY.replace("1", f'"{SECRET}"'), "headers": {}, **JSON},
+    "no ids": {"body": TASK_BODY.replace("1", f'"{SECRET}"'), "headers": IDS, **JSON},
+    "too large an id": {"body": TASK_BODY.replace("1", "9" * 30), "headers": IDS, **JSON},
+    "keywords": {"body": TASK_BODY.replace("{}", f'{{"{SECRET}": 1}}'), "headers": IDS, **JSON},
+    "an unknown task": {"body": TASK_BODY, "headers": IDS | {"task": SECRET}, **JSON},
+    "a number for a name": {"body": TASK_BODY, "headers": IDS | {"task": 7}, **JSON},
+    "garbage": {"body": b"\xff\x00" + SECRET.encode(), "headers": IDS, **JSON},
+    "pickle": {
+        "body": pickle.dumps(([SECRET], {}, {})),
+        "headers": IDS,
+        "content_type": "application/x-python-serialize",
+        "content_encoding": "binary",
+    },
+    "15 MiB": {"body": TASK_BODY.replace("1", f'"{SECRET * 655_360}"'), "headers": IDS, **JSON},
+    "a zlib bomb": {
+        "body": zlib.compress(b"[" * 150 * 1024**2),
+        "headers": IDS | {"compression": "application/x-gzip"},
+        **JSON,
+    },
+    "broken zlib": {"body": b"x", "headers": IDS | {"compression": "application/x-gzip"}, **JSON},
+    "an unknown compression": {"body": b"x", "headers": IDS | {"compression": SECRET}, **JSON},
+    "eta in year 9999": {
+        "body": TASK_BODY,
+        "headers": IDS | {"eta": "9999-12-31T23:59:59"},
+        **JSON,
+    },
+    "no eta": {"body": TASK_BODY, "headers": IDS | {"eta": SECRET}, **JSON},
+}
+
+
+def memory(process: subprocess.Popen) -> int:
+    """The most that the main process ever used, in MiB."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) // 1024
+
+
+def test_malformed_messages_are_dead_lettered_and_stop_no_mail(system, mailbox):
+    """Each at once: other mail waits less than a second, no worker ends, no log has a body."""
+    with system.relay(), system.worker() as worker, Connection(BROKER_URL) as connection:
+        dead = DEAD_LETTERS.bind(connection.default_channel)
+        system.wait_for(system.post(), "sent")
+        pid, used = worker.pid, memory(worker)
+        producer = Producer(connection.default_channel)
+        for number, (name, message) in enumerate(MALFORMED.items(), start=1):
+            mail = dict(exchange=EXCHANGE, routing_key="mail.v1", **message)
+            producer.publish(mail.pop("body"), serializer=None, **mail)
+
+            def arrived(number=number):
+                return dead.queue_declare(passive=True).message_count == number
+
+            began = time.monotonic()
+            email_id = system.post()
+            system.wait_for(email_id, "sent", timeout=5)
+            assert time.monotonic() - began < 2, name
+            try:
+                eventually(arrived, seconds=5)
+            except AssertionError:
+                raise AssertionError(f"not dead-lettered: {name}") from None
+        log = worker.log.read_text()
+        assert worker.poll() is None and worker.pid == pid
+        assert log.count(" ready.") == 1, "it did not restart"
+        assert log.count("was dead-lettered") == len(MALFORMED)
+        assert SECRET not in log and "Traceback" not in log
+        assert memory(worker) - used < 150
+        dead.purge()
+
+
+# What others may ask of a worker
+
+
+def test_a_worker_shows_no_secret_and_takes_no_orders(system):
+    with system.worker("asked") as worker, Connection(BROKER_URL) as connection:
+        inspect = app.control.inspect(timeout=2, connection=connection)
+        answers = json.dumps(inspect.conf(with_defaults=True))
+        assert "task_time_limit" in answers
+        for secret in (urlsplit(BROKER_URL).password, system.env["SECRET_KEY"]):
+            assert secret and secret not in answers
+        for wanted in ("stats", "active_queues", "registered", "reserved", "active"):
+            assert getattr(inspect, wanted)(), wanted
+        for command in ("shutdown", "pool_shrink", "cancel_consumer", "rate_limit", "revoke"):
+            arguments = {"queue": "mail.v1", "n": 1}
+            app.control.broadcast(command, arguments=arguments, connection=connection)
+        time.sleep(2)
+        assert worker.poll() is None
+        queues = inspect.active_queues()
+        assert {queue["name"] for each in queues.values() for queue in each} == {
+            "mail.v1",
+            "maintenance.v1",
+        }
+
+
+def test_a_publication_that_the_broker_lost_is_noticed(system, mailbox):
+    """A queue emptied behind our back: within a minute, and a metric says so."""
+    with system.relay() as relay, Connection(BROKER_URL) as connection:
+        mail = CONSUMED[0].bind(connection.default_channel)
+        email_id = system.post()
+        eventually(lambda: mail.queue_declare(passive=True).message_count == 1)
+        mail.purge()
+        began = time.monotonic()
+        with system.worker():
+            system.wait_for(email_id, "sent", timeout=60)
+        assert time.monotonic() - began < 60
+        assert "1 publications were lost" in relay.log.read_text()
