@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 # Line separators and other control characters: in a header they start a new one.
 FORBIDDEN_IN_HEADERS = ("Cc", "Zl", "Zp")
 CHANNEL = "emails_due"
+# A count goes no further: on a page of 20 it is enough to know that there are more.
+COUNT_LIMIT = 100
 # Seconds in which one word of a process stands for all that it stores. The relay takes twice as
 # long from the word to its look at the table, so it finds them.
 WAKE_SECONDS = 0.01
@@ -164,7 +166,8 @@ def store(email: Email, kinds: dict[str, str], deadline: datetime | None) -> boo
 
 
 def find(owner, *, state: str | None = None, text: str = ""):
-    """The owner's emails that have a delivery in `state` and hold `text` where one would look."""
+    """The owner's emails with a delivery in `state` and with `text` in the subject, a recipient or
+    as the id."""
     found = Email.objects.filter(owner=owner)
     deliveries = Delivery.objects.filter(email=OuterRef("pk"))
     if state:
@@ -185,16 +188,30 @@ def replay(deliveries) -> int:
     return count
 
 
-def count_by_state(owner, hours: int = 24) -> dict[str, int]:
-    """How many of the owner's deliveries of the last hours are in each state."""
-    since = timezone.now() - timedelta(hours=hours)
-    counts = (
-        Delivery.objects.filter(email__owner=owner, email__created_at__gt=since)
+def count_by_state(owner, text: str = "") -> dict[str, int | None]:
+    """How many emails `find` returns for each state; for "" in any state.
+
+    COUNT_LIMIT + 1 means more than COUNT_LIMIT. A state's count is None, as it would take too long,
+    if more than COUNT_LIMIT emails match `text`.
+    """
+
+    # Unordered, so that the database may begin with the rare state or with the owner's emails.
+    def bounded(emails):
+        return emails.order_by()[: COUNT_LIMIT + 1]
+
+    if not text:
+        return {state: bounded(find(owner, state=state)).count() for state in ("", *State.values)}
+    # A search reads all of the owner's emails if few match, so there is one search for all counts.
+    matching = list(bounded(find(owner, text=text)).values_list("pk", flat=True))
+    if len(matching) > COUNT_LIMIT:
+        return {"": len(matching)} | dict.fromkeys(State.values)
+    counts = dict(
+        Delivery.objects.filter(email__in=matching)
         .values_list("state")
-        .annotate(Count("pk"))
+        .annotate(Count("email", distinct=True))
         .order_by()
     )
-    return {state.value: dict(counts).get(state.value, 0) for state in State}
+    return {"": len(matching)} | {state: counts.get(state, 0) for state in State.values}
 
 
 def wake_relay() -> None:
