@@ -1,6 +1,7 @@
 import secrets
 
 from django.contrib import admin, messages
+from django.contrib.admin.utils import model_ngettext
 
 from emails import services
 from emails.models import ApiKey, Attempt, Delivery, Email, SendingLimits, Suppression
@@ -50,11 +51,12 @@ class DeliveryAdmin(ReadOnly, admin.ModelAdmin):
     inlines = (AttemptInline,)
     actions = ("replay",)
 
-    @admin.action(description="Retry failed and held deliveries", permissions=["replay"])
+    @admin.action(description="Send failed and held deliveries again", permissions=["replay"])
     def replay(self, request, queryset) -> None:
-        # Without the list's joins.
+        # An UPDATE can't have the list's order and joins.
         chosen = Delivery.objects.filter(pk__in=list(queryset.values_list("pk", flat=True)))
-        messages.success(request, f"{services.replay(chosen)} deliveries queued for retry.")
+        count = services.replay(chosen)
+        messages.success(request, f"{count} {model_ngettext(Delivery, count)} queued for retry.")
 
     def has_replay_permission(self, request) -> bool:
         return request.user.has_perm("emails.replay_delivery")
@@ -78,7 +80,7 @@ class ApiKeyAdmin(admin.ModelAdmin):
         if not change:
             key = secrets.token_urlsafe(32)
             obj.digest = services.hash_key(key)
-            messages.warning(request, f"The key, shown this once: {key}")
+            messages.warning(request, f"The key, which is shown only now: {key}")
         super().save_model(request, obj, form, change)
 
 

@@ -1,19 +1,21 @@
 """What the page and the API show of an owner's emails."""
 
 from contextlib import suppress
-from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
 from django.db.models import Count, Exists, OuterRef, Q, QuerySet
-from django.utils import timezone
 
 from emails.models import Delivery, Email
 from emails.states import State
 
+# A count goes no further: on a page of 20 it is enough to know that there are more.
+COUNT_LIMIT = 100
+
 
 def find(owner: Any, *, state: str | None = None, text: str = "") -> QuerySet[Email]:
-    """The owner's emails that have a delivery in `state` and hold `text` where one would look."""
+    """The owner's emails with a delivery in `state` and with `text` in the subject, a recipient or
+    as the id."""
     found = Email.objects.filter(owner=owner)
     of_email = Delivery.objects.filter(email=OuterRef("pk"))
     if state:
@@ -27,13 +29,28 @@ def find(owner: Any, *, state: str | None = None, text: str = "") -> QuerySet[Em
     return found
 
 
-def count_by_state(owner: Any, hours: int = 24) -> dict[str, int]:
-    """How many of the owner's deliveries of the last hours are in each state."""
-    since = timezone.now() - timedelta(hours=hours)
-    counts = (
-        Delivery.objects.filter(email__owner=owner, email__created_at__gt=since)
+def count_by_state(owner: Any, text: str = "") -> dict[str, int | None]:
+    """How many emails `find` returns for each state; for "" in any state.
+
+    COUNT_LIMIT + 1 means more than COUNT_LIMIT. A state's count is None, as it would take too long,
+    if more than COUNT_LIMIT emails match `text`.
+    """
+
+    # Unordered, so that the database may begin with the rare state or with the owner's emails.
+    def bounded(emails: QuerySet[Email]) -> QuerySet[Email]:
+        return emails.order_by()[: COUNT_LIMIT + 1]
+
+    if not text:
+        return {state: bounded(find(owner, state=state)).count() for state in ("", *State.values)}
+    # A search reads all of the owner's emails if few match, so there is one search for all counts.
+    matching = list(bounded(find(owner, text=text)).values_list("pk", flat=True))
+    counts: dict[str, int | None] = {"": len(matching)}
+    if len(matching) > COUNT_LIMIT:
+        return counts | dict.fromkeys(State.values)
+    of_state = dict(
+        Delivery.objects.filter(email__in=matching)
         .values_list("state")
-        .annotate(Count("pk"))
+        .annotate(Count("email", distinct=True))
         .order_by()
     )
-    return {state.value: dict(counts).get(state.value, 0) for state in State}
+    return counts | {state: of_state.get(state, 0) for state in State.values}

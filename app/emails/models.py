@@ -62,7 +62,7 @@ class Email(models.Model):
                 fields=("idempotency_key",), condition=Q(owner=None), name="emails_email_key"
             ),
         ]
-        indexes = [models.Index(fields=("owner", "-created_at"), name="emails_email_by_owner")]
+        indexes = [models.Index(fields=("owner", "-id"), name="emails_email_by_owner")]
 
     def __str__(self) -> str:
         return str(self.id)
@@ -138,9 +138,11 @@ class Delivery(models.Model):
                 name="emails_delivery_due",
             ),
             models.Index(
-                fields=("-id",),
-                condition=Q(state__in=(State.FAILED, State.UNCERTAIN)),
-                name="emails_delivery_failed",
+                fields=("state", "-id"),
+                condition=Q(
+                    state__in=(State.FAILED, State.UNCERTAIN, State.CANCELLED, State.SKIPPED)
+                ),
+                name="emails_delivery_rare",
             ),
         ]
 

@@ -1,15 +1,20 @@
 import hmac
+from contextlib import suppress
 from uuid import UUID
 
 from django.contrib import messages
 from django.contrib.auth.decorators import login_required
 from django.core.exceptions import ValidationError
-from django.core.paginator import Paginator
 from django.db import Error as DatabaseError
 from django.db import connection
+from django.db.models import Prefetch, Q
+from django.db.models.functions import Left, Length
 from django.http import Http404, HttpRequest, HttpResponse, JsonResponse
 from django.shortcuts import get_object_or_404, redirect, render
+from django.template.defaultfilters import pluralize
+from django.utils import timezone
 from django.views.decorators.cache import never_cache
+from django.views.decorators.clickjacking import xframe_options_sameorigin
 from django.views.decorators.http import require_http_methods, require_safe
 from prometheus_client import CONTENT_TYPE_LATEST
 
@@ -17,9 +22,24 @@ from emails import listing, services
 from emails.conf import conf
 from emails.forms import EmailForm
 from emails.metrics import exposition
+from emails.models import Attachment
 from emails.states import State
 
 PAGE_SIZE = 20
+# Characters of a text on its page, which the browser loads again every few seconds.
+TEXT_LIMIT = 20_000
+# An email's HTML may style itself, and nothing else: no script, no form, nothing from elsewhere.
+HTML_POLICY = "; ".join(
+    (
+        "sandbox",
+        "default-src 'none'",
+        "img-src data:",
+        "style-src 'unsafe-inline'",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'self'",
+    )
+)
 
 
 @login_required
@@ -39,38 +59,86 @@ def home(request: HttpRequest) -> HttpResponse:
             for field, problems in error.message_dict.items():
                 form.add_error(field if field in form.fields else None, problems)
         except services.OverLimit:
-            form.add_error(None, "You have reached your limit of recipients within an hour.")
+            form.add_error(None, "You have reached your hourly limit of recipients.")
         else:
-            messages.success(request, "Accepted. It is on its way.")
+            messages.success(request, "Accepted and queued for delivery.")
             return redirect("home")
-    state, text = request.GET.get("state", ""), request.GET.get("q", "")
+    state, text = request.GET.get("state", ""), request.GET.get("q", "").strip()
     if state not in State.values:
         state = ""
-    emails = listing.find(request.user, state=state, text=text).prefetch_related("deliveries")
-    page = Paginator(emails, PAGE_SIZE).get_page(request.GET.get("page"))
+    found = listing.find(request.user, state=state, text=text)
+    with suppress(ValueError):
+        found = found.filter(pk__lt=UUID(request.GET.get("before", "")))
+    found = found.order_by("-pk").defer("text", "html").prefetch_related("deliveries")
+    emails = list(found[: PAGE_SIZE + 1])
     context = {
         "form": form,
-        "page": page,
+        "emails": emails[:PAGE_SIZE],
+        "older": emails[PAGE_SIZE - 1].pk if len(emails) > PAGE_SIZE else None,
         "state": state,
         "text": text,
-        "counts": listing.count_by_state(request.user),
+        "counts": {
+            name: shown(count) for name, count in listing.count_by_state(request.user, text).items()
+        },
+        "now": timezone.now(),
     }
     return render(request, "emails/home.html", context)
+
+
+def shown(count: int | None) -> str:
+    if count is None:
+        return ""
+    return f"{listing.COUNT_LIMIT}+" if count > listing.COUNT_LIMIT else str(count)
 
 
 @login_required
 @never_cache
 @require_http_methods(["GET", "POST"])
 def show_email(request: HttpRequest, email_id: UUID) -> HttpResponse:
-    """Where an email stands; POST sends once more what is dead."""
-    emails = listing.find(request.user).prefetch_related("deliveries__log", "attachments")
-    email = get_object_or_404(emails.defer("attachments__content"), pk=email_id)
+    """An email and its deliveries. POST sends again what failed, or cancels what can be."""
+    emails = listing.find(request.user).defer("text", "html")
+    emails = emails.annotate(shown_text=Left("text", TEXT_LIMIT), text_length=Length("text"))
+    emails = emails.annotate(has_html=~Q(html=""))
+    attachments = Prefetch("attachments", Attachment.objects.defer("content"))
+    email = get_object_or_404(emails.prefetch_related("deliveries__log", attachments), pk=email_id)
     if request.method == "POST":
-        count = services.replay(email.deliveries.all())
-        messages.success(request, f"{count} deliveries queued for retry.")
+        match request.POST.get("action"):
+            case "replay":
+                count = services.replay(email.deliveries.all())
+                done = "queued for retry"
+            case "cancel":
+                count = services.cancel(email.deliveries.all())
+                done = "cancelled"
+            case _:
+                return HttpResponse("action: expected replay or cancel", status=400)
+        messages.success(request, f"{deliveries(count)} {done}.")
         return redirect("email", email_id)
-    dead = any(delivery.needs_operator for delivery in email.deliveries.all())
-    return render(request, "emails/email.html", {"email": email, "dead": dead})
+    context = {
+        "email": email,
+        "cut": email.text_length > TEXT_LIMIT,
+        "now": timezone.now(),
+    }
+    return render(request, "emails/email.html", context)
+
+
+def deliveries(count: int) -> str:
+    return f"{count} deliver{pluralize(count, 'y,ies')}"
+
+
+@login_required
+@never_cache
+@require_safe
+@xframe_options_sameorigin
+def show_html(request: HttpRequest, email_id: UUID) -> HttpResponse:
+    """The HTML of an email, for a frame in its page."""
+    html = listing.find(request.user).exclude(html="").values_list("html", flat=True)
+    return HttpResponse(
+        get_object_or_404(html, pk=email_id),
+        headers={
+            "Content-Security-Policy": HTML_POLICY,
+            "X-DNS-Prefetch-Control": "off",  # or a link would tell a name server of the reader
+        },
+    )
 
 
 @never_cache

@@ -127,6 +127,8 @@ LOGOUT_REDIRECT_URL = "login"
 TEMPLATES = [
     {
         "BACKEND": "django.template.backends.django.DjangoTemplates",
+        # The site's error pages and its frame for the API's documentation.
+        "DIRS": [BASE_DIR / "mailroom" / "templates"],
         "APP_DIRS": True,
         "OPTIONS": {
             "context_processors": [

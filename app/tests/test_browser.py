@@ -1,11 +1,14 @@
 import shutil
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from django.db import connection
 from playwright.sync_api import expect, sync_playwright
 
-from emails.models import Delivery
+from emails.models import Delivery, Email
 from emails.states import State
 from tests.tools import claim, end
 
@@ -46,6 +49,28 @@ def phone(browser):
     return page
 
 
+@pytest.fixture
+def elsewhere():
+    """A web server that is not ours: its `url`, and the paths that were requested of it."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.server.requests.append(self.path)
+            self.send_response(404)
+            self.end_headers()
+
+        def log_message(self, *_) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.requests = []
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
 def log_in(page, url: str) -> None:
     page.goto(url)
     page.get_by_label("Username").fill("alice")
@@ -60,11 +85,23 @@ def send(page, subject: str) -> None:
     page.get_by_role("button", name="Send").click()
 
 
+def in_thread(act):
+    """Playwright runs an event loop in the test's thread, where Django allows no query."""
+
+    def run():
+        try:
+            return act()
+        finally:
+            connection.close()
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(run).result()
+
+
 def fail_first(answer: str = "no such user") -> None:
-    """As a worker does that was refused."""
-    claimed = claim(Delivery.objects.order_by("pk").first())
-    end(claimed, State.FAILED, code=550, answer=answer, seconds=0.1)
-    connection.close()
+    """As a worker does after a refusal."""
+    delivery = claim(Delivery.objects.order_by("pk").first())
+    end(delivery, State.FAILED, code=550, answer=answer, seconds=0.1)
 
 
 @pytest.mark.browser
@@ -91,36 +128,49 @@ def test_log_in_send_and_see_it_in_the_list(live_server, user, page):
     # Counts and states are live, and so is an email's own page.
     failed = page.get_by_role("link", name="failed")
     expect(failed).to_have_text("failed 0")
-    with ThreadPoolExecutor(1) as database:  # Playwright holds this thread's event loop
-        database.submit(fail_first).result()
+    in_thread(fail_first)
     expect(failed).to_have_text("failed 1")
     failed.click()
     expect(emails).to_have_count(1)
     emails.get_by_role("link", name="From a browser").click()
     expect(page.get_by_role("cell", name="550 no such user")).to_be_visible()
-    page.get_by_role("button", name="Send once more").click()
-    expect(page.get_by_role("status")).to_contain_text("Sends 1 once more.")
+    page.get_by_role("button", name="Send again").click()
+    expect(page.get_by_role("status")).to_contain_text("1 delivery queued for retry.")
     expect(page.locator(".state").first).to_have_text("queued")
 
     page.goto(f"{live_server.url}/api/docs")
     expect(page.get_by_text("Accept an email")).to_be_visible()
+    page.get_by_role("link", name="Back to Mailroom").click()
+    expect(emails).to_have_count(2)
     assert complaints == [], "a script, a style or an image was refused"
 
 
 @pytest.mark.browser
 def test_a_narrow_screen_holds_what_is_long_and_searches(live_server, accept, phone):
-    with ThreadPoolExecutor(1) as database:
-        database.submit(accept, subject="Other", recipients=[f"{'x' * 60}@example.org"]).result()
-        database.submit(accept, subject="Long" * 60).result()
-        database.submit(fail_first, "no" * 200).result()
+    in_thread(lambda: accept(subject="Other", recipients=[f"{'x' * 60}@example.org"]))
+    in_thread(lambda: accept(subject="Long" * 60))
+    in_thread(lambda: fail_first("no" * 200))
 
     def fits() -> bool:
         return phone.evaluate("document.documentElement.scrollWidth") == 320
+
+    def top(element) -> float:
+        return element.bounding_box()["y"]
 
     log_in(phone, live_server.url)
     emails = phone.locator(".emails > li")
     expect(emails).to_have_count(2)
     assert fits()
+    new = phone.get_by_role("heading", name="New email")
+    assert top(new) > top(emails.last), "the list comes before the form"
+    phone.get_by_role("link", name="New email").click()
+    expect(new).to_be_in_viewport()
+    phone.get_by_label("To").fill("bob")
+    phone.get_by_label("Subject").fill("Typed")
+    phone.get_by_label("Message").fill("Body")
+    phone.get_by_role("button", name="Send").click()
+    expect(phone.locator(".field .error")).to_be_visible()
+    assert top(new) < top(emails.first), "the form comes first while it has errors"
     phone.get_by_role("searchbox", name="Search").fill("OTHER")
     phone.get_by_role("button", name="Search").click()
     expect(emails).to_have_count(1)
@@ -130,3 +180,47 @@ def test_a_narrow_screen_holds_what_is_long_and_searches(live_server, accept, ph
     assert fits()
     wide = "element => element.scrollWidth > element.clientWidth"
     assert not phone.locator(".scroll").evaluate(wide), "the answer is read without scrolling"
+
+
+@pytest.mark.browser
+def test_times_are_in_the_readers_zone(live_server, accept, user, browser):
+    accepted = datetime(2026, 1, 31, 20, 45, 1, tzinfo=UTC)
+    in_thread(lambda: (accept(), Email.objects.update(created_at=accepted)))
+    context = browser.new_context(timezone_id="Asia/Kolkata")
+    page = context.new_page()
+    log_in(page, live_server.url)
+    time = page.locator(".emails time")
+    expect(time).to_have_text("1 Feb 2026, 02:15:01 GMT+5:30", timeout=1500)  # before a refresh
+    expect(time).to_have_attribute("title", "31 Jan 2026, 20:45:01 UTC")
+    page.evaluate("document.querySelector('.emails').remove()")
+    expect(time).to_have_text("1 Feb 2026, 02:15:01 GMT+5:30")  # after a refresh too
+    plain = browser.new_context(
+        java_script_enabled=False, storage_state=context.storage_state()
+    ).new_page()
+    plain.goto(live_server.url)
+    expect(plain.locator(".emails time")).to_have_text("31 Jan 2026, 20:45:01 UTC")
+
+
+@pytest.mark.browser
+def test_an_emails_html_runs_nothing_and_loads_nothing(live_server, accept, user, page, elsewhere):
+    html = (
+        f"<style>@import '{elsewhere.url}/css'; p {{ color: rgb(1, 2, 3) }}</style>"
+        f"<p id=text>Styled</p><img src='{elsewhere.url}/pixel'>"
+        f"<iframe src='{elsewhere.url}/frame'></iframe>"
+        "<script>document.getElementById('text').textContent = 'Run'</script>"
+        f"<a href='{elsewhere.url}/link'>Follow</a>"
+    )
+    email = in_thread(lambda: accept(html=html))
+    log_in(page, live_server.url)
+    page.goto(f"{live_server.url}/emails/{email.pk}/")
+    expect(page.locator(".text")).to_have_text("Body")
+    frame = page.frame_locator(".card iframe")
+    text = frame.locator("#text")
+    expect(text).to_have_text("Styled")
+    expect(text).to_have_css("color", "rgb(1, 2, 3)")
+    frame.get_by_role("link", name="Follow").click()
+    expect(text).to_have_count(0)  # the frame shows that the link is blocked
+    page.goto(f"{live_server.url}/emails/{email.pk}/html")
+    expect(page.locator("#text")).to_have_text("Styled")
+    page.wait_for_load_state("networkidle")
+    assert elsewhere.requests == []

@@ -1,19 +1,30 @@
+import html
 import re
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from django.contrib.auth.models import Permission
 from django.core.management import CommandError, call_command
 from django.db import OperationalError, connection
+from django.template.loader import render_to_string
 from django.test import Client
+from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
+from django.utils.html import strip_tags
 
-from emails import services
+from emails import listing, services, views
 from emails.models import ApiKey, Delivery, Email
 from emails.states import State
 from emails.tasks import deliver
+from emails.validation import File
+from tests.tools import claim, end
 
 pytestmark = pytest.mark.django_db
+
+
+def refuse(*_, **__):
+    raise OperationalError("gone")
+
 
 FORM = {"to": "bob@example.org, eve@example.org", "subject": "From the page", "text": "Body"}
 
@@ -62,10 +73,16 @@ def test_the_list_is_paged_newest_first_and_private(client, accept, user, django
     for number in range(21):
         accept(subject=f"Number {number}.")
     client.force_login(user)
-    first, second = client.get("/").content.decode(), client.get("/?page=2").content.decode()
+    first = client.get("/?q=number").content.decode()
     assert first.index("Number 20.") < first.index("Number 1.")
     assert "Number 0." not in first
+    older = html.unescape(re.search(r'href="([^"]*)" rel="next"', first)[1])
+    second = client.get(f"/{older}").content.decode()
     assert "Number 0." in second
+    assert "Number 1." not in second
+    assert 'rel="next"' not in second
+    assert 'href="?q=number">Newest' in second
+    assert client.get("/?before=nonsense").content.decode().count("Number") == 20
     client.force_login(django_user_model.objects.create_user("mallory"))
     assert "Number" not in client.get("/").content.decode()
 
@@ -73,30 +90,54 @@ def test_the_list_is_paged_newest_first_and_private(client, accept, user, django
 def test_the_list_is_filtered_searched_and_counted(client, accept, user):
     for number, state in enumerate((State.SENT, State.FAILED, State.FAILED, State.UNCERTAIN)):
         accept(subject=f"Number {number}.").deliveries.update(state=state)
-    accept(subject="An old one.").deliveries.update(state=State.SENT)
-    Email.objects.filter(subject="An old one.").update(
-        created_at=timezone.now() - timedelta(days=2)
+    accept(subject="Number 4.", recipients=["a@b.org", "c@d.org"]).deliveries.update(
+        state=State.SENT
     )
+    Email.objects.filter(subject="Number 4.").update(created_at=timezone.now() - timedelta(days=2))
     client.force_login(user)
 
     def numbers(query: str) -> set[str]:
         return set(re.findall(r"Number (\d)\.", client.get(f"/{query}").content.decode()))
 
-    assert numbers("") == {"0", "1", "2", "3"}
+    assert numbers("") == {"0", "1", "2", "3", "4"}
     assert numbers("?state=failed") == {"1", "2"}
     assert numbers("?state=failed&q=number+2") == {"2"}
     assert numbers("?q=bob@example.org") == {"0", "1", "2", "3"}
     assert numbers("?q=nobody") == set()
-    assert numbers("?state=nonsense") == {"0", "1", "2", "3"}
-    counts = client.get("/").context["counts"]
-    assert counts == {
-        **dict.fromkeys(("scheduled", "queued", "cancelled", "skipped"), 0),
-        "sending": 0,
-        "deferred": 0,
-        "uncertain": 1,
-        "sent": 1,
-        "failed": 2,
-    }
+    assert numbers("?state=nonsense") == {"0", "1", "2", "3", "4"}
+    for query, all_, sent in (("", "5", "2"), ("?q=.org", "5", "2"), ("?q=bob", "4", "1")):
+        counts = client.get(f"/{query}").context["counts"]
+        assert (counts[""], counts["sent"], counts["failed"]) == (all_, sent, "2"), query
+        for state, count in counts.items():
+            assert len(numbers(f"{query or '?'}&state={state}")) == int(count), (query, state)
+
+
+def test_a_count_ends_at_its_limit(client, accept, user, monkeypatch):
+    monkeypatch.setattr(listing, "COUNT_LIMIT", 2)
+    for number in range(4):
+        accept(subject=f"Number {number}.")
+    assert listing.count_by_state(user)["queued"] == 3, "it goes no further"
+    client.force_login(user)
+    page = client.get("/")
+    counts = page.context["counts"]
+    assert (counts[""], counts["queued"], counts["sent"]) == ("2+", "2+", "0")
+    assert "<b>2+</b>" in page.content.decode()
+    found = client.get("/?q=number").context["counts"]
+    assert (found[""], found["queued"], found["sent"]) == ("2+", "", "")
+    found = client.get("/?q=number+1").context["counts"]
+    assert (found[""], found["queued"], found["sent"]) == ("1", "1", "0")
+
+
+def test_pages_read_no_long_column_that_they_do_not_show(client, accept, user):
+    file = File("a.txt", "text/plain", b"content")
+    email = accept(html="<p>Body</p>", attachments=[file])
+    client.force_login(user)
+    for url in ("/", f"/emails/{email.pk}/"):
+        with CaptureQueriesContext(connection) as queries:
+            client.get(url)
+        for query in queries:
+            columns = re.sub(r"\([^()]*\)", "", query["sql"].partition(" FROM ")[0])
+            assert not re.search('"(text|html|content)"(?! =)', columns)
 
 
 def test_an_emails_page_shows_attempts_and_answers_and_sends_again(client, accept, user, mailbox):
@@ -110,9 +151,11 @@ def test_an_emails_page_shows_attempts_and_answers_and_sends_again(client, accep
     assert "no such user here" in page
     assert "550" in page
     assert '<span class="state failed">failed</span>' in page
-    response = client.post(url, follow=True)
-    assert "1 deliveries queued for retry." in response.content.decode()
-    assert "Send once more" not in response.content.decode(), "nothing is dead any more"
+    assert "Send again" in page
+    assert client.post(url).status_code == 400
+    response = client.post(url, {"action": "replay"}, follow=True)
+    assert "1 delivery queued for retry." in response.content.decode()
+    assert "Send again" not in response.content.decode(), "nothing has failed any more"
     assert email.deliveries.get().state == State.QUEUED
 
 
@@ -121,7 +164,130 @@ def test_an_emails_page_is_private(client, accept, django_user_model):
     assert client.get(url).status_code == 302
     client.force_login(django_user_model.objects.create_user("mallory"))
     assert client.get(url).status_code == 404
-    assert client.post(url).status_code == 404
+    assert client.post(url, {"action": "replay"}).status_code == 404
+
+
+def test_an_email_is_cancelled_while_it_can_be(client, accept, user):
+    email = accept(recipients=["bob@example.org", "eve@example.org", "dan@example.org"])
+    email.deliveries.filter(recipient="eve@example.org").update(state=State.SENDING)
+    client.force_login(user)
+    url = f"/emails/{email.pk}/"
+    assert 'value="cancel"' in client.get(url).content.decode()
+    page = client.post(url, {"action": "cancel"}, follow=True).content.decode()
+    assert "2 deliveries cancelled." in page
+    assert 'value="cancel"' not in page
+    states = [delivery.state for delivery in email.deliveries.all()]
+    assert states == [State.CANCELLED, State.SENDING, State.CANCELLED]
+
+
+@pytest.mark.parametrize(
+    ("by", "attempted", "said"),
+    [("deadline", False, "deadline"), ("deadline", True, "deadline"), ("server", True, "refused")],
+)
+def test_a_failure_says_once_who_ended_it(client, accept, user, by, attempted, said):
+    email = accept()
+    if attempted:
+        claimed = claim(email.deliveries.get())
+        end(claimed, State.FAILED, code=450, answer="greylisted", failed_by=by)
+    else:
+        email.deliveries.update(state=State.FAILED, failed_by=by, due_at=None)
+    client.force_login(user)
+    for url in (f"/emails/{email.pk}/", "/"):
+        page = client.get(url).content.decode()
+        assert [word for word in ("deadline", "refused") if word in page] == [said]
+        assert page.count(said) == 1
+        assert page.count("greylisted") == int(attempted)
+
+
+def test_a_delivery_that_waits_says_until_when(client, accept, user):
+    email = accept()
+    client.force_login(user)
+    later = datetime(2099, 5, 4, 3, 2, 1, tzinfo=UTC)
+
+    def pages(**values) -> list[str]:
+        email.deliveries.update(**values)
+        return [
+            " ".join(strip_tags(client.get(url).content.decode()).split())
+            for url in ("/", f"/emails/{email.pk}/")
+        ]
+
+    for page in pages(state=State.DEFERRED, due_at=later):
+        assert "Next attempt: 4 May 2099, 03:02:01 UTC" in page
+    for page in pages(state=State.DEFERRED, due_at=datetime(1970, 1, 1, tzinfo=UTC)):
+        assert "Next attempt: now" in page
+        assert "1970" not in page
+    listed, shown = pages(state=State.UNCERTAIN, due_at=None)
+    assert "Next attempt" not in listed + shown
+    assert "not sent again unless" in shown
+    scheduled = {"delivery": Delivery(state="scheduled", due_at=later)}
+    text = strip_tags(render_to_string("emails/due.html", scheduled)).strip()
+    assert text == "To be sent 4 May 2099, 03:02:01 UTC"
+
+
+def test_an_emails_page_shows_its_text(client, accept, user, monkeypatch):
+    email = accept(text="Dear <b>Bob</b>,\nhello")
+    client.force_login(user)
+    page = client.get(f"/emails/{email.pk}/").content.decode()
+    assert "Dear &lt;b&gt;Bob&lt;/b&gt;,\nhello</div>" in page
+    assert "beginning" not in page
+    assert "<iframe" not in page
+    assert client.get(f"/emails/{email.pk}/html").status_code == 404
+    monkeypatch.setattr(views, "TEXT_LIMIT", 4)
+    page = client.get(f"/emails/{email.pk}/").content.decode()
+    assert "Dear</div>" in page
+    assert "Only the beginning is shown." in page
+
+
+def test_an_emails_html_is_served_in_a_sandbox_and_is_private(
+    client, accept, user, django_user_model
+):
+    email = accept(html="<script>alert(1)</script><p>Body</p>")
+    page_url, url = f"/emails/{email.pk}/", f"/emails/{email.pk}/html"
+    assert client.get(url).status_code == 302
+    client.force_login(user)
+    page = client.get(page_url).content.decode()
+    assert f'<iframe src="{url}" sandbox ' in page
+    assert "alert(1)" not in page
+    response = client.get(url)
+    assert response.content.decode() == "<script>alert(1)</script><p>Body</p>"
+    policy = response.headers["Content-Security-Policy"].split("; ")
+    assert {"sandbox", "default-src 'none'", "img-src data:", "frame-ancestors 'self'"} <= set(
+        policy
+    )
+    assert response.headers["X-Frame-Options"] == "SAMEORIGIN"
+    client.force_login(django_user_model.objects.create_user("mallory"))
+    assert client.get(url).status_code == 404
+
+
+def test_errors_are_shown_in_the_sites_own_dress(client, user, monkeypatch):
+    client.force_login(user)
+    missing = client.get("/nowhere/")
+    assert missing.status_code == 404
+    refused = Client(enforce_csrf_checks=True).post("/login/", {"username": "alice"})
+    assert refused.status_code == 403
+    with monkeypatch.context() as patch:
+        patch.setattr(connection, "cursor", refuse)
+        client.raise_request_exception = False
+        broken = client.get("/")
+    assert broken.status_code == 500
+    titles = {missing: "Not found", refused: "Form expired", broken: "Server error"}
+    for page, title in titles.items():
+        text = page.content.decode()
+        assert f"<h1>{title}</h1>" in text
+        assert "/static/emails/style" in text
+        assert 'href="/"' in text
+
+
+def test_the_api_documentation_leads_back(client):
+    page = client.get("/api/docs").content.decode()
+    assert '<a class="link" href="/">Back to Mailroom</a>' in page
+
+
+def test_the_admin_has_its_name(admin_client):
+    page = admin_client.get("/admin/").content.decode()
+    assert "<title>Administration | Mailroom</title>" in page
+    assert re.search(r'id="site-name"><a href="/admin/">Mailroom</a>', page)
+    assert '<a href="/">View site</a>' in page
 
 
 def test_the_form_tells_of_the_limit(client, user, settings):
@@ -158,10 +324,6 @@ def test_pages_allow_only_their_own_scripts_and_styles(client, user):
 
 def test_healthz_tells_whether_the_database_answers(client, monkeypatch):
     assert client.get("/healthz").status_code == 200
-
-    def refuse(*_, **__):
-        raise OperationalError("gone")
-
     monkeypatch.setattr(connection, "cursor", refuse)
     assert client.get("/healthz").status_code == 503
 
@@ -189,7 +351,8 @@ def test_the_admin_replays_only_with_its_permission(client, accept, django_user_
     client.post(url, data)
     assert email.deliveries.get().state == State.FAILED
     staff.user_permissions.add(Permission.objects.get(codename="replay_delivery"))
-    assert "1 deliveries queued for retry." in client.post(url, data, follow=True).content.decode()
+    page = client.post(url, data, follow=True).content.decode()
+    assert "1 delivery queued for retry." in page
     assert email.deliveries.get().state == State.QUEUED
 
 

@@ -22,11 +22,11 @@ from urllib.request import Request, urlopen
 
 import psycopg
 import pytest
+from celery import Celery
 from django.conf import settings
 from kombu import Connection, Producer
 
-from emails.queues import CONSUMED, DEAD_LETTERS, EXCHANGE
-from mailroom.celery import app
+from emails.queues import CONSUMED, DEAD_LETTERS, DEFAULTS, EXCHANGE
 from tests.conftest import KEY
 from tests.tools import eventually, free_port
 
@@ -480,8 +480,10 @@ def test_malformed_messages_are_dead_lettered_and_stop_no_mail(system, mailbox):
 
 
 def test_a_worker_shows_no_secret_and_takes_no_orders(system):
-    with system.worker("asked") as worker, Connection(BROKER_URL) as connection:
-        inspect = app.control.inspect(timeout=2, connection=connection)
+    flower = Celery(broker=BROKER_URL, set_as_current=False)
+    flower.conf.update(DEFAULTS)
+    with system.worker("asked") as worker:
+        inspect = flower.control.inspect(timeout=2)
         answers = json.dumps(inspect.conf(with_defaults=True))
         assert "task_time_limit" in answers
         for secret in (urlsplit(BROKER_URL).password, system.env["SECRET_KEY"]):
@@ -490,7 +492,7 @@ def test_a_worker_shows_no_secret_and_takes_no_orders(system):
             assert getattr(inspect, wanted)(), wanted
         for command in ("shutdown", "pool_shrink", "cancel_consumer", "rate_limit", "revoke"):
             arguments = {"queue": "mail.v1", "n": 1}
-            app.control.broadcast(command, arguments=arguments, connection=connection)
+            flower.control.broadcast(command, arguments=arguments)
         time.sleep(2)
         assert worker.poll() is None
         queues = inspect.active_queues()

@@ -53,7 +53,7 @@ def begin(claimed: Claimed) -> bool:
 
 def end(claimed: Claimed, state: State, code: int | None = None, **more) -> bool:
     """Ends the attempt; false if somebody else has the delivery."""
-    step = Step(state, more.pop("wait", None))
+    step = Step(state, more.pop("wait", None), more.pop("failed_by", ""))
     seconds, answer = more.pop("seconds", 1), more.pop("answer", "")
     ended = Ended(claimed.id, claimed.number, step, code, answer, seconds, **more)
     done, _ = deliveries.record([ended])

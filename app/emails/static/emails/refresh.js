@@ -7,7 +7,10 @@ async function refresh() {
       const response = await fetch(location.href, { redirect: "error" });
       const page = new DOMParser().parseFromString(await response.text(), "text/html");
       const live = page.getElementById("live");
-      if (response.ok && live) document.getElementById("live").replaceWith(live);
+      if (response.ok && live) {
+        showLocalTimes(live);
+        document.getElementById("live").replaceWith(live);
+      }
     } catch {
       // Logged out or offline: the list stays as it is.
     }
