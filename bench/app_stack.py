@@ -359,10 +359,7 @@ class AppStack:
             return -1
 
     def query(self, statement: str) -> list[tuple]:
-        import psycopg
-
-        with psycopg.connect(self.environment["DATABASE_URL"], connect_timeout=5) as connection:
-            return connection.execute(statement).fetchall()
+        return query(self.environment["DATABASE_URL"], statement)
 
     def end(self) -> None:
         for process in self.processes.values():
@@ -379,7 +376,7 @@ def running(
     children: int = CHILDREN,
     **variables: str,
 ):
-    """An AppStack with these processes. `delay` and `connections` are the mail server's, `children` a worker's, `variables` settings."""
+    """An AppStack with these processes; `delay` and `connections` are for its mail server, `variables` for the application."""
     with tempfile.TemporaryDirectory(prefix="bench-") as directory:
         sink, stack = PythonSink(Path(directory), delay, connections), None
         try:
@@ -411,3 +408,10 @@ def with_database(url: str, name: str) -> str:
         connection.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
         connection.execute(f"CREATE DATABASE {name}")
     return urlsplit(url)._replace(path=f"/{name}").geturl()
+
+
+def query(url: str, statement: str) -> list[tuple]:
+    import psycopg
+
+    with psycopg.connect(url, connect_timeout=5) as connection:
+        return connection.execute(statement).fetchall()

@@ -1,4 +1,4 @@
-"""A Django project in one file: the ways to send email that bench/mail_compare compares with app/, set up as their documents say."""
+"""A Django project in one file: the ways to send email that bench/mail_compare compares with app/, as their documents show them."""
 
 from __future__ import annotations
 

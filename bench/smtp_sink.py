@@ -92,9 +92,7 @@ async def serve(port: int, path: str, delay: float) -> None:
     with open(path, "a", buffering=1) as log:
         handler = Handler(log, delay)
         loop = asyncio.get_running_loop()
-        server = await loop.create_server(
-            lambda: LimitedSMTP(handler, enable_SMTPUTF8=True, ident="sink"), "127.0.0.1", port
-        )
+        server = await loop.create_server(lambda: LimitedSMTP(handler, enable_SMTPUTF8=True, ident="sink"), "127.0.0.1", port)
         await server.serve_forever()
 
 
