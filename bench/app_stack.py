@@ -238,14 +238,16 @@ def smtp_sink() -> tuple[Path, Path]:
             sys.exit("no smtp-sink here, and no apt-get to download it: it is a part of Postfix")
         say(f"downloading Debian's package postfix for smtp-sink; it is unpacked in {POSTFIX.relative_to(PROJECT)}, not installed")
         with tempfile.TemporaryDirectory() as directory:
-            subprocess.run(["apt-get", "-qq", "download", "postfix"], cwd=directory, check=True, stderr=subprocess.DEVNULL)
-            (package,) = Path(directory).glob("postfix_*.deb")
-            subprocess.run(["dpkg-deb", "-x", package, POSTFIX], check=True)
-    linked = subprocess.run(
-        ["ldd", program], env={"PATH": os.environ["PATH"], "LD_LIBRARY_PATH": str(libraries)}, capture_output=True, text=True
-    )
-    if missing := re.findall(r"(\S+) => not found", linked.stdout):
-        sys.exit(f"smtp-sink lacks the libraries {', '.join(missing)}: tests/install installs them")
+            command = ["apt-get", "-qq", "download", "postfix"]
+            done = subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False)
+            packages = list(Path(directory).glob("postfix_*.deb"))
+            if not packages:
+                sys.exit(f"the package postfix can't be downloaded: {done.stderr}")
+            subprocess.run(["dpkg-deb", "-x", packages[0], POSTFIX], check=True)
+    environment = {"PATH": os.environ["PATH"], "LD_LIBRARY_PATH": str(libraries)}
+    linked = subprocess.run(["ldd", program], env=environment, capture_output=True, text=True, check=True).stdout
+    if missing := re.findall(r"(\S+) => not found", linked):
+        sys.exit(f"smtp-sink needs the libraries {', '.join(missing)}; they are in packages that postfix depends on")
     return program, libraries
 
 
