@@ -1,4 +1,4 @@
-"""A Django project in one file: the ways to send email that bench/mail_compare sets beside app/, as their documents have them."""
+"""A Django project in one file: the ways to send email that bench/mail_compare compares with app/, as their documents show them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from django.conf import settings
 
 database = urlsplit(os.environ["DATABASE_URL"])
 settings.configure(
-    SECRET_KEY="only-for-measurements",  # noqa: S106 - there is nothing to guard
+    SECRET_KEY="only-for-measurements",  # noqa: S106 - it guards nothing
     ALLOWED_HOSTS=["127.0.0.1"],
     ROOT_URLCONF=__name__,
     USE_TZ=True,
@@ -46,12 +46,12 @@ from django.urls import path  # noqa: E402 - as above
 
 # All of Celery's own settings, but for names that the broker's user may use. To a direct exchange Celery would publish by the
 # nameless one, which that user may not.
-names = {"task_default_queue": "mail.rivals", "task_default_exchange_type": "topic"}
-app = Celery("rivals", broker=os.environ["BROKER_URL"], **names)
+names = {"task_default_queue": "mail.baselines", "task_default_exchange_type": "topic"}
+app = Celery("baselines", broker=os.environ["BROKER_URL"], **names)
 app.set_default()
 
 
-@shared_task(name="rivals.send")
+@shared_task(name="baselines.send")
 def send(subject: str, text: str, to: list[str]) -> None:
     send_mail(subject, text, "mailroom@localhost", to)
 

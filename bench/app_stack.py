@@ -1,0 +1,419 @@
+"""What the measurements of mail share: broker, database, mail servers and the processes of app/, all real.
+
+The broker is a systemd host of testbed/ (inventories/app-tests). Everything else runs on this machine, as processes that are ended
+by their id.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+
+PROJECT = Path(__file__).resolve().parents[1]
+APP = PROJECT / "app"
+BIN = APP / ".venv" / "bin"
+# As the roles start them.
+GUNICORN = (
+    BIN / "gunicorn",
+    "--no-control-socket",
+    "--workers=2",
+    "--threads=4",
+    "--worker-tmp-dir=/dev/shm",
+    "--access-logfile=-",
+)
+CHILDREN = 4
+WORKER_OPTIONS = (
+    "--without-gossip",
+    "--without-mingle",
+    "--task-events",
+    "--prefetch-multiplier=4",
+    "--loglevel=INFO",
+)
+INVENTORY = "inventories/app-tests"
+# States that a delivery does not leave by itself.
+FINAL = "('sent', 'failed', 'skipped', 'cancelled')"
+# Where smtp-sink is unpacked, if it is not installed.
+POSTFIX = PROJECT / ".ansible" / "postfix"
+
+
+def in_app_environment() -> None:
+    """Start the script again with the application's Python, which has the packages that it imports."""
+    if not (BIN / "python").exists():
+        sys.exit("app/.venv is missing: make test-app-fast makes it")
+    if Path(sys.prefix) != APP / ".venv":
+        os.execv(BIN / "python", [str(BIN / "python"), *sys.argv])  # noqa: S606 - the same script
+    # An exception, so that clean-up runs.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def wait_until(check, seconds: float, pause: float = 0.2) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if check():
+            return True
+        time.sleep(pause)
+    return False
+
+
+class Process:
+    """A command and all its children. `restart` does what systemd does after a crash."""
+
+    def __init__(self, command: list, environment: dict, log: Path, directory: Path = APP) -> None:
+        self.command = [str(part) for part in command]
+        self.environment, self.log, self.directory = environment, log, directory
+        self.process = None
+        self.start()
+
+    def start(self) -> None:
+        with self.log.open("a") as output:
+            self.process = subprocess.Popen(
+                self.command, cwd=self.directory, env=self.environment, stdout=output, stderr=output, start_new_session=True
+            )
+
+    def kill(self) -> None:
+        """As a power cut does it: the process can do nothing before it ends."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+    def restart(self, after: float = 2) -> None:
+        self.kill()
+        time.sleep(after)
+        self.start()
+
+
+class Broker:
+    def __init__(self) -> None:
+        self.testbed = [str(PROJECT / ".venv/bin/python"), "-m", "testbed"]
+        status = subprocess.run(
+            [*self.testbed, "info", "--inventory", INVENTORY, "--value", "broker.url"],
+            cwd=PROJECT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        self.url = status.stdout.strip()
+        if status.returncode or not self.url:
+            sys.exit("no broker: make broker-up starts the one of inventories/app-tests")
+
+    def run(self, *command: str) -> None:
+        subprocess.run(
+            [*self.testbed, "exec", "--inventory", INVENTORY, "broker1", "--", *command],
+            cwd=PROJECT,
+            check=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+    def stop(self) -> None:
+        self.run("systemctl", "stop", "rabbitmq-server")
+
+    def start(self) -> None:
+        self.run("systemctl", "start", "rabbitmq-server")
+
+    def kill(self) -> None:
+        self.run("systemctl", "kill", "--kill-whom=all", "--signal=KILL", "rabbitmq-server")
+
+    def alarm(self, on: bool) -> None:
+        self.run("rabbitmqctl", "-q", "set_vm_memory_high_watermark", *(("absolute", "1MB") if on else ("0.6",)))
+
+    @contextmanager
+    def connection(self):
+        from kombu import Connection
+
+        with Connection(self.url, connect_timeout=5) as connection:
+            yield connection
+
+    def purge(self, names: list[str]) -> None:
+        with self.connection() as connection:
+            for name in names:
+                channel = connection.channel()
+                try:
+                    channel.queue_purge(name)
+                except Exception:  # noqa: S112 - there is no such queue yet
+                    continue
+
+
+class Sink:
+    """A mail server that keeps nothing. `written` is the file that it writes to at each message."""
+
+    def __init__(self, command: list, environment: dict, written: Path, log: Path) -> None:
+        self.written = written
+        written.touch()
+        self.process = Process(command, environment, log, PROJECT)
+        self.wait()
+
+    def wait(self) -> None:
+        if not wait_until(lambda: connects(self.port), 20):
+            sys.exit(f"the mail server does not start: {self.process.log.read_text()}")
+
+    def count(self) -> int:
+        """How many messages it has taken since it was started."""
+        raise NotImplementedError
+
+
+class PythonSink(Sink):
+    """bench/smtp_sink.py, which logs every message and can be faulty."""
+
+    def __init__(self, directory: Path, delay: float = 0, connections: int | None = None) -> None:
+        self.port = free_port()
+        messages = directory / "messages"
+        command = [BIN / "python", PROJECT / "bench/smtp_sink.py", self.port, messages, f"--delay={delay}"]
+        if connections is not None:
+            command.append(f"--connections={connections}")
+        self.counted = self.read = 0
+        super().__init__(command, {"PATH": os.environ["PATH"]}, messages, directory / "smtp_sink.log")
+
+    def count(self) -> int:
+        with self.written.open("rb") as file:
+            file.seek(self.read)
+            new = file.read()
+        self.read += len(new)
+        self.counted += new.count(b"\n")
+        return self.counted
+
+    def taken(self) -> list[tuple[float, str, str]]:
+        lines = self.written.read_text().splitlines()
+        return [(float(at), message_id, address) for at, message_id, address in (line.split() for line in lines)]
+
+    def refused_connections(self) -> int:
+        return self.process.log.read_text().count("421 too many connections")
+
+    def copies(self) -> Counter:
+        """How often a message was taken, by recipient."""
+        return Counter(address for _, _, address in self.taken())
+
+
+class CSink(Sink):
+    """Postfix's smtp-sink, which costs the machine far less than a server in Python. It keeps a running count of its messages."""
+
+    def __init__(self, directory: Path) -> None:
+        self.port = free_port()
+        program, libraries = smtp_sink()
+        # As root it insists on another user.
+        user = ["-u", "nobody"] if os.geteuid() == 0 else []
+        command = [program, "-4", "-c", *user, f"127.0.0.1:{self.port}", "128"]
+        environment = {"PATH": os.environ["PATH"], "LD_LIBRARY_PATH": str(libraries)}
+        log = directory / "c_sink.log"
+        super().__init__(command, environment, log, log)
+
+    def count(self) -> int:
+        with self.written.open("rb") as file:
+            file.seek(max(self.written.stat().st_size - 200, 0))
+            counts = re.findall(rb"mesg=(\d+)\r", file.read())
+        return int(counts[-1]) if counts else 0
+
+
+def smtp_sink() -> tuple[Path, Path]:
+    """The program and its libraries. Only unpacked, so that no mail service is installed or started."""
+    if installed := shutil.which("smtp-sink", path=f"{os.environ['PATH']}:/usr/sbin"):
+        return Path(installed), Path("/usr/lib/postfix")
+    program, libraries = POSTFIX / "usr/sbin/smtp-sink", POSTFIX / "usr/lib/postfix"
+    if not program.exists():
+        if not shutil.which("apt-get"):
+            sys.exit("no smtp-sink here, and no apt-get to download it: it is a part of Postfix")
+        say(f"downloading Debian's package postfix for smtp-sink; it is unpacked in {POSTFIX.relative_to(PROJECT)}, not installed")
+        with tempfile.TemporaryDirectory() as directory:
+            command = ["apt-get", "-qq", "download", "postfix"]
+            done = subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False)
+            packages = list(Path(directory).glob("postfix_*.deb"))
+            if not packages:
+                sys.exit(f"the package postfix can't be downloaded: {done.stderr}")
+            subprocess.run(["dpkg-deb", "-x", packages[0], POSTFIX], check=True)
+    environment = {"PATH": os.environ["PATH"], "LD_LIBRARY_PATH": str(libraries)}
+    linked = subprocess.run(["ldd", program], env=environment, capture_output=True, text=True, check=True).stdout
+    if missing := re.findall(r"(\S+) => not found", linked):
+        sys.exit(f"smtp-sink needs the libraries {', '.join(missing)}; they are in packages that postfix depends on")
+    return program, libraries
+
+
+def connects(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
+class Client:
+    """Sends requests over one connection that stays open, as another service's client does."""
+
+    def __init__(self, port: int, key: str, timeout: float = 10) -> None:
+        self.port, self.key, self.timeout = port, key, timeout
+        self.connection = None
+
+    def post(self, path: str, body: dict, headers: dict | None = None) -> tuple[int, dict]:
+        return self.request("POST", path, json.dumps(body), headers)
+
+    def request(self, method: str, path: str, body: str | None = None, headers: dict | None = None) -> tuple[int, dict]:
+        if self.connection is None:
+            self.connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=self.timeout)
+        headers = {"Authorization": f"Bearer {self.key}", "Content-Type": "application/json"} | (headers or {})
+        try:
+            self.connection.request(method, path, body, headers)
+            response = self.connection.getresponse()
+            text = response.read()
+        except (OSError, http.client.HTTPException) as error:
+            self.connection.close()
+            self.connection = None
+            raise ConnectionError(str(error)) from error
+        is_json = response.headers.get_content_type() == "application/json"
+        return response.status, json.loads(text) if is_json else {}
+
+
+class AppStack:
+    """app/ as it is deployed: web, relay and workers."""
+
+    QUEUES = ("mail.v1", "mail.dead.v1", "maintenance.v1")
+
+    def __init__(
+        self,
+        broker: Broker,
+        database_url: str,
+        sink: PythonSink,
+        directory: Path,
+        children: int,
+        variables: dict[str, str],
+    ) -> None:
+        self.broker, self.sink, self.directory, self.children = broker, sink, directory, children
+        self.port, self.key = free_port(), secrets.token_urlsafe(32)
+        self.environment = {
+            "PATH": os.environ["PATH"],
+            "SECRET_KEY": secrets.token_urlsafe(50),
+            "HTTPS_ONLY": "false",
+            "ALLOWED_HOSTS": "127.0.0.1",
+            "DATABASE_URL": database_url,
+            "BROKER_URL": broker.url,
+            "EMAIL_URL": f"smtp://127.0.0.1:{self.sink.port}",
+            "LOG_LEVEL": "INFO",
+            **variables,
+        }
+        self.manage("migrate", "-v0")
+        admin = {"username": "root", "password": "secret", "api_key": self.key}
+        self.manage("ensure_admin", input=json.dumps(admin))
+        self.processes: dict[str, Process] = {}
+
+    def manage(self, *arguments: str, **options) -> str:
+        done = subprocess.run(
+            [str(BIN / "python"), "manage.py", *arguments],
+            cwd=APP,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            **options,
+        )
+        if done.returncode:
+            sys.exit(f"manage.py {arguments[0]} failed: {done.stderr}")
+        return done.stdout
+
+    def start(self, *names: str) -> None:
+        """Start processes: web, relay, worker, second_worker."""
+        worker = [BIN / "celery", "--app=mailroom", "worker", "--queues=mail.v1", f"--concurrency={self.children}", *WORKER_OPTIONS]
+        commands = {
+            "web": [*GUNICORN, f"--bind=127.0.0.1:{self.port}", "mailroom.wsgi:application"],
+            "relay": [BIN / "python", "manage.py", "relay"],
+            "worker": [*worker, "--hostname=mail@%h"],
+            "second_worker": [*worker, "--hostname=mail2@%h"],
+        }
+        for name in names:
+            self.processes[name] = Process(commands[name], self.environment, self.log(name))
+        if "web" in names and not wait_until(lambda: connects(self.port), 60):
+            sys.exit(f"the web server does not start: {self.log('web').read_text()[-3000:]}")
+
+    def wait_for_workers(self, *names: str) -> None:
+        """Until they take tasks."""
+        for name in names:
+            if not wait_until(lambda name=name: re.search(r" ready\.$", self.log(name).read_text(), re.MULTILINE), 60):
+                sys.exit(f"the worker does not start: {self.log(name).read_text()[-3000:]}")
+
+    def log(self, name: str) -> Path:
+        return self.directory / f"{name}.log"
+
+    def unfinished(self) -> int:
+        """Deliveries that are not in a final state; -1 if the database does not answer."""
+        import psycopg
+
+        try:
+            return self.query(f"SELECT count(*) FROM emails_delivery WHERE state NOT IN {FINAL}")[0][0]  # noqa: S608 - a constant
+        except psycopg.OperationalError:
+            return -1
+
+    def query(self, statement: str) -> list[tuple]:
+        return query(self.environment["DATABASE_URL"], statement)
+
+    def end(self) -> None:
+        for process in self.processes.values():
+            process.kill()
+
+
+@contextmanager
+def running(
+    broker: Broker,
+    database_url: str,
+    *names: str,
+    delay: float = 0,
+    connections: int | None = None,
+    children: int = CHILDREN,
+    **variables: str,
+):
+    """An AppStack with these processes; `delay` and `connections` are for its mail server, `variables` for the application."""
+    with tempfile.TemporaryDirectory(prefix="bench-") as directory:
+        sink, stack = PythonSink(Path(directory), delay, connections), None
+        try:
+            stack = AppStack(broker, database_url, sink, Path(directory), children, variables)
+            broker.purge(list(AppStack.QUEUES))
+            stack.start(*names)
+            yield stack
+        finally:
+            if stack:
+                stack.end()
+            sink.process.kill()
+            if keep := os.environ.get("BENCH_KEEP"):  # to look at the logs afterwards
+                subprocess.run(["cp", "-r", directory, keep], check=False)
+
+
+def in_threads(count: int, work) -> None:
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def with_database(url: str, name: str) -> str:
+    """The URL of a new, empty database on the same server."""
+    import psycopg
+
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
+        connection.execute(f"CREATE DATABASE {name}")
+    return urlsplit(url)._replace(path=f"/{name}").geturl()
+
+
+def query(url: str, statement: str) -> list[tuple]:
+    import psycopg
+
+    with psycopg.connect(url, connect_timeout=5) as connection:
+        return connection.execute(statement).fetchall()
