@@ -47,7 +47,8 @@ class Postgresql:
         password_file.unlink()
         with (self.directory / "data/postgresql.conf").open("a") as file:
             file.write(f"port = {self.port}\nlisten_addresses = '127.0.0.1'\n")
-            file.write(f"unix_socket_directories = '{self.directory}'\nmax_connections = 200\n")
+            file.write(f"unix_socket_directories = '{self.directory}'\n")
+            settings = {"max_connections": "200"} | settings
             file.writelines(f"{name} = '{value}'\n" for name, value in settings.items())
 
     def run(self, program: str, *arguments: str) -> None:

@@ -121,7 +121,9 @@ class System:
             eventually(answers)
             yield process
 
-    def request(self, path: str, data: dict | None = None, request_id: str = "") -> dict:
+    def request(
+        self, path: str, data: dict | None = None, request_id: str = "", timeout: float = 5
+    ) -> dict:
         request = Request(
             f"http://127.0.0.1:{self.port}{path}",
             data=json.dumps(data).encode() if data else None,
@@ -131,7 +133,7 @@ class System:
                 "X-Request-ID": request_id,
             },
         )
-        with urlopen(request, timeout=5) as response:
+        with urlopen(request, timeout=timeout) as response:
             return json.load(response) | {"status": response.status}
 
     def post(self, request_id: str = "") -> str:
