@@ -21,7 +21,7 @@ T = TypeVar("T")
 DATABASE_PAUSES = (0.2, 0.5, 1, 2, 3, 5, 5, 5, 5)
 # The emails that are claimed at a time are sent within about so many seconds, so that few become
 # uncertain when a worker dies. A fast server gets many at a time, a slow one a single email.
-CHUNK_SECONDS = 0.1
+CHUNK_SECONDS = 0.25
 LARGEST_CHUNK = 10
 
 

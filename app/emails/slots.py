@@ -1,19 +1,22 @@
 """EMAILS_SMTP_CONNECTIONS: a cap on the SMTP connections of all workers together."""
 
+import random
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from django.db import connection
+from django.db import OperationalError, connection
 from django.db.backends.base.base import BaseDatabaseWrapper
+from psycopg.errors import LockNotAvailable
 
 from emails import smtp
 from emails.conf import conf
 from emails.queries import load
 
 SQL = load("emails.sql")
-POLL_SECONDS = 0.05
+# How long to wait for one slot before any other is tried.
+WAIT_SECONDS = 0.5
 
 _own = threading.local()
 
@@ -34,7 +37,7 @@ def smtp_slot(patience: float) -> Iterator[bool]:
         database.set_autocommit(False)
         deadline = time.monotonic() + patience
         while not (taken := _take(database, limit)) and time.monotonic() < deadline:
-            time.sleep(POLL_SECONDS)
+            pass
         try:
             yield taken
         finally:
@@ -55,9 +58,17 @@ def _database() -> BaseDatabaseWrapper:
 
 
 def _take(database: BaseDatabaseWrapper, limit: int) -> bool:
+    """Takes a free slot, or waits for one; false if that was in vain."""
     with database.cursor() as cursor:
         cursor.execute(SQL["take_slot"], (limit,))
-        taken = cursor.fetchone() is not None
-    if not taken:
-        database.rollback()  # no old snapshot while it waits
-    return taken
+        if cursor.fetchone() is not None:
+            return True
+        slot = random.randint(1, limit)  # noqa: S311 - spreads those who wait, hides nothing
+        try:
+            cursor.execute(SQL["wait_for_slot"], (f"{WAIT_SECONDS * 1000:.0f}ms", slot))
+        except OperationalError as error:
+            if not isinstance(error.__cause__, LockNotAvailable):
+                raise
+            database.rollback()
+            return False
+        return True

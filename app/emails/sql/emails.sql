@@ -79,6 +79,10 @@ SELECT domain, tokens, statement_timestamp()
 FROM unnest(%(domains)s::text[], %(tokens)s::float8[]) AS spent (domain, tokens)
 ON CONFLICT (domain) DO UPDATE SET tokens = excluded.tokens, updated_at = excluded.updated_at
 
+-- name: wait_for_slot
+-- Waits for one slot until its holder ends, for a moment at most.
+SELECT set_config('lock_timeout', %s, true), pg_advisory_xact_lock(hashtext('emails.smtp'), %s)
+
 -- name: take_slot
 -- A lock of this transaction, for one of the SMTP connections that EMAILS_SMTP_CONNECTIONS allows.
 SELECT slot FROM generate_series(1, %s) AS slot
