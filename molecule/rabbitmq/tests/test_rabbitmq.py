@@ -95,7 +95,7 @@ def test_mail_queues_are_under_the_policy(api, connect, eventually):
     found = eventually(lambda: api(f"queues/{VHOST}/mail.v0").get("effective_policy_definition"))
     queue.delete()
     assert found["overflow"] == "reject-publish"
-    assert found["delivery-limit"] == 50
+    assert found["delivery-limit"] == 8
 
 
 def test_queues_are_quorum_queues_by_default(api, connect):
