@@ -419,7 +419,8 @@ def test_an_inventory_without_a_database_is_refused(tmp_path, groups):
 
 def test_a_database_elsewhere_needs_no_group(tmp_path):
     elsewhere = f"postgresql://shop:{MARK}@db.example.org:5432/shop"
-    code, answer, output = playbook("-i", without_database(tmp_path, {}, app_database_url=elsewhere), "playbooks/validate.yml")
+    inventory = without_database(tmp_path, {}, app_database_url=elsewhere)
+    code, _, output = playbook("-i", inventory, "playbooks/validate.yml")
     assert code == 0, output
     assert MARK not in output
 

@@ -16,10 +16,10 @@ MANY = {
     "app": ["web1", *WORKERS],
     "flower": ["mq1"],
 }
-ONE = dict.fromkeys(MANY, ["host1"])
+ONE = {name: ["host1"] for name in MANY}
 NAMES = (
-    "postgresql_clients", "firewall_rules", "rabbitmq_listeners", "postgresql_listen_addresses", "wiring_broker_url", "flower_broker_url",
-    "celery_beat", "django_migrate", "django_environment", "django_commands",
+    "postgresql_clients", "firewall_rules", "rabbitmq_listeners", "postgresql_listen_addresses", "wiring_broker_url",
+    "flower_broker_url", "celery_beat", "django_migrate", "django_environment", "django_commands",
 )  # fmt: skip
 
 

@@ -57,6 +57,17 @@ def playbook(run_playbook):
 
 
 @pytest.fixture
+def prefix(host):
+    """Homebrew's."""
+    return "/opt/homebrew" if host.file("/opt/homebrew/bin/brew").exists else "/usr/local"
+
+
+@pytest.fixture
+def server_log(host, prefix):
+    return lambda: host.check_output(f"cat {prefix}/var/lib/postgresql/17/log/*.log")
+
+
+@pytest.fixture
 def logs(host):
     return f"{host.check_output('echo $HOME')}/Library/Logs/mailroom"
 
@@ -74,13 +85,12 @@ def test_nothing_of_it_runs_as_root(host):
     mine = host.check_output("id -un")
     # A Mac's ps takes what follows the first = for the heading of one column, and cuts lines without -ww.
     lines = host.check_output("ps -A -ww -o user= -o args=").splitlines()
-    found = [line.split()[0] for line in lines if re.search(r"gunicorn|celery|manage\.py relay|beam\.smp|/epmd", line)]
-    assert len(found) > 8
+    found = [line.split()[0] for line in lines if re.search(r"gunicorn|celery|manage\.py relay|beam\.smp|/epmd|postgres", line)]
+    assert len(found) > 12
     assert set(found) == {mine}
 
 
-def test_broker_lives_below_homebrews_prefix_on_the_erlang_that_was_asked_for(host, api):
-    prefix = "/opt/homebrew" if host.file("/opt/homebrew/bin/brew").exists else "/usr/local"
+def test_broker_lives_below_homebrews_prefix_on_the_erlang_that_was_asked_for(host, prefix, api):
     (node,) = api("nodes")
     paths = [*node["config_files"], node["db_dir"], *node["log_files"]]
     assert len(paths) > 2
@@ -100,6 +110,38 @@ def test_secrets_are_nobody_elses(host, variables):
     open_ = host.check_output(f"find {home}/.local/etc/mailroom {home}/.local/var/lib/mailroom* -maxdepth 0 -perm -g+x")
     assert open_ == ""
     assert variables["secret_django_key"] in host.check_output(f"cat {home}/.local/etc/mailroom/environment")
+
+
+def test_database_lets_in_listed_clients_by_their_password(host, prefix, variables):
+    def ask(user, password=""):
+        words = f"-h 127.0.0.1 -U {user} -w -At -c 'SHOW data_directory' mailroom"
+        return host.run(f"PGPASSWORD='{password}' {prefix}/opt/postgresql@17/bin/psql {words}")
+
+    assert ask("mailroom", variables["secret_postgresql_app_password"]).stdout.strip() == f"{prefix}/var/lib/postgresql/17"
+    assert "no password supplied" in ask("mailroom").stderr
+    assert "no pg_hba.conf entry" in ask("postgres").stderr
+    # The formula's cluster trusts everybody, so it stays as it was.
+    assert host.file(f"{prefix}/var/postgresql@17/PG_VERSION").exists
+    assert not host.file(f"{prefix}/var/postgresql@17/postmaster.pid").exists
+
+
+def test_ended_database_does_not_wait_for_its_clients(host, process, server_log, send, eventually):
+    before = process("postgresql")
+    host.check_output(f"kill -TERM {before}")
+    eventually(lambda: process("postgresql") not in (None, before))
+    assert "received fast shutdown request" in server_log()
+    _, state = eventually(send)
+    eventually(lambda: state() == "sent", seconds=60)
+    assert "was not properly shut down" not in server_log()
+
+
+def test_killed_database_comes_back(host, process, server_log, send, eventually):
+    before = process("postgresql")
+    host.check_output(f"kill -9 {before}")
+    eventually(lambda: process("postgresql") not in (None, before))
+    _, state = eventually(send)
+    eventually(lambda: state() == "sent", seconds=60)
+    eventually(lambda: "was not properly shut down" in server_log())
 
 
 def test_killed_worker_comes_back(host, send, process, eventually):
