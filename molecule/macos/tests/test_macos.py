@@ -8,6 +8,7 @@ import uuid
 import pytest
 import requests
 
+RECOVERY = "database system was not properly shut down"
 JOBS = ["services : Jobs of mailroom/celery"]
 
 
@@ -63,8 +64,9 @@ def prefix(host):
 
 
 @pytest.fixture
-def server_log(host, prefix):
-    return lambda: host.check_output(f"cat {prefix}/var/lib/postgresql/17/log/*.log")
+def logged(host, prefix):
+    """How often the database logged a text."""
+    return lambda text: host.check_output(f"cat {prefix}/var/lib/postgresql/17/log/*.log").count(text)
 
 
 @pytest.fixture
@@ -112,36 +114,41 @@ def test_secrets_are_nobody_elses(host, variables):
     assert variables["secret_django_key"] in host.check_output(f"cat {home}/.local/etc/mailroom/environment")
 
 
-def test_database_lets_in_listed_clients_by_their_password(host, prefix, variables):
-    def ask(user, password=""):
-        words = f"-h 127.0.0.1 -U {user} -w -At -c 'SHOW data_directory' mailroom"
-        return host.run(f"PGPASSWORD='{password}' {prefix}/opt/postgresql@17/bin/psql {words}")
+def test_database_lets_in_its_owner_by_the_socket_and_listed_clients_by_their_password(host, prefix, variables):
+    cluster = f"{prefix}/var/lib/postgresql/17"
 
-    assert ask("mailroom", variables["secret_postgresql_app_password"]).stdout.strip() == f"{prefix}/var/lib/postgresql/17"
-    assert "no password supplied" in ask("mailroom").stderr
-    assert "no pg_hba.conf entry" in ask("postgres").stderr
+    def ask(address, user, query, password=""):
+        return host.run(
+            f"PGPASSWORD='{password}' {prefix}/opt/postgresql@17/bin/psql -h {address} -U {user} -w -Atc '{query}' mailroom"
+        )
+
+    assert ask(cluster, "postgres", "SHOW data_directory").stdout.strip() == cluster
+    assert ask("127.0.0.1", "mailroom", "SELECT 1", variables["secret_postgresql_app_password"]).stdout.strip() == "1"
+    assert "no password supplied" in ask("127.0.0.1", "mailroom", "SELECT 1").stderr
+    for address, user in (("127.0.0.1", "postgres"), (cluster, "mailroom")):
+        assert "no pg_hba.conf entry" in ask(address, user, "SELECT 1").stderr
     # The formula's cluster trusts everybody, so it stays as it was.
     assert host.file(f"{prefix}/var/postgresql@17/PG_VERSION").exists
     assert not host.file(f"{prefix}/var/postgresql@17/postmaster.pid").exists
 
 
-def test_ended_database_does_not_wait_for_its_clients(host, process, server_log, send, eventually):
-    before = process("postgresql")
+def test_ended_database_does_not_wait_for_its_clients(host, process, logged, send, eventually):
+    before, ended, recovered = process("postgresql"), logged("received fast shutdown request"), logged(RECOVERY)
     host.check_output(f"kill -TERM {before}")
     eventually(lambda: process("postgresql") not in (None, before))
-    assert "received fast shutdown request" in server_log()
     _, state = eventually(send)
     eventually(lambda: state() == "sent", seconds=60)
-    assert "was not properly shut down" not in server_log()
+    assert logged("received fast shutdown request") == ended + 1
+    assert logged(RECOVERY) == recovered
 
 
-def test_killed_database_comes_back(host, process, server_log, send, eventually):
-    before = process("postgresql")
+def test_killed_database_comes_back(host, process, logged, send, eventually):
+    before, recovered = process("postgresql"), logged(RECOVERY)
     host.check_output(f"kill -9 {before}")
     eventually(lambda: process("postgresql") not in (None, before))
     _, state = eventually(send)
     eventually(lambda: state() == "sent", seconds=60)
-    eventually(lambda: "was not properly shut down" in server_log())
+    assert logged(RECOVERY) == recovered + 1
 
 
 def test_killed_worker_comes_back(host, send, process, eventually):
