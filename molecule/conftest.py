@@ -13,7 +13,7 @@ import pytest
 import requests
 
 PROJECT = Path(__file__).resolve().parents[1]
-UNITS = "--unit='rabbitmq-server*' --unit='mailroom*' --unit='example*'"
+UNITS = "--unit='rabbitmq-server*' --unit='postgresql*' --unit='mailroom*' --unit='example*'"
 
 
 @pytest.fixture(scope="module")
@@ -134,5 +134,7 @@ def pytest_runtest_makereport(item, call):
         with host.sudo():
             done = host.run(f"journalctl --no-pager --lines=60 --output=short-iso {UNITS}")
         if done.rc:
-            done = host.run("tail -n 20 ~/Library/Logs/rabbitmq/*.log ~/Library/Logs/mailroom/*/*.log")
+            done = host.run(
+                "tail -n 20 ~/Library/Logs/rabbitmq/*.log ~/Library/Logs/postgresql/*.log ~/Library/Logs/mailroom/*/*.log"
+            )
         report.sections.append(("journal of the host", done.stdout))

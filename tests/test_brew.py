@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import sys
 from importlib.machinery import SourceFileLoader
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, executable
 
 BREW = ROOT / "testbed/images/macos/stand-in/rootfs/opt/homebrew/bin/brew"
 
@@ -50,6 +51,13 @@ To reinstall 6.2.1, run:
 # `brew info` of what is not known: https://github.com/robertgzr/homebrew-tap/pull/15
 UNKNOWN = 'Error: No available formula with the name "iosevka".'
 
+# In the place of the formula's program.
+INITDB = """
+import os, sys
+os.makedirs(sys.argv[-1])
+open(f"{sys.argv[-1]}/PG_VERSION", "a").write(" ".join(sys.argv[1:]))
+"""
+
 
 @pytest.fixture
 def brew(tmp_path, monkeypatch):
@@ -65,6 +73,7 @@ def brew(tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["brew", *words])
         module.main()
 
+    run.module = module
     return run
 
 
@@ -112,6 +121,30 @@ def test_a_keg_is_linked_as_formulae_are(brew, tmp_path):
     assert (tmp_path / "bin/python3.13").readlink().parts[:2] == ("..", "Cellar")
 
 
+def test_a_keg_only_formula_is_linked_by_its_version_only(brew, tmp_path, monkeypatch, capsys):
+    """Formula/p/postgresql@17.rb of homebrew-core: keg_only, and what it does after its installation."""
+    name = "postgresql@17"
+    keg = tmp_path / "Cellar" / name / "17.6"
+    monkeypatch.setattr(brew.module, "stable", lambda _: keg.name)
+    monkeypatch.setattr(brew.module, "pour", lambda *_: executable(keg / "lib/postgresql/17/bin/initdb", INITDB))
+    brew("install", name)
+    # As after a `brew uninstall`, which keeps var.
+    shutil.rmtree(keg)
+    brew("install", name)
+    capsys.readouterr()
+    brew("info", "--json=v2", "--formula", name)
+    answer = json.loads(capsys.readouterr().out)
+    assert differences(answer, json.loads(INFO)) == []
+    (formula,) = answer["formulae"]
+    assert (formula["keg_only"], formula["linked_keg"], formula["installed"][0]["version"]) == (True, None, keg.name)
+    assert (tmp_path / "opt" / name).resolve() == keg
+    assert (tmp_path / "bin/initdb-17").resolve() == keg / "lib/postgresql/17/bin/initdb"
+    assert not (tmp_path / "bin/initdb").exists()
+    # Its own cluster, made once.
+    cluster = tmp_path / "var" / name
+    assert (cluster / "PG_VERSION").read_text() == f"--locale=C -E UTF-8 {cluster}"
+
+
 def test_what_is_installed_is_left_alone(brew, tmp_path, capsys):
     brew("install", "python@3.13")
     (keg,) = (tmp_path / "Cellar/python@3.13").iterdir()
@@ -129,8 +162,8 @@ def test_an_unknown_formula_is_refused(brew):
 
 
 def test_the_stand_in_stays_small():
-    """Shims, not a second macOS: some 400 lines."""
+    """Shims, not a second macOS: some 420 lines."""
     root = ROOT / "testbed/images/macos/stand-in/rootfs"
     programs = [path for path in root.rglob("*") if path.is_file() and (path.suffix == ".py" or path.read_bytes()[:2] == b"#!")]
-    assert len(programs) == 7
-    assert sum(1 for path in programs for line in path.read_text().splitlines() if line.strip()) <= 400
+    assert len(programs) == 8
+    assert sum(1 for path in programs for line in path.read_text().splitlines() if line.strip()) <= 420

@@ -7,10 +7,11 @@ import os
 import plistlib
 import shutil
 import subprocess
+import time
 
 import pytest
 import yaml
-from helpers import MARK, ROOT, common_variables, playbook
+from helpers import MARK, ROOT, common_variables, executable, playbook
 
 PREFIX = "/Users/me/.local"
 FACTS = {
@@ -30,9 +31,10 @@ WIRED = {
     "rabbitmq_version": "4.2",
     "erlang_version": "27",
     "homebrew_user": "brewer",
+    "postgresql_listen_addresses": ["localhost"],
     "wiring_prefix": "{{ (ansible_facts['effective_user_id'] == 0) | ternary('', '/Users/me/.local') }}",
 }
-ROLES = ("rabbitmq", "django", "celery", "flower")
+ROLES = ("rabbitmq", "postgresql", "django", "celery", "flower")
 # Cases of Homebrew's RabbitMQ: what it would install, what is installed, the Erlang; the level, and what a refusal says.
 FORMULAE = {
     "supported": ("4.2.10", [], "27", "supported", ""),
@@ -43,11 +45,23 @@ FORMULAE = {
 }
 # What brew services calls its jobs, and called them until September 2026: Homebrew/brew#23750.
 BREW_LABELS = ("sh.brew", "homebrew.mxcl")
+# What the role postgresql finds on a Mac, by what is wrong: Homebrew, jobs of brew services, clients; and what a refusal says.
+SERVERS = {
+    "right": (True, [], ["127.0.0.1", "192.0.2.0/24"], ""),
+    "no Homebrew": (False, [], [], "There is no /opt/homebrew/bin/brew. Install Homebrew as brew.sh says"),
+    "brew services": (
+        True,
+        ["/L/sh.brew.postgresql@16.plist"],
+        [],
+        "There is a PostgreSQL of brew services, /L/sh.brew.postgresql@16.plist",
+    ),
+    "names": (True, [], ["::1", "web1"], "postgresql_clients has the names web1; allowed on a Mac are addresses and networks"),
+}
 ERLANGS = {"29.0.2": "erlang@27", "27.3.4": "erlang", "28.4.1": "erlang@27"}
 
 
 def services_of(role):
-    (task,) = yaml.safe_load((ROOT / f"roles/{role}/tasks/service.yml").read_text())
+    task, *_ = yaml.safe_load((ROOT / f"roles/{role}/tasks/service.yml").read_text())
     return task["vars"]
 
 
@@ -68,12 +82,16 @@ def answers(tmp_path_factory):
     (folder / "group_vars/all/10-wired.json").write_text(json.dumps(WIRED))
     (folder / "templates").symlink_to(ROOT / "roles/services/templates")
     (folder / "files").symlink_to(ROOT / "roles/flower/files")
-    known = json.dumps({host: {**facts, "user_gid": 20, "os_family": "Darwin"} for host, facts in FACTS.items()})
-    set_facts = {name: f"{{{{ known[inventory_hostname].{name} }}}}" for name in (*FACTS["agents"], "user_gid", "os_family")}
+    known = json.dumps(
+        {host: {**facts, "user_gid": 20, "os_family": "Darwin", "memtotal_mb": 16384} for host, facts in FACTS.items()}
+    )
+    set_facts = {
+        name: f"{{{{ known[inventory_hostname].{name} }}}}" for name in (*FACTS["agents"], "user_gid", "os_family", "memtotal_mb")
+    }
     files = ["services/vars/main", "django/vars/main", "celery/vars/main/main", "flower/vars/main"]
-    files += ["rabbitmq/vars/main/main", "rabbitmq/vars/main/compatibility", "rabbitmq/vars/main/services"]
+    files += ["postgresql/vars/main", "rabbitmq/vars/main/main", "rabbitmq/vars/main/compatibility", "rabbitmq/vars/main/services"]
     tasks = [{"set_fact": {**set_facts, "cacheable": True}, "vars": {"known": json.loads(known)}}]
-    tasks += [{"include_vars": f"{ROOT}/roles/{role}/vars/Darwin.yml"} for role in ("erlang", "rabbitmq", "django", "flower")]
+    tasks += [{"include_vars": f"{ROOT}/roles/{role}/vars/Darwin.yml"} for role in ("erlang", *ROLES) if role != "celery"]
     shown = []
 
     def show(name, value, **variables):
@@ -98,6 +116,23 @@ def answers(tmp_path_factory):
     for label in BREW_LABELS:
         value = ["{{ (__rabbitmq_formula_rules | first).holds }}", "{{ (__rabbitmq_formula_rules | first).otherwise }}"]
         show(label, value, __rabbitmq_brew_services=looked_for(label))
+    rules = "{{ __postgresql_mac_rules | rejectattr('holds') | map(attribute='otherwise') }}"
+    for case, (homebrew, jobs, clients, _) in SERVERS.items():
+        found = {
+            "__postgresql_brew": {"stat": {"exists": homebrew}},
+            "__postgresql_brew_jobs": {"files": [{"path": path} for path in jobs]},
+        }
+        addresses = [{"database": "mailroom", "user": "mailroom", "address": address} for address in clients]
+        show(f"server: {case}", rules, **found, postgresql_clients=addresses)
+        show(f"server of nobody: {case}", rules, **found, postgresql_clients=addresses, postgresql_homebrew_user="")
+    show(
+        "postgresql files",
+        ["{{ __postgresql_settings }}", "{{ lookup('template', pg_hba) }}", "{{ lookup('template', pg_ident) }}"],
+        pg_hba=f"{ROOT}/roles/postgresql/templates/pg_hba.conf.j2",
+        pg_ident=f"{ROOT}/roles/postgresql/templates/pg_ident.conf.j2",
+        postgresql_clients=[{"database": "mailroom", "user": "mailroom", "address": "127.0.0.1"}],
+        __postgresql_lookups={"results": []},
+    )
     for stable in ERLANGS:
         said = {"stdout": json.dumps({"formulae": [{"versions": {"stable": stable}}]})}
         show(stable, "{{ __erlang_formula }}", __erlang_info=said)
@@ -123,7 +158,12 @@ def plists(answers):
 def test_which_jobs_a_mac_has(plists):
     app = {"web", "relay", "worker@slow", "beat", "flower", "django-logs", "celery-logs", "flower-logs"}
     for host in FACTS:
-        assert set(plists[host]) == {f"mailroom-{name}" for name in app} | {"rabbitmq-server", "rabbitmq-logs"}
+        assert set(plists[host]) == {f"mailroom-{name}" for name in app} | {
+            "rabbitmq-server",
+            "rabbitmq-logs",
+            "postgresql",
+            "postgresql-logs",
+        }
 
 
 def test_every_job_is_kept_alive_and_holds_no_secret(plists, answers):
@@ -160,7 +200,7 @@ def test_agents_are_the_users_own_and_daemons_name_theirs(plists, answers):
         assert plist["StandardOutPath"].startswith("/Users/me/Library/Logs/")
     users = {name: plist["UserName"] for name, plist in plists["daemons"].items()}
     assert (users["mailroom-web"], users["mailroom-beat"]) == ("mailroom", "mailroom")
-    assert (users["mailroom-flower"], users["rabbitmq-server"]) == ("mailroom-flower", "brewer")
+    assert (users["mailroom-flower"], users["rabbitmq-server"], users["postgresql"]) == ("mailroom-flower", "brewer", "brewer")
     # The job that turns logs over is no more than those whose logs they are.
     assert users["mailroom-flower-logs"] == "mailroom-flower"
     assert plists["daemons"]["mailroom-web"]["StandardOutPath"] == "/Library/Logs/mailroom/django/mailroom-web.log"
@@ -247,3 +287,87 @@ def test_a_broker_of_brew_services_is_refused_with_the_way_out(answers, label):
     assert not holds
     assert f"There is a broker of brew services, /L/{label}.rabbitmq.plist" in refusal
     assert "`brew services stop rabbitmq`" in refusal
+
+
+def test_the_database_is_found_below_homebrews_prefix_beside_the_formulas_own_cluster(plists):
+    for host, homebrew in (("agents", "/opt/homebrew"), ("daemons", "/usr/local")):
+        plist = plists[host]["postgresql"]
+        assert plist["ProgramArguments"][-3:] == [
+            f"{homebrew}/opt/postgresql@17/bin/postgres",
+            "-D",
+            f"{homebrew}/var/lib/postgresql/17",
+        ]
+        assert plist["EnvironmentVariables"] == {"LC_ALL": "C"}
+
+
+def test_the_database_is_restarted_after_an_upgrade_and_for_its_files(answers):
+    (server, _) = answers["agents"]["postgresql"]
+    cluster = "/opt/homebrew/var/lib/postgresql/17"
+    files = [f"{cluster}/{name}" for name in ("conf.d/50-ansible.conf", "pg_hba.conf", "pg_ident.conf")]
+    assert server["restart_on"] == [*files, "/opt/homebrew/opt/postgresql@17"]
+
+
+def test_the_database_lets_in_its_owner_as_postgres_and_the_listed_clients(answers):
+    for host, owner in (("agents", "me"), ("daemons", "brewer")):
+        settings, access, names = answers[host]["postgresql files"]
+        cluster = "/opt/homebrew/var/lib/postgresql/17" if host == "agents" else "/usr/local/var/lib/postgresql/17"
+        # A folder that is its owner's alone.
+        assert settings["unix_socket_directories"] == cluster
+        assert [line for line in access.splitlines() if line[0] != "#"] == [
+            "local all postgres peer map=owner",
+            'host "mailroom" "mailroom" 127.0.0.1/32 scram-sha-256',
+        ]
+        assert [line for line in names.splitlines() if line[0] != "#"] == [f'owner "{owner}" postgres']
+
+
+@pytest.mark.parametrize("case", SERVERS)
+def test_a_mac_on_which_the_database_would_not_run_is_refused(answers, case):
+    refusals = answers["agents"][f"server: {case}"]
+    assert len(refusals) == bool(SERVERS[case][3])
+    assert "".join(refusals).startswith(SERVERS[case][3])
+
+
+def test_root_needs_to_know_whom_homebrew_belongs_to(answers):
+    assert answers["agents"]["server of nobody: right"] == answers["daemons"]["server: right"] == []
+    (refusal,) = answers["daemons"]["server of nobody: right"]
+    assert refusal.startswith("postgresql_homebrew_user is empty and Ansible works as root")
+
+
+SERVER = """
+import pathlib, signal, sys
+said = pathlib.Path(sys.argv[2])
+def end(number, _):
+    said.write_text(signal.Signals(number).name)
+    sys.exit(4)
+for each in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(each, end)
+said.write_text("up")
+if sys.argv[3:] == ["dies"]:
+    sys.exit(5)
+signal.pause()
+"""
+
+
+def launched(plist, tmp_path, *more):
+    """The job's command with another program in the place of the server; what that program said, and the shell's process."""
+    executable(tmp_path / "postgres", SERVER)
+    shell = plist["ProgramArguments"][5:8]
+    assert shell[:2] == ["/bin/sh", "-c"]
+    return tmp_path / "said", subprocess.Popen([*shell, tmp_path / "postgres", "-D", tmp_path / "said", *more])
+
+
+def test_the_end_of_the_job_is_a_fast_shutdown_and_is_waited_for(plists, tmp_path):
+    """TERM would have the server wait for its clients, and launchd kill it."""
+    said, shell = launched(plists["agents"]["postgresql"], tmp_path)
+    until = time.monotonic() + 20
+    while not said.exists() or said.read_text() != "up":
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    shell.terminate()
+    assert shell.wait(20) == 4
+    assert said.read_text() == "SIGINT"
+
+
+def test_a_job_ends_with_its_server(plists, tmp_path):
+    _, shell = launched(plists["agents"]["postgresql"], tmp_path, "dies")
+    assert shell.wait(20) == 5

@@ -178,6 +178,10 @@ REFUSED = {
             "postgresql_databases or postgresql_clients name the user mailroom, whom postgresql_users does not list.",
         ),
         (
+            {"postgresql_clients": [{"database": "mailroom", "user": "stranger", "address": "::1"}]},
+            "postgresql_databases or postgresql_clients name the user stranger, whom postgresql_users does not list.",
+        ),
+        (
             {"postgresql_databases": [], "postgresql_clients": [{"database": "mailroom", "user": "mailroom", "address": "::1"}]},
             "postgresql_clients name the database mailroom, which postgresql_databases does not list.",
         ),
@@ -396,6 +400,39 @@ def test_one_wrong_value_anywhere_ends_the_whole_site(tmp_path):
     assert sum(numbers["failures"] for numbers in answer["stats"].values()) == 1
     assert sum(numbers["unreachable"] for numbers in answer["stats"].values()) == 0
     assert "flower_port is 70000" in output
+
+
+NO_DATABASE = (
+    "The application has no database: the group database has no host, and app_database_url is empty. Put a host into the group "
+    "database, or set app_database_url to a server elsewhere, such as postgresql://user:password@host:5432/name."
+)
+
+
+@pytest.mark.parametrize("groups", [{}, {"database": {"hosts": {}}}], ids=["no group", "no host in it"])
+def test_an_inventory_without_a_database_is_refused(tmp_path, groups):
+    code, answer, output = playbook("-i", without_database(tmp_path, groups), "site.yml")
+    assert code == 2
+    assert [play["play"]["name"] for play in answer["plays"]] == ["Variables"]
+    assert {host: numbers["unreachable"] for host, numbers in answer["stats"].items()} == {"app.invalid": 0, "mq.invalid": 0}
+    assert answer["plays"][0]["tasks"][-1]["hosts"]["app.invalid"]["msg"] == NO_DATABASE, output
+
+
+def test_a_database_elsewhere_needs_no_group(tmp_path):
+    elsewhere = f"postgresql://shop:{MARK}@db.example.org:5432/shop"
+    inventory = without_database(tmp_path, {}, app_database_url=elsewhere)
+    code, _, output = playbook("-i", inventory, "playbooks/validate.yml")
+    assert code == 0, output
+    assert MARK not in output
+
+
+def without_database(folder, groups, **variables):
+    """An inventory of two hosts, none of which is for the database."""
+    common_variables(folder)
+    app = {"hosts": {"app.invalid": None}}
+    groups = {"broker": {"hosts": {"mq.invalid": None}}, "app": {"children": {"web": app, "workers": app}}, "flower": app, **groups}
+    (folder / "hosts.json").write_text(json.dumps({"all": {"children": groups}}))
+    (folder / "group_vars/all/30-environment.json").write_text(json.dumps({**ENVIRONMENT, **variables}))
+    return folder
 
 
 def test_an_inventory_that_is_not_there_is_no_run_on_no_host():

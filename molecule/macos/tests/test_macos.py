@@ -8,6 +8,7 @@ import uuid
 import pytest
 import requests
 
+RECOVERY = "database system was not properly shut down"
 JOBS = ["services : Jobs of mailroom/celery"]
 
 
@@ -57,6 +58,18 @@ def playbook(run_playbook):
 
 
 @pytest.fixture
+def prefix(host):
+    """Homebrew's."""
+    return "/opt/homebrew" if host.file("/opt/homebrew/bin/brew").exists else "/usr/local"
+
+
+@pytest.fixture
+def logged(host, prefix):
+    """How often the database logged a text."""
+    return lambda text: host.check_output(f"cat {prefix}/var/lib/postgresql/17/log/*.log").count(text)
+
+
+@pytest.fixture
 def logs(host):
     return f"{host.check_output('echo $HOME')}/Library/Logs/mailroom"
 
@@ -74,13 +87,12 @@ def test_nothing_of_it_runs_as_root(host):
     mine = host.check_output("id -un")
     # A Mac's ps takes what follows the first = for the heading of one column, and cuts lines without -ww.
     lines = host.check_output("ps -A -ww -o user= -o args=").splitlines()
-    found = [line.split()[0] for line in lines if re.search(r"gunicorn|celery|manage\.py relay|beam\.smp|/epmd", line)]
-    assert len(found) > 8
+    found = [line.split()[0] for line in lines if re.search(r"gunicorn|celery|manage\.py relay|beam\.smp|/epmd|postgres", line)]
+    assert len(found) > 12
     assert set(found) == {mine}
 
 
-def test_broker_lives_below_homebrews_prefix_on_the_erlang_that_was_asked_for(host, api):
-    prefix = "/opt/homebrew" if host.file("/opt/homebrew/bin/brew").exists else "/usr/local"
+def test_broker_lives_below_homebrews_prefix_on_the_erlang_that_was_asked_for(host, prefix, api):
     (node,) = api("nodes")
     paths = [*node["config_files"], node["db_dir"], *node["log_files"]]
     assert len(paths) > 2
@@ -100,6 +112,43 @@ def test_secrets_are_nobody_elses(host, variables):
     open_ = host.check_output(f"find {home}/.local/etc/mailroom {home}/.local/var/lib/mailroom* -maxdepth 0 -perm -g+x")
     assert open_ == ""
     assert variables["secret_django_key"] in host.check_output(f"cat {home}/.local/etc/mailroom/environment")
+
+
+def test_database_lets_in_its_owner_by_the_socket_and_listed_clients_by_their_password(host, prefix, variables):
+    cluster = f"{prefix}/var/lib/postgresql/17"
+
+    def ask(address, user, query, password=""):
+        return host.run(
+            f"PGPASSWORD='{password}' {prefix}/opt/postgresql@17/bin/psql -h {address} -U {user} -w -Atc '{query}' mailroom"
+        )
+
+    assert ask(cluster, "postgres", "SHOW data_directory").stdout.strip() == cluster
+    assert ask("127.0.0.1", "mailroom", "SELECT 1", variables["secret_postgresql_app_password"]).stdout.strip() == "1"
+    assert "no password supplied" in ask("127.0.0.1", "mailroom", "SELECT 1").stderr
+    for address, user in (("127.0.0.1", "postgres"), (cluster, "mailroom")):
+        assert "no pg_hba.conf entry" in ask(address, user, "SELECT 1").stderr
+    # The formula's cluster trusts everybody, so it stays as it was.
+    assert host.file(f"{prefix}/var/postgresql@17/PG_VERSION").exists
+    assert not host.file(f"{prefix}/var/postgresql@17/postmaster.pid").exists
+
+
+def test_ended_database_does_not_wait_for_its_clients(host, process, logged, send, eventually):
+    before, ended, recovered = process("postgresql"), logged("received fast shutdown request"), logged(RECOVERY)
+    host.check_output(f"kill -TERM {before}")
+    eventually(lambda: process("postgresql") not in (None, before))
+    _, state = eventually(send)
+    eventually(lambda: state() == "sent", seconds=60)
+    assert logged("received fast shutdown request") == ended + 1
+    assert logged(RECOVERY) == recovered
+
+
+def test_killed_database_comes_back(host, process, logged, send, eventually):
+    before, recovered = process("postgresql"), logged(RECOVERY)
+    host.check_output(f"kill -9 {before}")
+    eventually(lambda: process("postgresql") not in (None, before))
+    _, state = eventually(send)
+    eventually(lambda: state() == "sent", seconds=60)
+    assert logged(RECOVERY) == recovered + 1
 
 
 def test_killed_worker_comes_back(host, send, process, eventually):
