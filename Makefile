@@ -84,12 +84,12 @@ test-unit: $(VENV)/.complete ## Modules, filters, templates and the repository i
 	pytest
 
 test-app-fast: $(APP_VENV)/.complete ## The application's tests that need no broker and no browser
-	cd app && .venv/bin/pytest -m "not browser"
+	cd app && .venv/bin/pytest -m "not browser and not broker"
 
-test-app: $(VENV)/.complete $(APP_VENV)/.complete ## The application's tests: a real RabbitMQ, SQLite and a real PostgreSQL, a browser
+test-app: $(VENV)/.complete $(APP_VENV)/.complete ## The application's tests: a real RabbitMQ, a real PostgreSQL, a browser
 	@$(MAKE) --no-print-directory broker-up
-	url=$$($(TESTBED) info --inventory inventories/app-tests --value broker.url) && cd app && export TEST_BROKER_URL=$$url && \
-		.venv/bin/pytest && .venv/bin/python -m tests.postgresql .venv/bin/pytest -m "not browser"
+	url=$$($(TESTBED) info --inventory inventories/app-tests --value broker.url) && cd app && \
+		TEST_BROKER_URL=$$url .venv/bin/pytest
 	@$(MAKE) --no-print-directory broker-down
 
 broker-up: $(VENV)/.complete $(APP_VENV)/.complete ## The broker of the application's tests, which bench/mail_* use too
