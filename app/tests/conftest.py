@@ -4,7 +4,7 @@ import threading
 import pytest
 from aiosmtpd.controller import Controller
 
-from emails import services, smtp
+from emails import api_keys, services, smtp
 from emails.models import ApiKey
 from tests.tools import free_port
 
@@ -96,7 +96,7 @@ def user(django_user_model):
 
 @pytest.fixture
 def api_key(user):
-    return ApiKey.objects.create(owner=user, name="tests", digest=services.hash_key(KEY))
+    return ApiKey.objects.create(owner=user, name="tests", digest=api_keys.hash_key(KEY))
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 from django.db import DataError, InterfaceError, OperationalError, connection
 from django.utils import timezone
 
-from emails import deliveries, services, validation
+from emails import api_keys, deliveries, validation
 from emails.models import ApiKey, Email, SendingLimits
 from emails.states import State
 from emails.validation import File
@@ -130,11 +130,11 @@ def test_refuses_a_revoked_key_and_an_inactive_owner(post, api_key, user):
 def test_a_key_brings_its_owner_and_the_limits_in_one_query(
     api_key, user, limit, django_assert_num_queries
 ):
-    ApiKey.objects.create(owner=user, name="another", digest=services.hash_key("another"))
+    ApiKey.objects.create(owner=user, name="another", digest=api_keys.hash_key("another"))
     if limit:
         SendingLimits.objects.create(owner=user, senders="@shop.example", recipients_per_hour=limit)
     with django_assert_num_queries(1):
-        key = services.authenticate(KEY)
+        key = api_keys.authenticate(KEY)
         found = (key.owner, getattr(key.owner, "sending_limits", None))
     assert key == api_key and key.created_at == api_key.created_at
     assert found == (user, SendingLimits.objects.first())
@@ -175,8 +175,12 @@ def test_documents_itself_without_a_cdn(client):
     paths = client.get("/api/openapi.json").json()["paths"]
     assert set(paths) == {
         "/api/emails",
+        "/api/emails/batch",
         "/api/emails/{email_id}",
+        "/api/emails/{email_id}/cancel",
         "/api/emails/{email_id}/replay",
+        "/api/suppressions",
+        "/api/suppressions/{address}",
     }
     page = client.get("/api/docs").content.decode()
     assert "/static/ninja/swagger-ui-bundle.js" in page
@@ -399,7 +403,7 @@ def test_a_database_that_is_away_is_told_from_a_fault(post, monkeypatch, error):
     def fail(*_):
         raise error("server closed the connection")
 
-    monkeypatch.setattr(services, "authenticate", fail)
+    monkeypatch.setattr(api_keys, "authenticate", fail)
     answer = post(GOOD)
     assert answer.status_code == 503
     assert answer.headers["Retry-After"] == "5"

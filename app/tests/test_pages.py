@@ -8,7 +8,7 @@ from django.db import OperationalError, connection
 from django.test import Client
 from django.utils import timezone
 
-from emails import services
+from emails import api_keys
 from emails.models import ApiKey, Delivery, Email
 from emails.states import State
 from emails.tasks import deliver
@@ -215,5 +215,5 @@ def test_the_admin_makes_a_key_and_shows_it_once(admin_client, user):
         "/admin/emails/apikey/add/", {"owner": user.pk, "name": "shop"}, follow=True
     )
     key = str(next(iter(response.context["messages"]))).rpartition(" ")[2]
-    assert services.authenticate(key) == ApiKey.objects.get(name="shop")
+    assert api_keys.authenticate(key) == ApiKey.objects.get(name="shop")
     assert key not in admin_client.get("/admin/emails/apikey/").content.decode()
