@@ -26,6 +26,7 @@ from emails.api_schemas import (
     EmailPage,
     Errors,
     Replayed,
+    Request,
     errors_by_field,
 )
 from emails.conf import conf
@@ -57,14 +58,14 @@ router = Router()
     summary="Accept an email",
 )
 def create_email(
-    request: HttpRequest,
+    request: Request,
     email: EmailIn,
     idempotency_key: str | None = Header(
         None,
         alias="Idempotency-Key",
         description="A repeated request with the same key and content gets the first id.",
     ),
-):
+) -> Any:
     """Stores the email and answers at once; a relay and workers deliver it."""
     accepted = services.accept(request.auth.owner, message(email), idempotency_key)
     return Status(202, answer(request, accepted))
@@ -75,7 +76,7 @@ def create_email(
     response={200: BatchResults, 400: Detail, 401: Detail, 413: Detail, 422: Errors, 503: Detail},
     summary="Accept several emails",
 )
-def create_emails(request: HttpRequest, batch: BatchIn):
+def create_emails(request: Request, batch: BatchIn) -> Any:
     """Stores the emails in one transaction. One that is refused does not stop the others."""
     if len(batch.emails) > conf.MAX_BATCH:
         raise ValidationError({"emails": f"must not be more than {conf.MAX_BATCH}"})
@@ -147,12 +148,12 @@ def decode(attachments: list[AttachmentIn]) -> list[File]:
     summary="List and search, the newest first",
 )
 def list_emails(
-    request: HttpRequest,
+    request: Request,
     state: State | None = Query(None, description="With a delivery in this state."),
     q: str = Query("", description="Part of a subject or a recipient, or an id."),
     before: UUID | None = Query(None, description="`next` of the page before."),
     limit: int = Query(50, ge=1, le=200),
-):
+) -> Any:
     found = listing.find(request.auth.owner, state=state, text=q)
     if before is not None:
         found = found.filter(pk__lt=before)
@@ -167,7 +168,7 @@ def list_emails(
     by_alias=False,
     summary="Show an email, with every attempt",
 )
-def get_email(request: HttpRequest, email_id: UUID):
+def get_email(request: Request, email_id: UUID) -> Any:
     emails = listing.find(request.auth.owner).prefetch_related("deliveries__log")
     return get_object_or_404(emails, pk=email_id)
 
@@ -177,7 +178,7 @@ def get_email(request: HttpRequest, email_id: UUID):
     response={202: Replayed, 401: Detail, 404: Detail, 422: Errors},
     summary="Retry the failed and held deliveries of an email",
 )
-def replay_email(request: HttpRequest, email_id: UUID):
+def replay_email(request: Request, email_id: UUID) -> Any:
     email = get_object_or_404(listing.find(request.auth.owner), pk=email_id)
     return Status(202, {"replayed": services.replay(email.deliveries.all())})
 
@@ -187,6 +188,6 @@ def replay_email(request: HttpRequest, email_id: UUID):
     response={202: Cancelled, 401: Detail, 404: Detail, 422: Errors},
     summary="Cancel the deliveries of an email that no worker has begun to send",
 )
-def cancel_email(request: HttpRequest, email_id: UUID):
+def cancel_email(request: Request, email_id: UUID) -> Any:
     email = get_object_or_404(listing.find(request.auth.owner), pk=email_id)
     return Status(202, {"cancelled": services.cancel(email.deliveries.all())})

@@ -5,13 +5,20 @@ from datetime import datetime
 from typing import Annotated, Any, Literal
 from uuid import UUID
 
+from django.http import HttpRequest
 from ninja import Field, Schema
 from pydantic import BeforeValidator, ConfigDict, SkipValidation
 from pydantic_core import PydanticCustomError
 
 from emails.conf import conf
-from emails.models import Delivery, Suppression
+from emails.models import ApiKey, Attempt, Delivery, Suppression
 from emails.states import State
+
+
+class Request(HttpRequest):
+    """One that has passed authentication."""
+
+    auth: ApiKey
 
 
 def limit_count(attachments: Any) -> Any:
@@ -130,7 +137,7 @@ class DeliveryOut(Schema):
     log: list[AttemptOut]
 
     @staticmethod
-    def resolve_log(delivery) -> list:
+    def resolve_log(delivery: Delivery) -> list[Attempt]:
         return list(delivery.log.all())
 
 

@@ -1,11 +1,20 @@
 """/api/suppressions"""
 
+from typing import Any
+
 from django.core.exceptions import ValidationError
-from django.http import Http404, HttpRequest
+from django.http import Http404
 from ninja import Query, Router, Status
 
 from emails import listing
-from emails.api_schemas import Detail, Errors, SuppressionIn, SuppressionOut, SuppressionPage
+from emails.api_schemas import (
+    Detail,
+    Errors,
+    Request,
+    SuppressionIn,
+    SuppressionOut,
+    SuppressionPage,
+)
 from emails.models import Suppression
 from emails.validation import check_address
 
@@ -18,11 +27,11 @@ router = Router()
     summary="List and search, the newest first",
 )
 def list_suppressions(
-    request: HttpRequest,
+    request: Request,
     q: str = Query("", description="Part of an address."),
     before: int | None = Query(None, description="`next` of the page before."),
     limit: int = Query(50, ge=1, le=200),
-):
+) -> Any:
     found = listing.find_suppressions(request.auth.owner, q)
     if before is not None:
         found = found.filter(pk__lt=before)
@@ -36,7 +45,7 @@ def list_suppressions(
     response={200: SuppressionOut, 201: SuppressionOut, 400: Detail, 401: Detail, 422: Errors},
     summary="Suppress an address",
 )
-def suppress(request: HttpRequest, suppression: SuppressionIn):
+def suppress(request: Request, suppression: SuppressionIn) -> Any:
     """From now on no email of this owner is accepted for it. 200 if it is suppressed already."""
     try:
         check_address(suppression.address)
@@ -55,7 +64,7 @@ def suppress(request: HttpRequest, suppression: SuppressionIn):
     response={204: None, 401: Detail, 404: Detail},
     summary="Send to an address again",
 )
-def unsuppress(request: HttpRequest, address: str):
+def unsuppress(request: Request, address: str) -> Any:
     if not address.isprintable():
         raise Http404
     found = Suppression.objects.filter(owner=request.auth.owner, address=address.lower())

@@ -22,8 +22,15 @@ from emails.models import Delivery, Email
 from emails.queries import execute, fetch, load
 
 __all__ = [
-    *("Conflict", "Message", "OverLimit", "accept", "accept_batch", "cancel", "replay"),
-    *("CHANNEL", "NOTIFY_SECONDS"),
+    "CHANNEL",
+    "NOTIFY_SECONDS",
+    "Conflict",
+    "Message",
+    "OverLimit",
+    "accept",
+    "accept_batch",
+    "cancel",
+    "replay",
 ]
 
 logger = logging.getLogger(__name__)
