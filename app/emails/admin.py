@@ -1,10 +1,12 @@
 import secrets
 
+from django import forms
 from django.contrib import admin, messages
 from django.contrib.admin.utils import model_ngettext
 
-from emails import services
+from emails import api_keys, services
 from emails.models import ApiKey, Attempt, Delivery, Email, SendingLimits, Suppression
+from emails.validation import check_address
 
 
 class ReadOnly:
@@ -79,13 +81,20 @@ class ApiKeyAdmin(admin.ModelAdmin):
     def save_model(self, request, obj, form, change) -> None:
         if not change:
             key = secrets.token_urlsafe(32)
-            obj.digest = services.hash_key(key)
+            obj.digest = api_keys.hash_key(key)
             messages.warning(request, f"The key, which is shown only now: {key}")
         super().save_model(request, obj, form, change)
 
 
+class SuppressionForm(forms.ModelForm):
+    def clean_address(self) -> str:
+        check_address(self.cleaned_data["address"])
+        return self.cleaned_data["address"].lower()
+
+
 @admin.register(Suppression)
 class SuppressionAdmin(admin.ModelAdmin):
+    form = SuppressionForm
     list_display = ("address", "owner", "reason", "created_at")
     list_filter = ("reason",)
     search_fields = ("address",)

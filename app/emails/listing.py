@@ -1,4 +1,4 @@
-"""What the page and the API show of an owner's emails."""
+"""What the page and the API show to an owner."""
 
 from contextlib import suppress
 from typing import Any
@@ -6,7 +6,7 @@ from uuid import UUID
 
 from django.db.models import Count, Exists, OuterRef, Q, QuerySet
 
-from emails.models import Delivery, Email
+from emails.models import Delivery, Email, Suppression
 from emails.states import State
 
 # A count goes no further: on a page of 20 it is enough to know that there are more.
@@ -20,13 +20,21 @@ def find(owner: Any, *, state: str | None = None, text: str = "") -> QuerySet[Em
     of_email = Delivery.objects.filter(email=OuterRef("pk"))
     if state:
         found = found.filter(Exists(of_email.filter(state=state)))
-    text = "".join(character for character in text.strip() if character.isprintable())
-    if text:
+    if text := searchable(text):
         matches = Q(subject__icontains=text) | Q(Exists(of_email.filter(recipient__icontains=text)))
         with suppress(ValueError):
             matches |= Q(pk=UUID(text))
         found = found.filter(matches)
     return found
+
+
+def find_suppressions(owner: Any, text: str = "") -> QuerySet[Suppression]:
+    """The addresses to which the owner sends nothing, with `text` in them."""
+    return Suppression.objects.filter(owner=owner, address__icontains=searchable(text))
+
+
+def searchable(text: str) -> str:
+    return "".join(character for character in text.strip() if character.isprintable())
 
 
 def count_by_state(owner: Any, text: str = "") -> dict[str, int | None]:

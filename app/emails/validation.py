@@ -1,13 +1,14 @@
 """The checks of an email before it is stored. Each raises ValidationError with a sentence."""
 
 import re
-import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from email.errors import ObsoleteHeaderDefect
 from email.policy import default as email_policy
 from functools import lru_cache
 from typing import Any
+from unicodedata import category, is_normalized
 
 from django.conf import settings
 from django.core.exceptions import ValidationError
@@ -48,7 +49,13 @@ def field_length(model: Any, name: str) -> int:
 
 def check_storable(value: str) -> None:
     # PostgreSQL has no null character, and half of a surrogate pair has no UTF-8.
-    if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        storable = False
+    else:
+        storable = "\0" not in value
+    if not storable:
         raise ValidationError("must not contain null characters or lone surrogates")
 
 
@@ -62,7 +69,7 @@ def check_header(value: str, limit: int = LONGEST_HEADER) -> None:
     check_storable(value)
     if len(value) > limit:
         raise ValidationError(f"must not be longer than {limit} characters")
-    if any(unicodedata.category(character) in FORBIDDEN_IN_HEADERS for character in value):
+    if any(category(character) in FORBIDDEN_IN_HEADERS for character in value):
         raise ValidationError("must not contain line breaks or control characters")
 
 
@@ -73,18 +80,25 @@ def check_subject(value: str) -> None:
 
 def check_address(value: str) -> None:
     """An address without a name, of a form that mail servers accept."""
-    local, _, domain = value.rpartition("@")
-    if len(local) > LONGEST_LOCAL_PART or len(value) > LONGEST_ADDRESS or '"' in local:
-        raise ValidationError("is not an email address that mail servers accept")
     validate_email(value)
-    if not domain.isascii():
-        # Characters that IDNA drops or replaces, such as a soft hyphen, name another domain.
-        try:
-            same = domain.encode("idna").decode("idna") == domain.lower()
-        except UnicodeError:
-            same = False
-        if not same:
-            raise ValidationError("has a domain that is written in another way")
+    local, _, domain = value.rpartition("@")
+    longest = LONGEST_ADDRESS - len(local) - 1
+    if '"' in local or len(local) > LONGEST_LOCAL_PART or len(ascii_domain(domain)) > longest:
+        raise ValidationError("is not an email address that mail servers accept")
+
+
+def ascii_domain(domain: str) -> str:
+    if domain.isascii():
+        return domain
+    # Characters that IDNA drops or replaces, such as a soft hyphen, name another domain.
+    try:
+        encoded = domain.encode("idna")
+        same = encoded.decode("idna") == domain.lower() and is_normalized("NFKC", domain)
+    except UnicodeError:
+        same = False
+    if not same:
+        raise ValidationError("has a domain with characters that IDNA changes")
+    return encoded.decode()
 
 
 @lru_cache(maxsize=1024)
@@ -99,19 +113,25 @@ def bare_address(value: str) -> str:
         groups = parsed.groups
     except (ValueError, IndexError, AttributeError, TypeError):  # of Python's parser
         raise ValidationError("is not one address") from None
+    # Obsolete is a period in a name without quotes, which many names have.
+    defects = [each for each in parsed.defects if not isinstance(each, ObsoleteHeaderDefect)]
     named = [group for group in groups if group.display_name is not None]
-    if named or len(groups) != 1 or len(groups[0].addresses) != 1 or parsed.defects:
+    if named or len(groups) != 1 or len(groups[0].addresses) != 1 or defects:
         raise ValidationError("is not one address")
-    address = groups[0].addresses[0].addr_spec
+    address = str(groups[0].addresses[0].addr_spec)
     check_address(address)
-    return str(address)
+    # The envelope gets what is in the last angle brackets, so nothing may follow them.
+    if not value.endswith(f"<{address}>"):
+        raise ValidationError("is not one address")
+    return address
 
 
-def check_sender(value: str, owner: Any, limits: SendingLimits | None) -> None:
+def check_sender(value: str, owner: Any) -> None:
     check_header(value, field_length(Email, "sender"))
     address = bare_address(value).lower()
     if owner is None:
         return
+    limits: SendingLimits | None = getattr(owner, "sending_limits", None)
     own = set(limits.senders.lower().split()) if limits else set()
     default = bare_address(settings.DEFAULT_FROM_EMAIL).lower()
     allowed = own or {default, *conf.ALLOWED_SENDERS}
@@ -124,15 +144,18 @@ def check_recipients(value: Sequence[str], kinds: Mapping[str, str]) -> None:
         raise ValidationError(
             f"must name between 1 and {conf.MAX_RECIPIENTS} recipients, cc and bcc included"
         )
-    check_addresses(value)
+    check_addresses(value, kinds)
 
 
-def check_addresses(value: Iterable[str]) -> None:
-    for number, recipient in enumerate(value, start=1):
+def check_addresses(value: Sequence[str], kinds: Mapping[str, str]) -> None:
+    if len(kinds) > conf.MAX_RECIPIENTS:  # so said check_recipients
+        return
+    for recipient in dict.fromkeys(value):
         try:
             check_header(recipient)
             check_address(recipient)
         except ValidationError:
+            number = value.index(recipient) + 1
             raise ValidationError(f"recipient {number} is not an email address") from None
 
 

@@ -4,11 +4,12 @@ import threading
 import pytest
 from aiosmtpd.controller import Controller
 
-from emails import services, smtp
+from emails import api_keys, services, smtp
 from emails.models import ApiKey
 from tests.tools import free_port
 
 KEY = "a-key-of-the-tests-0123456789abcdef"
+OTHER_KEY = "a-key-of-another-owner-0123456789ab"
 
 
 class Mailbox:
@@ -96,7 +97,26 @@ def user(django_user_model):
 
 @pytest.fixture
 def api_key(user):
-    return ApiKey.objects.create(owner=user, name="tests", digest=services.hash_key(KEY))
+    return ApiKey.objects.create(owner=user, name="tests", digest=api_keys.hash_key(KEY))
+
+
+@pytest.fixture
+def other_user(django_user_model):
+    user = django_user_model.objects.create_user("mallory")
+    ApiKey.objects.create(owner=user, name="tests", digest=api_keys.hash_key(OTHER_KEY))
+    return user
+
+
+@pytest.fixture
+def api(client, api_key):
+    """Calls the API."""
+
+    def call(method, path, data=None, key=KEY, **headers):
+        options = {} if data is None else {"data": data, "content_type": "application/json"}
+        headers = {"Authorization": f"Bearer {key}"} | headers
+        return getattr(client, method)(f"/api/{path}", headers=headers, **options)
+
+    return call
 
 
 @pytest.fixture

@@ -1,5 +1,5 @@
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
+from datetime import datetime, timedelta
 from threading import Barrier
 from unittest.mock import patch
 
@@ -7,11 +7,12 @@ import pytest
 from django.db import DataError, InterfaceError, OperationalError, connection
 from django.utils import timezone
 
-from emails import deliveries, services, validation
-from emails.models import ApiKey, Email, SendingLimits
+from emails import api_keys, deliveries, services, validation
+from emails.models import ApiKey, Delivery, Email, SendingLimits
 from emails.states import State
 from emails.validation import File
 from tests.conftest import KEY
+from tests.tools import claim
 
 pytestmark = pytest.mark.django_db
 
@@ -130,11 +131,11 @@ def test_refuses_a_revoked_key_and_an_inactive_owner(post, api_key, user):
 def test_a_key_brings_its_owner_and_the_limits_in_one_query(
     api_key, user, limit, django_assert_num_queries
 ):
-    ApiKey.objects.create(owner=user, name="another", digest=services.hash_key("another"))
+    ApiKey.objects.create(owner=user, name="another", digest=api_keys.hash_key("another"))
     if limit:
         SendingLimits.objects.create(owner=user, senders="@shop.example", recipients_per_hour=limit)
     with django_assert_num_queries(1):
-        key = services.authenticate(KEY)
+        key = api_keys.authenticate(KEY)
         found = (key.owner, getattr(key.owner, "sending_limits", None))
     assert key == api_key and key.created_at == api_key.created_at
     assert found == (user, SendingLimits.objects.first())
@@ -175,8 +176,12 @@ def test_documents_itself_without_a_cdn(client):
     paths = client.get("/api/openapi.json").json()["paths"]
     assert set(paths) == {
         "/api/emails",
+        "/api/emails/batch",
         "/api/emails/{email_id}",
+        "/api/emails/{email_id}/cancel",
         "/api/emails/{email_id}/replay",
+        "/api/suppressions",
+        "/api/suppressions/{address}",
     }
     page = client.get("/api/docs").content.decode()
     assert "/static/ninja/swagger-ui-bundle.js" in page
@@ -208,7 +213,10 @@ def test_a_key_sent_again_gives_the_first_id_again(post):
         {"reply_to": ["news@example.com"]},
         {"attachments": [{"filename": "a.txt", "content": "YQ=="}]},
         {"deadline": "2099-01-01T00:00:00Z"},
+        {"send_at": "2099-01-01T00:00:00Z"},
+        {"headers": {"X-Campaign": "spring"}},
         {"show_recipients": True},
+        {"skip_suppressed": True},
     ],
 )
 def test_a_key_with_other_content_is_a_conflict(post, settings, change):
@@ -218,6 +226,21 @@ def test_a_key_with_other_content_is_a_conflict(post, settings, change):
     assert answer.status_code == 409
     assert "idempotency key" in answer.json()["detail"]
     assert Email.objects.count() == 1
+
+
+@pytest.mark.parametrize(
+    ("field", "one", "other"),
+    [
+        ("attachments", [{"filename": "a", "content": "YQ=="}], [{"filename": "a", "content": ""}]),
+        ("send_at", "2098-01-01T00:00:00Z", "2099-01-01T00:00:00Z"),
+        ("headers", {"X-Campaign": "spring"}, {"X-Campaign": "autumn"}),
+    ],
+)
+def test_a_key_with_another_value_of_a_field_is_a_conflict(post, settings, field, one, other):
+    settings.EMAILS_RETENTION_DAYS = 100_000
+    assert post(GOOD | {field: one}, idempotency_key="order 17").status_code == 202
+    assert post(GOOD | {field: one}, idempotency_key="order 17").status_code == 202
+    assert post(GOOD | {field: other}, idempotency_key="order 17").status_code == 409
 
 
 def test_a_key_is_its_owners_own(post, django_user_model):
@@ -347,7 +370,37 @@ def test_an_email_whose_attachments_are_not_stored_is_not_there(accept):
     assert not Email.objects.exists()
 
 
-# Listing and replay
+def test_an_email_is_sent_at_its_time_and_has_its_deadline_from_then_on(api, settings):
+    settings.EMAILS_DEADLINE_SECONDS = 600
+    send_at = timezone.now() + timedelta(hours=3)
+    accepted = api("post", "emails", GOOD | {"send_at": send_at.isoformat()}).json()
+    shown = api("get", f"emails/{accepted['id']}").json()
+    assert shown["state"] == "scheduled"
+    next_attempt = datetime.fromisoformat(shown["recipients"][0]["next_attempt_at"])
+    assert abs(next_attempt - send_at) < timedelta(milliseconds=1)
+    delivery = Email.objects.get().deliveries.first()
+    assert (delivery.due_at, delivery.expires_at) == (send_at, send_at + timedelta(minutes=10))
+    assert deliveries.lease(9).deliveries == []
+    Delivery.objects.update(due_at=timezone.now())
+    assert len(deliveries.lease(9).deliveries) == 2
+
+
+@pytest.mark.parametrize(("minutes", "status"), [(59, 422), (60, 422), (61, 202)])
+def test_the_deadline_is_later_than_the_time_of_sending(post, minutes, status):
+    now = timezone.now()
+    send_at, deadline = now + timedelta(hours=1), now + timedelta(minutes=minutes)
+    answer = post(GOOD | {"send_at": send_at.isoformat(), "deadline": deadline.isoformat()})
+    assert answer.status_code == status
+    assert status == 202 or list(answer.json()["errors"]) == ["deadline"]
+
+
+@pytest.mark.parametrize("way", ["send_at", "deadline"])
+def test_a_time_without_a_zone_is_refused(post, way):
+    time = (timezone.now() + timedelta(hours=1)).replace(tzinfo=None).isoformat()
+    assert list(post(GOOD | {way: time}).json()["errors"]) == [way]
+
+
+# Listing, replay, cancel
 
 
 @pytest.fixture
@@ -394,15 +447,61 @@ def test_replays_what_is_dead_and_nothing_else(client, get, post, accept):
     assert response.json() == {"replayed": 0}
 
 
+def test_cancels_what_no_worker_has_begun_to_send(api, accept):
+    email = accept(recipients=[f"{name}@example.org" for name in "abc"])
+    sending, deferred, queued = email.deliveries.all()
+    claim(sending)
+    email.deliveries.filter(pk=deferred.pk).update(state=State.DEFERRED)
+    answer = api("post", f"emails/{email.pk}/cancel")
+    assert (answer.status_code, answer.json()) == (202, {"cancelled": 2})
+    assert [each.state for each in email.deliveries.all()] == ["sending", "cancelled", "cancelled"]
+    assert api("post", f"emails/{email.pk}/cancel").json() == {"cancelled": 0}
+    email.deliveries.filter(pk=sending.pk).update(state=State.CANCELLED, due_at=None)
+    assert api("get", f"emails/{email.pk}").json()["state"] == "cancelled"
+    assert api("post", f"emails/{email.pk}/replay").json() == {"replayed": 0}
+
+
+def test_a_scheduled_email_is_cancelled_for_good(api, accept):
+    email = accept(send_at=timezone.now() + timedelta(minutes=1))
+    assert api("post", f"emails/{email.pk}/cancel").json() == {"cancelled": 1}
+    Email.objects.update(created_at=timezone.now() - timedelta(hours=1))
+    assert deliveries.lease(9).deliveries == []
+    assert deliveries.claim([email.deliveries.get().pk]) == []
+
+
 @pytest.mark.parametrize("error", [OperationalError, InterfaceError])
 def test_a_database_that_is_away_is_told_from_a_fault(post, monkeypatch, error):
     def fail(*_):
         raise error("server closed the connection")
 
-    monkeypatch.setattr(services, "authenticate", fail)
+    monkeypatch.setattr(api_keys, "authenticate", fail)
     answer = post(GOOD)
     assert answer.status_code == 503
     assert answer.headers["Retry-After"] == "5"
+    assert "may not have been accepted" in answer.json()["detail"]
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_notification_that_fails_makes_no_error_of_an_accepted_email(post, monkeypatch):
+    monkeypatch.setattr(services, "_notified_at", float("-inf"))
+    monkeypatch.setitem(services.SQL, "notify", "SELECT no_such_function()")
+    assert post(GOOD).status_code == 202
+    assert Email.objects.count() == 1
+
+
+def test_no_answer_is_kept_in_a_cache(api, accept):
+    email = accept()
+    for answer in (
+        api("get", "emails"),
+        api("post", "emails", GOOD),
+        api("post", "emails", {}),
+        api("get", f"emails/{email.pk}"),
+        api("get", "emails", key="wrong"),
+        api("post", "suppressions", {"address": "x@example.org"}),
+        api("delete", "suppressions/x@example.org"),
+        api("delete", "suppressions/x@example.org"),
+    ):
+        assert answer.headers["Cache-Control"] == "no-store", answer
 
 
 def test_an_accepted_email_needs_no_broker(post, monkeypatch):

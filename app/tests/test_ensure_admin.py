@@ -4,7 +4,7 @@ import json
 import pytest
 from django.core.management import CommandError, call_command
 
-from emails import services
+from emails import api_keys
 from emails.models import ApiKey
 
 pytestmark = pytest.mark.django_db
@@ -32,7 +32,7 @@ def test_creates_then_changes_nothing(ensure, django_user_model):
     user = django_user_model.objects.get(username="root")
     assert user.is_superuser and user.is_staff and user.email == "root@example.org"
     assert user.check_password("first secret")
-    assert services.authenticate(KEY).owner == user
+    assert api_keys.authenticate(KEY).owner == user
     password = user.password
     assert ensure(wanted) == "unchanged"
     user.refresh_from_db()
@@ -52,8 +52,8 @@ def test_updates_what_differs(ensure, change):
 def test_a_new_api_key_ends_the_old_one(ensure):
     ensure(WANTED | {"api_key": KEY})
     ensure(WANTED | {"api_key": KEY[::-1]})
-    assert services.authenticate(KEY) is None
-    assert services.authenticate(KEY[::-1]) is not None
+    assert api_keys.authenticate(KEY) is None
+    assert api_keys.authenticate(KEY[::-1]) is not None
 
 
 def test_repairs_what_was_changed_by_hand(ensure, django_user_model):
@@ -61,7 +61,7 @@ def test_repairs_what_was_changed_by_hand(ensure, django_user_model):
     django_user_model.objects.update(is_active=False)
     ApiKey.objects.update(revoked=True)
     assert ensure(WANTED | {"api_key": KEY}) == "updated"
-    assert services.authenticate(KEY) is not None
+    assert api_keys.authenticate(KEY) is not None
 
 
 @pytest.mark.parametrize(

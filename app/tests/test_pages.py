@@ -12,7 +12,7 @@ from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 from django.utils.html import strip_tags
 
-from emails import listing, services, views
+from emails import api_keys, listing, views
 from emails.models import ApiKey, Delivery, Email
 from emails.states import State
 from emails.tasks import deliver
@@ -378,5 +378,5 @@ def test_the_admin_makes_a_key_and_shows_it_once(admin_client, user):
         "/admin/emails/apikey/add/", {"owner": user.pk, "name": "shop"}, follow=True
     )
     key = str(next(iter(response.context["messages"]))).rpartition(" ")[2]
-    assert services.authenticate(key) == ApiKey.objects.get(name="shop")
+    assert api_keys.authenticate(key) == ApiKey.objects.get(name="shop")
     assert key not in admin_client.get("/admin/emails/apikey/").content.decode()

@@ -17,13 +17,14 @@ from django.db import OperationalError, connection, transaction
 from django.db.models import F
 from django.utils import timezone
 
-from emails import deliveries, services
+from emails import api_keys, deliveries, services
 from emails import relay as relay_module
 from emails.deliveries import sending_lease
 from emails.models import Counter, Delivery
 from emails.relay import Publisher, Relay
 from emails.states import State
 from emails.tasks import deliver
+from emails.validation import File
 from mailroom.celery import app
 from tests.tools import begin, claim, database_url, due, end, eventually
 
@@ -183,7 +184,7 @@ def test_a_claim_is_a_lease(delivery):
 
 
 def test_a_claim_knows_whether_there_are_attachments(accept):
-    plain, full = accept(), accept(attachments=[services.File("a", "text/plain", b"a")])
+    plain, full = accept(), accept(attachments=[File("a", "text/plain", b"a")])
     for email, attached in ((plain, False), (full, True)):
         assert claim(email.deliveries.get()).has_attachments is attached
 
@@ -217,7 +218,7 @@ def test_the_server_keeps_the_statements_of_every_email_and_no_others(accept, mo
     connection.close()
     for _ in range(7):
         monkeypatch.setattr(services, "_notified_at", float("-inf"))
-        services.authenticate("no such key")
+        api_keys.authenticate("no such key")
         delivery = accept().deliveries.get()
         deliveries.lease(1)
         claimed = claim(delivery)

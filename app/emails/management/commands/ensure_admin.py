@@ -5,8 +5,8 @@ from django.contrib.auth import get_user_model
 from django.core.management.base import BaseCommand, CommandError
 from django.db import transaction
 
+from emails.api_keys import hash_key
 from emails.models import ApiKey
-from emails.services import hash_key
 
 REQUIRED = {"username", "password"}
 OPTIONAL = {"email", "api_key"}

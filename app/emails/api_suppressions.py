@@ -1,0 +1,74 @@
+"""/api/suppressions"""
+
+from typing import Any
+
+from django.core.exceptions import ValidationError
+from django.http import Http404
+from ninja import Query, Router, Status
+
+from emails import listing
+from emails.api_schemas import (
+    Detail,
+    Errors,
+    Request,
+    SuppressionIn,
+    SuppressionOut,
+    SuppressionPage,
+)
+from emails.models import Suppression
+from emails.validation import check_address
+
+router = Router()
+
+
+@router.get(
+    "",
+    response={200: SuppressionPage, 401: Detail, 422: Errors},
+    summary="List and search, the newest first",
+)
+def list_suppressions(
+    request: Request,
+    q: str = Query("", description="Part of an address."),
+    before: int | None = Query(None, description="`next` of the page before."),
+    limit: int = Query(50, ge=1, le=200),
+) -> Any:
+    found = listing.find_suppressions(request.auth.owner, q)
+    if before is not None:
+        found = found.filter(pk__lt=before)
+    page = list(found.order_by("-pk")[: limit + 1])
+    more = len(page) > limit
+    return {"suppressions": page[:limit], "next": page[limit - 1].pk if more else None}
+
+
+@router.post(
+    "",
+    response={200: SuppressionOut, 201: SuppressionOut, 400: Detail, 401: Detail, 422: Errors},
+    summary="Suppress an address",
+)
+def suppress(request: Request, suppression: SuppressionIn) -> Any:
+    """From now on no email of this owner is accepted for it. 200 if it is suppressed already."""
+    try:
+        check_address(suppression.address)
+    except ValidationError as error:
+        raise ValidationError({"address": error}) from None
+    found, new = Suppression.objects.get_or_create(
+        owner=request.auth.owner, address=suppression.address.lower()
+    )
+    if new:
+        found.refresh_from_db()  # for the time, which is the database's
+    return Status(201 if new else 200, found)
+
+
+@router.delete(
+    "/{path:address}",
+    response={204: None, 401: Detail, 404: Detail},
+    summary="Send to an address again",
+)
+def unsuppress(request: Request, address: str) -> Any:
+    if not address.isprintable():
+        raise Http404
+    found = Suppression.objects.filter(owner=request.auth.owner, address=address.lower())
+    deleted, _ = found.delete()
+    if not deleted:
+        raise Http404
+    return Status(204, None)
