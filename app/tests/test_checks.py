@@ -58,6 +58,8 @@ def test_defaults_are_right():
         ("DOMAIN_LIMITS", {"example.org": {}}, "a dictionary of domain"),
         ("DOMAIN_LIMITS", {"example.org": {"concurrent": 0.5}}, "a dictionary of domain"),
         ("DOMAIN_LIMITS", {"example.org": {"per_minute": 0}}, "a dictionary of domain"),
+        ("DOMAIN_LIMITS", {"example.org": {"per_minute": float("inf")}}, "a dictionary of domain"),
+        ("DOMAIN_LIMITS", {"*": {"per_minute": float("nan")}}, "a dictionary of domain"),
         ("RELAY_POLL_SECONDS", 0, "a number of seconds, 0.05 or more"),
         ("RELAY_THREADS", 0, "a whole number, 1 or more"),
         ("RETENTION_DAYS", 0.5, "a whole number, 1 or more"),
