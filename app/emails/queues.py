@@ -60,8 +60,16 @@ def configure(app: Celery) -> None:
 
     Call it in celery.py after config_from_object().
     """
-    app.add_defaults(DEFAULTS)
+    if app.configured:
+        _add_defaults(app.conf)
+    app.on_after_configure.connect(_add_defaults, weak=False)
     signals.celeryd_init.connect(_prepare_worker, weak=False)
+
+
+def _add_defaults(source: Any, **_: Any) -> None:
+    """Celery's own add_defaults() would win over the project's settings."""
+    for maps in (source.maps, source.defaults):
+        maps.insert(-1, DEFAULTS)
 
 
 def _prepare_worker(instance: Any, options: dict[str, Any], **_: Any) -> None:

@@ -53,9 +53,17 @@ def test_publishers_of_the_project_have_no_quorum_queue(shop):
     assert detect_quorum_queues(shop, "amqp") == (False, "")
 
 
-def test_settings_of_the_project_win():
+@pytest.mark.parametrize("loaded", [False, True])
+@pytest.mark.parametrize(
+    ("config", "namespace"),
+    [({"broker_heartbeat": 10}, None), ({"CELERY_BROKER_HEARTBEAT": 10}, "CELERY")],
+)
+def test_settings_of_the_project_win(shop, loaded, config, namespace):
     app = Celery("shop", set_as_current=False)
-    app.config_from_object({"broker_heartbeat": 10})
-    app.add_defaults(queues.DEFAULTS)
+    app.config_from_object(config, namespace=namespace)
+    if loaded:
+        assert app.conf.task_publish_retry is True
+    configure(app)
     assert app.conf.broker_heartbeat == 10
     assert app.conf.task_publish_retry is False
+    assert app.conf.task_default_queue == "celery"

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import uuid
 import zipfile
 from pathlib import Path
 
@@ -84,9 +85,9 @@ class Project:
             return self.host.check_output(command)
 
     def install(self, wheel):
-        if self.host.file(self.bin).exists:
-            return
         self.sh(f"python3 -m venv {self.bin.removesuffix('/bin')}")
+        # An earlier run may have left another wheel of the same version.
+        self.sh(f"{self.bin}/pip uninstall --quiet --yes {Path(wheel).name.partition('-')[0]}")
         self.sh(f"{self.bin}/pip install --quiet --only-binary :all: {wheel} 'django~={self.version}.0'")
 
     def create(self):
@@ -168,8 +169,8 @@ def project(host, wheel_on_host, request):
 
 
 @pytest.fixture
-def number(request, project):
-    return f"{project.version}-{project.form}-{request.node.originalname}"
+def number(project):
+    return f"{project.version}-{project.form}-{uuid.uuid4()}"
 
 
 @pytest.fixture
@@ -219,7 +220,7 @@ def test_message_arrives_whole(get, variables, number, eventually):
     port = variables["testbed_mail_published"]["1080"]
 
     def both():
-        mails = requests.get(f"http://127.0.0.1:{port}/api/email", timeout=10).json()["emails"]
+        mails = requests.get(f"http://127.0.0.1:{port}/api/email", timeout=10).json()
         found = [mail for mail in mails if mail["subject"] == f"Räkning {number}"]
         return found if len(found) == 2 else None
 
