@@ -12,8 +12,8 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # Frames around each line would hide pytest's closing counts.
 export MOLECULE_COMMAND_BORDERS := 0
 
-# The longest first, so that the last ones end together. All but site, macos and rabbitmq43 have a host of each platform.
-SCENARIOS := site site-hosts site-el9 macos rabbitmq rabbitmq43 celery django erlang postgresql flower firewall services ca_certificates
+# The longest first, so that the last ones end together. All but site, macos, rabbitmq43 and any-project have a host of each platform.
+SCENARIOS := site site-hosts site-el9 macos rabbitmq rabbitmq43 celery django erlang postgresql any-project flower firewall services ca_certificates
 # Scenarios that run at a time; each waits for its hosts more than it computes.
 JOBS ?= 2
 SIDE_BY_SIDE = $(VENV)/bin/python tests/parts.py --jobs $(JOBS)
@@ -121,5 +121,5 @@ lock: ## Renew the locks with uv: newest versions that the requirements allow
 	$(LOCK) --upgrade requirements/controller.in --output-file requirements/controller.txt
 	$(LOCK) --upgrade roles/flower/files/requirements.in --output-file roles/flower/files/requirements.txt
 	$(LOCK) --upgrade roles/postgresql/files/requirements.in --output-file roles/postgresql/files/requirements.txt
-	cd app && $(LOCK) --upgrade pyproject.toml --output-file requirements.txt
+	cd app && $(LOCK) --upgrade pyproject.toml --extra site --output-file requirements.txt
 	cd app && $(LOCK) --upgrade pyproject.toml --extra dev --output-file requirements-dev.txt

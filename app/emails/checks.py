@@ -5,14 +5,14 @@ from typing import Any
 
 from django.apps import AppConfig
 from django.conf import settings
+from django.core import mail
 from django.core.checks import CheckMessage, Error, Tags, register
 from django.core.mail.backends.base import BaseEmailBackend
 from django.db import connection
-from django.utils.module_loading import import_string
 
-from emails.conf import PREFIX, all_settings, conf
-
-OWN_BACKEND = "emails.backend.EmailBackend"
+from emails import smtp
+from emails.backend import EmailBackend
+from emails.conf import PREFIX, all_settings, conf, is_number
 
 
 @register(Tags.compatibility)
@@ -32,34 +32,30 @@ def check_settings(app_configs: Sequence[AppConfig] | None, **_: Any) -> list[Ch
 
 
 def delivery_errors() -> list[CheckMessage]:
-    mailers = getattr(settings, "MAILERS", None)
-    if mailers is None:
-        name, path = f"{PREFIX}DELIVERY_BACKEND", conf.DELIVERY_BACKEND
-        if conf.DELIVERY_MAILER:
-            hint = f"{PREFIX}DELIVERY_MAILER needs MAILERS, of Django 6.1."
-            return [Error(hint, id="emails.E003")]
-    else:
+    mailers = getattr(settings, "MAILERS", None) if hasattr(mail, "mailers") else None
+    name = f"{PREFIX}DELIVERY_BACKEND"
+    if mailers is None and conf.DELIVERY_MAILER:
+        message = f"{PREFIX}DELIVERY_MAILER needs MAILERS, of Django 6.1."
+        return [Error(message, id="emails.E003")]
+    if mailers is not None:
         name = f"{PREFIX}DELIVERY_MAILER"
         if conf.DELIVERY_MAILER not in mailers:
-            hint = f"{name}: expected one of MAILERS ({', '.join(mailers)}), which workers send by."
-            return [Error(hint, id="emails.E003")]
-        path = mailers[conf.DELIVERY_MAILER].get(
-            "BACKEND", "django.core.mail.backends.smtp.EmailBackend"
-        )
+            message = f"{name}: expected one of MAILERS ({', '.join(mailers)}), for the workers."
+            return [Error(message, id="emails.E003")]
     try:
-        backend = import_string(path)
-    except ImportError:
-        backend = None
-    is_backend = isinstance(backend, type) and issubclass(backend, BaseEmailBackend)
-    if not is_backend or path == OWN_BACKEND:
-        hint = f"{name}: expected an email backend that is installed, other than {OWN_BACKEND}."
-        return [Error(hint, id="emails.E003")]
+        backend = smtp.new_backend()  # connects to nothing
+    except Exception as error:  # whatever a backend says of its settings
+        return [Error(f"{name}: {type(error).__name__}: {error}", id="emails.E003")]
+    if not isinstance(backend, BaseEmailBackend) or isinstance(backend, EmailBackend):
+        path = f"{type(backend).__module__}.{type(backend).__qualname__}"
+        message = f"{name}: expected an email backend that sends, not {path}."
+        return [Error(message, id="emails.E003")]
     return []
 
 
 def time_limit_errors() -> list[CheckMessage]:
     limit = getattr(settings, "CELERY_TASK_TIME_LIMIT", None)
-    if limit is not None and limit >= conf.SENDING_LEASE_SECONDS:
+    if is_number(limit, (int, float)) and limit >= conf.SENDING_LEASE_SECONDS:
         message = (
             f"CELERY_TASK_TIME_LIMIT is {limit}: expected less than "
             f"{PREFIX}SENDING_LEASE_SECONDS, {conf.SENDING_LEASE_SECONDS:g}."

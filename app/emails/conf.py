@@ -37,7 +37,9 @@ class Setting(Generic[T]):
 
 
 def is_number(value: Any, kinds: type | tuple[type, ...]) -> bool:
-    return isinstance(value, kinds) and not isinstance(value, bool) and value == value
+    """Whether it is one of these kinds and finite."""
+    number = isinstance(value, kinds) and not isinstance(value, bool)
+    return number and abs(value) < float("inf")
 
 
 def whole(minimum: int = 1) -> Check:
@@ -47,12 +49,7 @@ def whole(minimum: int = 1) -> Check:
 
 def seconds(minimum: float) -> Check:
     expected = f"a number of seconds, {minimum:g} or more"
-
-    def check(value: Any) -> str | None:
-        good = is_number(value, (int, float)) and minimum <= value < float("inf")
-        return None if good else expected
-
-    return check
+    return lambda value: None if is_number(value, (int, float)) and value >= minimum else expected
 
 
 def text(value: Any) -> str | None:

@@ -48,22 +48,33 @@ def build(delivery: Claimed) -> EmailMultiAlternatives:
 
 
 def attach(message: EmailMultiAlternatives, attachment: Attachment) -> None:
+    """In base64, so that no line end changes: Django sends text in another way."""
     content = bytes(attachment.content)
-    if not attachment.content_id:
-        message.attach(attachment.filename, content, attachment.content_type)
-        return
+    maintype, subtype = attachment.content_type.split("/")
     part: Any
     if django.VERSION >= (6, 0):
         part = email.message.MIMEPart()
-        maintype, subtype = attachment.content_type.split("/")
         part.set_content(content, maintype, subtype, cte="base64")
     else:
-        part = MIMEBase(*attachment.content_type.split("/"))
+        part = MIMEBase(maintype, subtype)
         part.set_payload(content)
         encode_base64(part)
-    part["Content-ID"] = attachment.content_id
-    part.add_header("Content-Disposition", "inline", filename=attachment.filename)
+    if maintype == "text" and is_utf8(content):
+        part.set_param("charset", "utf-8")
+    filename = {"filename": attachment.filename} if attachment.filename else {}
+    if attachment.content_id:
+        part["Content-ID"] = attachment.content_id
+    disposition = "inline" if attachment.content_id else "attachment"
+    part.add_header("Content-Disposition", disposition, **filename)
     message.attach(part)
+
+
+def is_utf8(content: bytes) -> bool:
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def as_bytes(message: EmailMultiAlternatives) -> bytes:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from celery import Celery, signals
+from celery.utils.text import str_to_list
 from kombu import Exchange, Queue
 
 MAIL = "mail.v1"
@@ -18,13 +19,12 @@ def quorum_queue(name: str) -> Queue:
     return Queue(name, EXCHANGE, routing_key=name, queue_arguments={"x-queue-type": "quorum"})
 
 
-CONSUMED = [quorum_queue(MAIL), quorum_queue(MAINTENANCE)]
+MAIL_QUEUE, MAINTENANCE_QUEUE = CONSUMED = [quorum_queue(MAIL), quorum_queue(MAINTENANCE)]
 # Workers declare it and nobody consumes it: a person looks at it.
 DEAD_LETTERS = quorum_queue(DEAD)
 
 # The project's own settings win over these.
 DEFAULTS: dict[str, Any] = {
-    "worker_consumer": "emails.worker:Consumer",
     "worker_detect_quorum_queues": True,
     "broker_native_delayed_delivery_queue_type": "classic",
     # Workers outlive any outage of the broker. Publishing ends in bounded time even if the broker
@@ -60,19 +60,33 @@ def configure(app: Celery) -> None:
 
     Call it in celery.py after config_from_object().
     """
-    app.add_defaults(DEFAULTS)
-    app.on_after_finalize.connect(_add_queues, weak=False)
+    if app.configured:
+        _add_defaults(app.conf)
+    app.on_after_configure.connect(_add_defaults, weak=False)
     signals.celeryd_init.connect(_prepare_worker, weak=False)
 
 
-def _add_queues(sender: Celery, **_: Any) -> None:
-    for queue in CONSUMED:
-        if queue.name not in sender.amqp.queues:
-            sender.amqp.queues.add(queue)
+def _add_defaults(source: Any, **_: Any) -> None:
+    """Celery's own add_defaults() would win over the project's settings."""
+    for maps in (source.maps, source.defaults):
+        maps.insert(-1, DEFAULTS)
 
 
-def _prepare_worker(sender: Any, instance: Any, **_: Any) -> None:
-    """Imported late: only workers need the module."""
+def _prepare_worker(instance: Any, options: dict[str, Any], **_: Any) -> None:
+    """Prepares a worker of these queues. Other workers of the project stay as they are.
+
+    If one of its queues is a quorum queue, Celery handles tasks with an eta in another way. So no
+    other process gets these queues.
+    """
+    queues = instance.app.amqp.queues
+    names = str_to_list(options.get("queues")) or list(queues)
+    consumed = [queue for queue in CONSUMED if queue.name in names]
+    if not consumed:
+        return
+    for queue in consumed:
+        if queue.name not in queues:
+            queues.add(queue)
+    # Imported late: only workers need the module.
     from emails import worker
 
     worker.prepare(instance.app)

@@ -13,7 +13,7 @@ from emails import context, deliveries, systemd
 from emails.conf import conf
 from emails.deliveries import BEGINNING_OF_TIME, Lease, Leased
 from emails.queries import execute, load
-from emails.queues import CONSUMED, MAIL
+from emails.queues import MAIL_QUEUE
 from emails.services import CHANNEL, NOTIFY_SECONDS
 from emails.tasks import deliver
 
@@ -86,7 +86,7 @@ class Publisher:
         if not deliveries.is_waiting_for_worker():
             return
         self._connect()
-        queue = CONSUMED[0].bind(self._connection.default_channel)
+        queue = MAIL_QUEUE.bind(self._connection.default_channel)
         waiting = queue.queue_declare(passive=True).message_count
         self._used = time.monotonic()
         if count := deliveries.requeue_lost(queue_is_empty=waiting == 0):
@@ -133,7 +133,7 @@ class Publisher:
         deliver.apply_async(
             [each.id for each in leased],
             producer=deliver.app.amqp.Producer(self._connection),
-            queue=MAIL,
+            queue=MAIL_QUEUE,
             headers=ids,
             mandatory=True,
             confirm_timeout=CONFIRM_TIMEOUT,

@@ -15,7 +15,7 @@ from django.utils import timezone
 from emails import delivering, services
 from emails.conf import conf
 from emails.models import Delivery, Email
-from emails.queues import MAINTENANCE
+from emails.queues import MAINTENANCE_QUEUE
 from emails.states import UNFINISHED
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class MaintenanceTask(Task):  # type: ignore[misc]
     """A task that is published to the queue for maintenance, whatever the project's routes are."""
 
     def apply_async(self, *args: Any, **options: Any) -> Any:
-        return super().apply_async(*args, **{"queue": MAINTENANCE} | options)
+        return super().apply_async(*args, **{"queue": MAINTENANCE_QUEUE} | options)
 
 
 @shared_task(base=StoredTask, bind=True, **OPTIONS)  # type: ignore[untyped-decorator]

@@ -15,6 +15,8 @@ import kombu.compression
 from celery import Celery, bootsteps, signals
 from celery.worker import consumer as celery_consumer
 from celery.worker.consumer.delayed_delivery import DelayedDelivery
+from celery.worker.consumer.gossip import Gossip
+from celery.worker.consumer.mingle import Mingle
 from celery.worker.control import Panel, inspect_command
 from kombu.exceptions import ContentDisallowed, DecodeError
 
@@ -42,6 +44,7 @@ SHOWN_SETTINGS = (
 
 def prepare(app: Celery) -> None:
     """Before a worker starts: adds the steps, bounds what messages and commands can do."""
+    app.conf.worker_consumer = "emails.worker:Consumer"
     app.steps["consumer"].add(DeclareQueues)
     # Celery binds every queue to its exchanges for delayed messages, so all must exist by then.
     DelayedDelivery.requires = (*DelayedDelivery.requires, DeclareQueues)
@@ -50,6 +53,10 @@ def prepare(app: Celery) -> None:
     for name in set(Panel.data) - CONTROL_COMMANDS:
         del Panel.data[name]
     inspect_command(name="conf")(shown_settings)
+    # Talk between workers needs the command "hello", by which tasks can be revoked, and takes tasks
+    # from whoever may publish an event.
+    for step in (Gossip, Mingle):
+        step.compatible_transports = frozenset()
     bound_decompression()
     signals.worker_process_shutdown.connect(lambda **_: smtp.close(), weak=False)
 
