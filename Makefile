@@ -72,12 +72,13 @@ test: lint test-unit $(APP_VENV)/.complete ## Everything
 test-fast: $(VENV)/.complete $(APP_VENV)/.complete ## What takes less than two minutes and needs no host
 	@$(SIDE_BY_SIDE) test-unit test-app-fast lint
 
-lint: $(VENV)/.complete ## Lint roles, playbooks, Python and the workflow
+lint: $(VENV)/.complete $(APP_VENV)/.complete ## Lint roles, playbooks, Python and the workflow; check the application's types
 	yamllint .
 	ansible-lint
 	ruff check .
 	ruff format --check .
 	cd app && ruff check . && ruff format --check .
+	cd app && DEBUG=true DATABASE_URL=postgresql:///types .venv/bin/mypy
 	check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 test-unit: $(VENV)/.complete ## Modules, filters, templates and the repository itself
@@ -89,7 +90,7 @@ test-app-fast: $(APP_VENV)/.complete ## The application's tests that need no bro
 test-app: $(VENV)/.complete $(APP_VENV)/.complete ## The application's tests: a real RabbitMQ, a real PostgreSQL, a browser
 	@$(MAKE) --no-print-directory broker-up
 	url=$$($(TESTBED) info --inventory inventories/app-tests --value broker.url) && cd app && \
-		TEST_BROKER_URL=$$url .venv/bin/pytest
+		TEST_BROKER_URL=$$url .venv/bin/pytest --cov --cov-report=term:skip-covered
 	@$(MAKE) --no-print-directory broker-down
 
 broker-up: $(VENV)/.complete $(APP_VENV)/.complete ## The broker of the application's tests, which bench/mail_* use too

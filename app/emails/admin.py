@@ -1,8 +1,11 @@
 import secrets
+from typing import Any
 
 from django import forms
 from django.contrib import admin, messages
 from django.contrib.admin.utils import model_ngettext
+from django.db.models import QuerySet
+from django.http import HttpRequest
 
 from emails import api_keys, services
 from emails.models import ApiKey, Attempt, Delivery, Email, SendingLimits, Suppression
@@ -10,13 +13,13 @@ from emails.validation import check_address
 
 
 class ReadOnly:
-    def has_add_permission(self, request, obj=None) -> bool:
+    def has_add_permission(self, request: HttpRequest, obj: Any = None) -> bool:
         return False
 
-    def has_change_permission(self, request, obj=None) -> bool:
+    def has_change_permission(self, request: HttpRequest, obj: Any = None) -> bool:
         return False
 
-    def has_delete_permission(self, request, obj=None) -> bool:
+    def has_delete_permission(self, request: HttpRequest, obj: Any = None) -> bool:
         return False
 
 
@@ -40,7 +43,7 @@ class EmailAdmin(ReadOnly, admin.ModelAdmin):
     exclude = ("digest",)
     inlines = (DeliveryInline,)
 
-    def get_queryset(self, request):
+    def get_queryset(self, request: HttpRequest) -> QuerySet[Email]:
         return super().get_queryset(request).select_related("owner").prefetch_related("deliveries")
 
 
@@ -54,14 +57,16 @@ class DeliveryAdmin(ReadOnly, admin.ModelAdmin):
     actions = ("replay",)
 
     @admin.action(description="Send failed and held deliveries again", permissions=["replay"])
-    def replay(self, request, queryset) -> None:
+    def replay(self, request: HttpRequest, queryset: QuerySet[Delivery]) -> None:
         # An UPDATE can't have the list's order and joins.
         chosen = Delivery.objects.filter(pk__in=list(queryset.values_list("pk", flat=True)))
         count = services.replay(chosen)
-        messages.success(request, f"{count} {model_ngettext(Delivery, count)} queued for retry.")
+        messages.success(
+            request, f"{count} {model_ngettext(Delivery._meta, count)} queued for retry."
+        )
 
-    def has_replay_permission(self, request) -> bool:
-        return request.user.has_perm("emails.replay_delivery")
+    def has_replay_permission(self, request: HttpRequest) -> bool:
+        return bool(request.user.has_perm("emails.replay_delivery"))
 
 
 @admin.register(SendingLimits)
@@ -75,10 +80,10 @@ class ApiKeyAdmin(admin.ModelAdmin):
     list_display = ("name", "owner", "revoked", "created_at")
     list_filter = ("revoked",)
 
-    def get_readonly_fields(self, request, obj=None):
+    def get_readonly_fields(self, request: HttpRequest, obj: Any = None) -> tuple[str, ...]:
         return ("name", "owner") if obj else ("revoked",)
 
-    def save_model(self, request, obj, form, change) -> None:
+    def save_model(self, request: HttpRequest, obj: Any, form: Any, change: bool) -> None:
         if not change:
             key = secrets.token_urlsafe(32)
             obj.digest = api_keys.hash_key(key)
@@ -88,8 +93,9 @@ class ApiKeyAdmin(admin.ModelAdmin):
 
 class SuppressionForm(forms.ModelForm):
     def clean_address(self) -> str:
-        check_address(self.cleaned_data["address"])
-        return self.cleaned_data["address"].lower()
+        address: str = self.cleaned_data["address"]
+        check_address(address)
+        return address.lower()
 
 
 @admin.register(Suppression)

@@ -54,7 +54,7 @@ def delivery_errors() -> list[CheckMessage]:
 
 
 def time_limit_errors() -> list[CheckMessage]:
-    limit = getattr(settings, "CELERY_TASK_TIME_LIMIT", None)
+    limit: Any = getattr(settings, "CELERY_TASK_TIME_LIMIT", None)
     if is_number(limit, (int, float)) and limit >= conf.SENDING_LEASE_SECONDS:
         message = (
             f"CELERY_TASK_TIME_LIMIT is {limit}: expected less than "

@@ -73,7 +73,7 @@ def senders(value: Any) -> str | None:
     return None if good else expected
 
 
-LIMITS = {"concurrent": int, "per_minute": (int, float)}
+LIMITS: dict[str, type | tuple[type, ...]] = {"concurrent": int, "per_minute": (int, float)}
 
 
 def domain_limits(value: Any) -> str | None:

@@ -1,16 +1,18 @@
 """The ids that every log record of a request, a publication or a task carries."""
 
 import logging
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 FIELDS = ("request_id", "email_id", "delivery_id")
 
-_ids: ContextVar[dict] = ContextVar("ids", default={})  # noqa: B039 - never changed in place
+_ids: ContextVar[dict[str, str]] = ContextVar("ids", default={})  # noqa: B039 - never changed in place
 
 
 @contextmanager
-def bind(**ids):
+def bind(**ids: Any) -> Iterator[None]:
     token = _ids.set(_ids.get() | {name: str(value) for name, value in ids.items() if value})
     try:
         yield

@@ -238,7 +238,8 @@ def record(ended: Sequence[Ended], begin: Sequence[Claimed] = ()) -> tuple[set[i
         "begin": [each.id for each in begin],
         "begin_numbers": [each.number for each in begin],
     }
-    done, begun = set(), set()
+    done: set[int] = set()
+    begun: set[int] = set()
     for pk, began in fetch(SQL["record"], values):
         (begun if began else done).add(pk)
     return done, begun

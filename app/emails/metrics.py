@@ -1,12 +1,14 @@
 """Figures for Prometheus. All of them are the database's, so any process tells the same."""
 
 from collections import defaultdict
+from collections.abc import Iterator
 from datetime import datetime
 
 from django.db.models import Count, Min, Sum
 from django.utils import timezone
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.metrics_core import Metric
 
 from emails.models import NEEDS_OPERATOR, Counter, Delivery
 from emails.states import UNFINISHED, State
@@ -19,8 +21,10 @@ def seconds_since(then: datetime | None) -> float:
 
 
 class Collector:
-    def collect(self):
-        totals, seconds, buckets = defaultdict(int), defaultdict(float), defaultdict(int)
+    def collect(self) -> Iterator[Metric]:
+        totals: dict[str, int] = defaultdict(int)
+        seconds: dict[str, float] = defaultdict(float)
+        buckets: dict[float, int] = defaultdict(int)
         rows = Counter.objects.values("name", "bucket").annotate(
             total=Sum("total"), seconds=Sum("seconds")
         )

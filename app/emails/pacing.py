@@ -60,7 +60,7 @@ def allowances() -> Iterator[Allowances]:
         return
     with transaction.atomic():
         fetch(SQL["lock_pace"])
-        under_way = dict(fetch(SQL["under_way"], prepare=False))
+        under_way: dict[str, int] = dict(fetch(SQL["under_way"], prepare=False))
         tokens = {}
         for domain, rest, seconds in fetch(SQL["tokens"]):
             if rate := limits_of(domain).get("per_minute"):

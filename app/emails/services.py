@@ -162,7 +162,8 @@ def store(draft: Draft) -> tuple[bool, list[str]]:
         "skip_suppressed": message.skip_suppressed or email.owner_id is None,
         "count": len(kinds),
     }
-    key_type = get_user_model()._meta.pk.rel_db_type(connection)
+    primary_key: Any = get_user_model()._meta.pk
+    key_type = primary_key.rel_db_type(connection)
     ((stored, suppressed),) = fetch(SQL["store"].format(owner_type=key_type), values)
     return stored, suppressed
 

@@ -168,7 +168,7 @@ def send_envelope(
                 abort(backend)
             raise refusal
         begin_data()
-        connection = backend.connection
+        connection: Any = backend.connection
         connection.send(re.sub(rb"(?m)^\.", b"..", envelope.content) + b"\r\n.\r\n")
         code, reply = connection.getreply()
         if code != 250:
@@ -256,13 +256,14 @@ def classify_error(error: Exception, data_sent: bool) -> Result:
     A failed login, or a server that refuses everything, is for the operator to repair; meanwhile
     the email waits. Without a reply to the message itself the outcome is uncertain.
     """
-    code, reason = getattr(error, "status_code", None), str(error)
+    code: Any = getattr(error, "status_code", None)
+    reason = str(error)
     if isinstance(error, smtplib.SMTPRecipientsRefused):
         code, reply = next(iter(error.recipients.values()))
         reason = reply.decode(errors="replace")
     elif isinstance(error, smtplib.SMTPResponseException):
-        code, reply = error.smtp_code, error.smtp_error
-        reason = reply.decode(errors="replace") if isinstance(reply, bytes) else str(reply)
+        code, said = error.smtp_code, error.smtp_error
+        reason = said.decode(errors="replace") if isinstance(said, bytes) else str(said)
     about_this_message = (
         smtplib.SMTPRecipientsRefused,
         smtplib.SMTPSenderRefused,

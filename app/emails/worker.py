@@ -71,7 +71,7 @@ def shown_settings(state: Any, with_defaults: bool = False, **_: Any) -> dict[st
 
 def bound_decompression() -> None:
     """Kombu decompresses a message when it arrives, before anybody can look at it."""
-    decoders = {
+    decoders: dict[str, Callable[[], Any]] = {
         "application/x-gzip": zlib.decompressobj,
         "application/x-bz2": bz2.BZ2Decompressor,
         "application/x-lzma": lzma.LZMADecompressor,

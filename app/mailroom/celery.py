@@ -13,6 +13,6 @@ app.autodiscover_tasks()
 queues.configure(app)
 
 
-@signals.setup_logging.connect
+@signals.setup_logging.connect  # type: ignore[untyped-decorator]
 def keep_django_logging(**_: Any) -> None:
     """A receiver of this signal keeps Celery from replacing Django's LOGGING."""

@@ -1,7 +1,13 @@
 import re
 import uuid
+from collections.abc import Callable
+
+from django.http import HttpRequest
+from django.http.response import HttpResponseBase
 
 from emails import context
+
+Handler = Callable[[HttpRequest], HttpResponseBase]
 
 POLICY = "; ".join(
     (
@@ -15,8 +21,8 @@ POLICY = "; ".join(
 )
 
 
-def content_security_policy(get_response):
-    def middleware(request):
+def content_security_policy(get_response: Handler) -> Handler:
+    def middleware(request: HttpRequest) -> HttpResponseBase:
         response = get_response(request)
         response.headers.setdefault("Content-Security-Policy", POLICY)
         return response
@@ -24,11 +30,11 @@ def content_security_policy(get_response):
     return middleware
 
 
-def request_id(get_response):
+def request_id(get_response: Handler) -> Handler:
     """An id for each request, the client's own if it sent a sound one; answered and logged."""
     sound = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
-    def middleware(request):
+    def middleware(request: HttpRequest) -> HttpResponseBase:
         own = request.headers.get("X-Request-ID", "")
         number = own if sound.fullmatch(own) else uuid.uuid4().hex
         with context.bind(request_id=number):

@@ -2,8 +2,10 @@
 
 import json
 import logging
+from collections.abc import Callable
 from email.utils import parseaddr
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import environ
@@ -35,7 +37,7 @@ def boolean(name: str, default: bool) -> bool:
     raise wrong(name, "true or false")
 
 
-def number(name: str, default: float, minimum: float = 1):
+def number(name: str, default: float, minimum: float = 1) -> Any:
     kind = type(default)
     try:
         value = kind(env.str(name, str(default)))
@@ -47,13 +49,13 @@ def number(name: str, default: float, minimum: float = 1):
 
 
 def choice(name: str, *allowed: str) -> str:
-    value = env.str(name, allowed[0])
+    value: str = env.str(name, allowed[0])
     if value not in allowed:
         raise wrong(name, " or ".join(allowed))
     return value
 
 
-def url(name: str, default: str, parse, schemes: tuple[str, ...]):
+def url(name: str, default: str, parse: Callable[[str], Any], schemes: tuple[str, ...]) -> Any:
     value = env.str(name, default)
     expected = f"a URL that starts with {', '.join(f'{scheme}://' for scheme in schemes)}"
     if value.partition("://")[0] not in schemes:
@@ -72,15 +74,16 @@ def address(name: str, value: str) -> str:
     return value
 
 
-def limits(name: str) -> dict:
+def limits(name: str) -> dict[str, dict[str, float]]:
     """JSON: a domain, or * for every other, to its limits (EMAILS_DOMAIN_LIMITS)."""
     try:
-        value = json.loads(env.str(name, "") or "{}")
+        value: Any = json.loads(env.str(name, "") or "{}")
     except ValueError:
         value = None
     if expected := domain_limits(value):
         raise wrong(name, f"JSON, {expected}")
-    return value
+    limits: dict[str, dict[str, float]] = value
+    return limits
 
 
 # --- Django -----------------------------------------------------------------------------------

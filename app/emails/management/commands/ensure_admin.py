@@ -1,5 +1,6 @@
 import json
 import sys
+from typing import Any
 
 from django.contrib.auth import get_user_model
 from django.core.management.base import BaseCommand, CommandError
@@ -21,7 +22,7 @@ class Command(BaseCommand):
         "unchanged."
     )
 
-    def handle(self, **_) -> None:
+    def handle(self, **_: Any) -> None:
         wanted = self.read()
         with transaction.atomic():
             user, created = self.ensure_user(wanted)
@@ -50,18 +51,18 @@ class Command(BaseCommand):
             raise CommandError(f"api_key: expected {SHORTEST_KEY} characters or more")
         return wanted
 
-    def ensure_user(self, wanted):
+    def ensure_user(self, wanted: dict[str, str]) -> tuple[Any, bool]:
         return get_user_model().objects.get_or_create(username=wanted["username"])
 
-    def ensure_password(self, user, password: str) -> bool:
+    def ensure_password(self, user: Any, password: str) -> bool:
         if user.check_password(password):
             return False
         user.set_password(password)
         user.save(update_fields=["password"])
         return True
 
-    def ensure_fields(self, user, wanted) -> bool:
-        fields = {"is_active": True, "is_staff": True, "is_superuser": True}
+    def ensure_fields(self, user: Any, wanted: dict[str, str]) -> bool:
+        fields: dict[str, Any] = {"is_active": True, "is_staff": True, "is_superuser": True}
         if "email" in wanted:
             fields["email"] = wanted["email"]
         changed = [name for name, value in fields.items() if getattr(user, name) != value]
@@ -70,7 +71,7 @@ class Command(BaseCommand):
         user.save(update_fields=changed)
         return bool(changed)
 
-    def ensure_key(self, user, key: str) -> bool:
+    def ensure_key(self, user: Any, key: str) -> bool:
         digest = hash_key(key)
         if ApiKey.objects.filter(digest=digest).exclude(owner=user, name=KEY_NAME).exists():
             raise CommandError("api_key: already in use under another name")
