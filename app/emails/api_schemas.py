@@ -175,6 +175,7 @@ class SuppressionIn(Schema):
 
 
 class SuppressionOut(Schema):
+    id: int
     address: str = Field(description="In lower case.")
     reason: Suppression.Reason
     detail: str = Field(description="The mail server's answer, if it refused the recipient.")

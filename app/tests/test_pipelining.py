@@ -75,8 +75,9 @@ def test_an_announced_email_that_another_worker_has_is_not_sent(send, mailbox, m
     record = deliveries.record
 
     def lose_the_second(ended, begin=()):
-        done, begun = record(ended, begin)
-        return done, begun - {begin[1].id} if len(begin) > 1 else begun
+        if len(begin) > 2:
+            Delivery.objects.filter(pk=begin[1].id).update(state=State.QUEUED)
+        return record(ended, begin)
 
     monkeypatch.setattr(deliveries, "record", lose_the_second)
     send(3)

@@ -17,7 +17,8 @@ def test_adds_shows_and_removes_an_address(api):
     added = api("post", "suppressions", {"address": "Bob+Lists@Example.org"})
     assert added.status_code == 201
     shown = added.json()
-    assert shown | {"created_at": ""} == {
+    assert shown | {"created_at": "", "id": 0} == {
+        "id": 0,
         "address": "bob+lists@example.org",
         "reason": "manual",
         "detail": "",
@@ -26,15 +27,11 @@ def test_adds_shows_and_removes_an_address(api):
     again = api("post", "suppressions", {"address": "bob+lists@example.ORG"})
     assert (again.status_code, again.json()) == (200, shown)
     assert api("get", "suppressions").json() == {"suppressions": [shown], "next": None}
-    assert api("delete", "suppressions/BOB%2BLists@example.org").status_code == 204
-    assert api("delete", "suppressions/BOB%2BLists@example.org").status_code == 404
+    assert api("delete", f"suppressions/{shown['id']}").status_code == 204
+    assert api("delete", f"suppressions/{shown['id']}").status_code == 404
+    for unknown in ("9" * 30, "-1"):
+        assert api("delete", f"suppressions/{unknown}").status_code in (404, 422)
     assert api("get", "suppressions").json()["suppressions"] == []
-
-
-def test_a_slash_in_an_address_is_no_end_of_it(api):
-    assert api("post", "suppressions", {"address": "a/b@example.org"}).status_code == 201
-    assert api("delete", "suppressions/a%2Fb@example.org").status_code == 204
-    assert api("delete", "suppressions/a%00b@example.org").status_code == 404
 
 
 @pytest.mark.parametrize("address", ["bob", "Bob <bob@example.org>", "bob@example.org\n", "", 7])
@@ -91,13 +88,13 @@ def test_an_email_of_which_all_recipients_are_skipped_is_accepted(api, user):
 
 
 def test_a_suppression_is_one_owner_s(api, user, other_user):
-    Suppression.objects.create(owner=None, address="eve@example.org")
-    Suppression.objects.create(owner=user, address="bob@example.org")
+    project = Suppression.objects.create(owner=None, address="eve@example.org")
+    own = Suppression.objects.create(owner=user, address="bob@example.org")
     assert api("post", "emails", GOOD, key=OTHER_KEY).status_code == 202
     answer = api("post", "emails", GOOD)
     assert answer.json()["errors"] == {"to": ["bob@example.org is suppressed"]}
-    assert api("delete", "suppressions/bob@example.org", key=OTHER_KEY).status_code == 404
-    assert api("delete", "suppressions/eve@example.org").status_code == 404
+    assert api("delete", f"suppressions/{own.pk}", key=OTHER_KEY).status_code == 404
+    assert api("delete", f"suppressions/{project.pk}").status_code == 404
     assert Suppression.objects.count() == 2
 
 

@@ -106,7 +106,7 @@ WITH outcome AS (
   WHERE d.id = o.id AND (
     d.state = 'sending' AND d.attempts = o.number OR o.state = 'sent' AND d.state <> 'sent'
   )
-  RETURNING d.id, d.email_id, d.recipient, d.started_at, o.number, o.state, o.code, o.answer,
+  RETURNING d.id, d.email_id, d.recipient, d.domain, d.started_at, o.number, o.state, o.code, o.answer,
     o.seconds, o.bucket, o.suppress
 ), logged AS (
   INSERT INTO emails_attempt
@@ -118,7 +118,8 @@ WITH outcome AS (
   SELECT 'attempts.' || state, bucket, count(*), sum(seconds) FROM ended GROUP BY state, bucket
 ), suppressed AS (
   INSERT INTO emails_suppression (owner_id, address, reason, detail)
-  SELECT e.owner_id, lower(ended.recipient), 'refused', ended.answer
+  SELECT e.owner_id, lower(split_part(ended.recipient, '@', 1)) || '@' || ended.domain, 'refused',
+    ended.answer
   FROM ended JOIN emails_email AS e ON e.id = ended.email_id WHERE ended.suppress
   ON CONFLICT DO NOTHING
 ), begun AS (
@@ -148,15 +149,25 @@ INSERT INTO emails_counter (name, bucket, total, seconds)
 SELECT 'expired', 0, count(*), 0 FROM ended HAVING count(*) > 0
 
 -- name: replay
--- Queues failed and held deliveries again, with a new deadline; without `ids` all of them.
-UPDATE emails_delivery
+-- Queues failed and held deliveries again, with a new deadline.
+WITH chosen AS MATERIALIZED (
+  SELECT id FROM emails_delivery
+  WHERE id = ANY (%(ids)s) AND (state = 'failed' OR state = 'uncertain' AND due_at IS NULL)
+  ORDER BY id FOR NO KEY UPDATE
+)
+UPDATE emails_delivery AS d
 SET state = 'queued', failed_by = '', due_at = statement_timestamp(), published_at = NULL,
   expires_at = statement_timestamp() + %(lifetime)s
-WHERE id = ANY (%(ids)s) AND (state = 'failed' OR state = 'uncertain' AND due_at IS NULL)
+FROM chosen WHERE d.id = chosen.id
 
 -- name: cancel
-UPDATE emails_delivery SET state = 'cancelled', due_at = NULL, published_at = NULL
-WHERE id = ANY (%(ids)s) AND state IN ('scheduled', 'queued', 'deferred')
+WITH chosen AS MATERIALIZED (
+  SELECT id FROM emails_delivery
+  WHERE id = ANY (%(ids)s) AND state IN ('scheduled', 'queued', 'deferred')
+  ORDER BY id FOR NO KEY UPDATE
+)
+UPDATE emails_delivery AS d SET state = 'cancelled', due_at = NULL, published_at = NULL
+FROM chosen WHERE d.id = chosen.id
 
 -- name: reset_impossible_due_times
 -- A due time later than any that its state allows was set while the clock was wrong, or the clock
