@@ -54,8 +54,6 @@ def suppress(request: Request, suppression: SuppressionIn) -> Any:
     found, new = Suppression.objects.get_or_create(
         owner=request.auth.owner, address=suppression.address.lower()
     )
-    if new:
-        found.refresh_from_db()  # for the time, which is the database's
     return Status(201 if new else 200, found)
 
 

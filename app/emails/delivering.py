@@ -22,7 +22,7 @@ DATABASE_PAUSES = (0.2, 0.5, 1, 2, 3, 5, 5, 5, 5)
 # The emails that are claimed at a time are sent within about so many seconds, so that few become
 # uncertain when a worker dies. A fast server gets many at a time, a slow one a single email.
 CHUNK_SECONDS = 0.25
-LARGEST_CHUNK = 10
+LARGEST_CHUNK = 20
 
 
 def retry_while_database_down(act: Callable[[], T]) -> T:
@@ -52,6 +52,7 @@ class Sender:
     def __init__(self) -> None:
         self.ended: list[Ended] = []
         self.begun: set[int] = set()
+        self.built: dict[int, smtp.Envelope | smtp.Result] = {}
 
     def send(self, ids: Sequence[int]) -> None:
         """Sends what is queued of these. What there is no time for goes back to the relay."""
@@ -68,6 +69,7 @@ class Sender:
                 claimed.pop(0)
                 first = False
             if claimed:
+                smtp.close()  # it may wait for the next message
                 retry_while_database_down(lambda left=claimed: deliveries.unclaim(left))  # type: ignore[misc]
                 rest.extend(each.id for each in claimed)
         self.flush()
@@ -109,7 +111,17 @@ class Sender:
                 self.flush()
 
     def result(self, claimed: Sequence[Claimed]) -> smtp.Result:
-        delivery = claimed[0]
+        envelope = self.built.pop(claimed[0].id, None) or self.build(claimed[0])
+        if isinstance(envelope, smtp.Result):
+            return envelope
+        upcoming = None
+        if len(claimed) > 1:
+            built = self.built[claimed[1].id] = self.build(claimed[1])
+            upcoming = built if isinstance(built, smtp.Envelope) else None
+        return smtp.send(envelope, lambda: self.begin(claimed), upcoming)
+
+    def build(self, delivery: Claimed) -> smtp.Envelope | smtp.Result:
+        """What is sent; or the result of an attempt that can't be made."""
         try:
             message = messages.build(delivery)
             content = messages.as_bytes(message)
@@ -117,8 +129,7 @@ class Sender:
             return smtp.Result(State.DEFERRED, None, type(error).__name__)
         except Exception as error:  # this can't become a message, whatever the server is
             return smtp.Result(State.FAILED, None, f"{type(error).__name__}: {error}")
-        envelope = smtp.Envelope(delivery.sender, delivery.recipient, content, message)
-        return smtp.send(envelope, begin=lambda: self.begin(claimed))
+        return smtp.Envelope(delivery.sender, delivery.recipient, content, message)
 
     def begin(self, claimed: Sequence[Claimed]) -> bool:
         """Notes that the server may get the first of these, and soon those after it."""

@@ -20,9 +20,9 @@ from emails.tasks import deliver
 logger = logging.getLogger(__name__)
 
 SQL = load("emails.sql")
-BATCH = 50
+BATCH = 100
 # While more than a batch is due. A message with one id costs as much as one with ten.
-DELIVERIES_PER_MESSAGE = 10
+DELIVERIES_PER_MESSAGE = 20
 LONGEST_PAUSE = 5  # seconds between tries while the broker or the database is down
 CONFIRM_TIMEOUT = 5  # seconds
 PUBLISHING_SECONDS = 15  # for one batch; what is left then is released

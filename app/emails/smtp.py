@@ -31,7 +31,7 @@ ENHANCED_CODE = re.compile(r"\b5\.\d{1,3}\.\d{1,3}\b")
 _kept = threading.local()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Envelope:
     sender: str
     recipient: str
@@ -53,11 +53,13 @@ class LeaseLost(Exception):
     """Another worker has the delivery by now."""
 
 
-def send(envelope: Envelope, begin: Callable[[], bool]) -> Result:
+def send(envelope: Envelope, begin: Callable[[], bool], upcoming: Envelope | None = None) -> Result:
     """Sends to one recipient: Django's backend says nothing about one refused among several.
 
     `begin` is called just before the server gets the message. If it returns false the message is
-    not sent and LeaseLost is raised. Waits EMAIL_TIMEOUT seconds at most for each reply.
+    not sent and LeaseLost is raised. Waits EMAIL_TIMEOUT seconds at most for each reply. A server
+    that offers PIPELINING gets the commands of the `upcoming` one with the end of this message
+    (RFC 2920, 3.1), which saves a round trip.
     """
     data_sent = False
 
@@ -70,7 +72,7 @@ def send(envelope: Envelope, begin: Callable[[], bool]) -> Result:
     try:
         backend = pooled_backend()
         if isinstance(backend, EmailBackend):
-            code, reply = send_envelope(backend, envelope, begin_data)
+            code, reply = send_envelope(backend, envelope, begin_data, upcoming)
             return Result(State.SENT, code, reply)
         send_via_backend(backend, envelope.message, begin_data)
         return Result(State.SENT, None, type(backend).__module__)
@@ -95,7 +97,7 @@ def pooled_backend() -> Any:
             backend = None
     if backend is None:
         backend = _kept.backend = new_backend()
-        _kept.count, _kept.used = 0, time.monotonic()
+        _kept.count, _kept.used, _kept.announced = 0, time.monotonic(), None
     return backend
 
 
@@ -111,7 +113,9 @@ def new_backend() -> Any:
 
 def close() -> None:
     """Closes the connection of this thread, if there is one."""
-    backend = getattr(_kept, "backend", None)
+    backend: Any = getattr(_kept, "backend", None)
+    if getattr(_kept, "announced", None) is not None:
+        abort(backend)  # the server would take QUIT for the message
     _kept.backend = None
     connection = getattr(backend, "connection", None)
     if isinstance(backend, EmailBackend) and connection is not None:
@@ -124,6 +128,7 @@ def close() -> None:
 
 def abort(backend: EmailBackend) -> None:
     """Closes the connection without QUIT."""
+    _kept.announced = None
     if backend.connection is not None:
         with suppress(OSError):
             backend.connection.close()
@@ -134,6 +139,8 @@ def reset_or_abort(backend: EmailBackend, code: int) -> None:
     """Makes the connection ready for the next email after a refusal."""
     if code == 421 or backend.connection is None:
         return abort(backend)
+    if _kept.announced is not None:  # the next email began already
+        return None
     try:
         backend.connection.rset()
         _kept.used = time.monotonic()
@@ -145,15 +152,22 @@ def reset_or_abort(backend: EmailBackend, code: int) -> None:
 
 
 def send_envelope(
-    backend: EmailBackend, envelope: Envelope, begin_data: Callable[[], None]
+    backend: EmailBackend,
+    envelope: Envelope,
+    begin_data: Callable[[], None],
+    upcoming: Envelope | None,
 ) -> tuple[int, str]:
     """MAIL, RCPT, DATA. Returns the server's reply to the message; raises smtplib's exceptions."""
     sender, recipient = envelope_address(envelope.sender), envelope_address(envelope.recipient)
-    size = len(envelope.content)
+    if _kept.announced is not None and _kept.announced is not envelope:
+        abort(backend)  # it waits for another message
+    announced, _kept.announced = _kept.announced, None
     try:
         reused = not backend.open()
         try:
-            replies = send_commands(backend.connection, sender, recipient, size)
+            if not announced:
+                send_commands(backend.connection, envelope)
+            replies = read_replies(backend.connection, envelope)
         except (smtplib.SMTPServerDisconnected, OSError):
             if not reused:
                 raise
@@ -162,14 +176,21 @@ def send_envelope(
             # A 421 on a reused connection ends the session, not the message: connect and retry.
             abort(backend)
             backend.open()
-            replies = send_commands(backend.connection, sender, recipient, size)
+            send_commands(backend.connection, envelope)
+            replies = read_replies(backend.connection, envelope)
         if refusal := first_refusal(replies, sender, recipient):
             if replies[-1][0] == 354:  # it waits for a message nevertheless, and must get none
                 abort(backend)
             raise refusal
         begin_data()
         connection: Any = backend.connection
-        connection.send(re.sub(rb"(?m)^\.", b"..", envelope.content) + b"\r\n.\r\n")
+        data = re.sub(rb"(?m)^\.", b"..", envelope.content) + b"\r\n.\r\n"
+        if upcoming and takes_many(connection) and _kept.count + 1 < MESSAGES_PER_CONNECTION:
+            data += "".join(commands(connection, upcoming)).encode("ascii")
+            connection.send(data)
+            _kept.announced = upcoming
+        else:
+            connection.send(data)
         code, reply = connection.getreply()
         if code != 250:
             raise smtplib.SMTPDataError(code, reply)
@@ -199,22 +220,35 @@ def envelope_address(address: str) -> str:
     return f"<{bare}>"
 
 
-def send_commands(smtp: Any, sender: str, recipient: str, size: int) -> list[tuple[int, bytes]]:
-    """The replies to MAIL, RCPT and DATA as (code, text), up to the first refusal.
+def takes_many(smtp: Any) -> bool:
+    """Whether the server offers PIPELINING (RFC 2920): several commands at a time."""
+    return bool(smtp.has_extn("pipelining"))
 
-    A server that offers PIPELINING (RFC 2920) gets all three at once, which saves two round trips.
-    """
+
+def commands(smtp: Any, envelope: Envelope) -> list[str]:
+    option = f" size={len(envelope.content)}" if smtp.has_extn("size") else ""
+    return [
+        f"mail FROM:{envelope_address(envelope.sender)}{option}\r\n",
+        f"rcpt TO:{envelope_address(envelope.recipient)}\r\n",
+        "data\r\n",
+    ]
+
+
+def send_commands(smtp: Any, envelope: Envelope) -> None:
+    """All three commands to a server that takes many; to others read_replies sends each."""
     smtp.ehlo_or_helo_if_needed()
-    option = f" size={size}" if smtp.has_extn("size") else ""
-    commands = [f"mail FROM:{sender}{option}", f"rcpt TO:{recipient}", "data"]
-    at_once = smtp.has_extn("pipelining")
-    if at_once:
-        smtp.send("".join(f"{command}\r\n" for command in commands))
+    if takes_many(smtp):
+        smtp.send("".join(commands(smtp, envelope)))
+
+
+def read_replies(smtp: Any, envelope: Envelope) -> list[tuple[int, bytes]]:
+    """The replies to MAIL, RCPT and DATA as (code, text), up to the first refusal."""
+    at_once = takes_many(smtp)
     replies: list[tuple[int, bytes]] = []
     refused = False
-    for command, good in zip(commands, ACCEPTED, strict=True):
+    for command, good in zip(commands(smtp, envelope), ACCEPTED, strict=True):
         try:
-            replies.append(smtp.getreply() if at_once else smtp.docmd(command))
+            replies.append(smtp.getreply() if at_once else smtp.docmd(command.rstrip()))
         except (smtplib.SMTPServerDisconnected, OSError):
             if not refused:
                 raise

@@ -115,8 +115,7 @@ def bare_address(value: str) -> str:
         raise ValidationError("is not one address") from None
     # Obsolete is a period in a name without quotes, which many names have.
     defects = [each for each in parsed.defects if not isinstance(each, ObsoleteHeaderDefect)]
-    named = [group for group in groups if group.display_name is not None]
-    if named or len(groups) != 1 or len(groups[0].addresses) != 1 or defects:
+    if len(groups) != 1 or len(groups[0].addresses) != 1 or defects:
         raise ValidationError("is not one address")
     address = str(groups[0].addresses[0].addr_spec)
     check_address(address)

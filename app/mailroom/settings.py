@@ -1,90 +1,27 @@
 """Settings, all of them from environment variables. README.md lists them."""
 
-import json
 import logging
-from collections.abc import Callable
-from email.utils import parseaddr
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
 
-import environ
 from celery.schedules import crontab
-from django.core.exceptions import ImproperlyConfigured, ValidationError
-from django.core.validators import validate_email
+from django.core.exceptions import ImproperlyConfigured
 from django.utils.module_loading import import_string
 
-from emails.conf import domain_limits
 from emails.queues import CONSUMED, MAIL
+from mailroom.environment import (
+    address,
+    boolean,
+    broker_urls,
+    choice,
+    env,
+    limits,
+    number,
+    url,
+    wrong,
+)
 from mailroom.tls import VerifiedTLS
 
 BASE_DIR = Path(__file__).resolve().parent.parent
-env = environ.Env()
-
-
-def wrong(name: str, expected: str) -> ImproperlyConfigured:
-    """The error for a bad value. It leaves the value out: many of them hold a password."""
-    return ImproperlyConfigured(f"environment variable {name}: expected {expected}")
-
-
-def boolean(name: str, default: bool) -> bool:
-    # django-environ reads every word that it doesn't know as false.
-    match env.str(name, str(default)).lower():
-        case "true" | "yes" | "on" | "1":
-            return True
-        case "false" | "no" | "off" | "0":
-            return False
-    raise wrong(name, "true or false")
-
-
-def number(name: str, default: float, minimum: float = 1) -> Any:
-    kind = type(default)
-    try:
-        value = kind(env.str(name, str(default)))
-    except ValueError:
-        raise wrong(name, "a number") from None
-    if not minimum <= value < float("inf"):
-        raise wrong(name, f"a number, {minimum} or more")
-    return value
-
-
-def choice(name: str, *allowed: str) -> str:
-    value: str = env.str(name, allowed[0])
-    if value not in allowed:
-        raise wrong(name, " or ".join(allowed))
-    return value
-
-
-def url(name: str, default: str, parse: Callable[[str], Any], schemes: tuple[str, ...]) -> Any:
-    value = env.str(name, default)
-    expected = f"a URL that starts with {', '.join(f'{scheme}://' for scheme in schemes)}"
-    if value.partition("://")[0] not in schemes:
-        raise wrong(name, expected)
-    try:
-        return parse(value)
-    except (ValueError, ImproperlyConfigured):
-        raise wrong(name, expected) from None
-
-
-def address(name: str, value: str) -> str:
-    try:
-        validate_email(parseaddr(value)[1])
-    except ValidationError:
-        raise wrong(name, "email addresses") from None
-    return value
-
-
-def limits(name: str) -> dict[str, dict[str, float]]:
-    """JSON: a domain, or * for every other, to its limits (EMAILS_DOMAIN_LIMITS)."""
-    try:
-        value: Any = json.loads(env.str(name, "") or "{}")
-    except ValueError:
-        value = None
-    if expected := domain_limits(value):
-        raise wrong(name, f"JSON, {expected}")
-    limits: dict[str, dict[str, float]] = value
-    return limits
-
 
 # --- Django -----------------------------------------------------------------------------------
 
@@ -242,16 +179,6 @@ EMAILS_DOMAIN_LIMITS = limits("DOMAIN_LIMITS")
 EMAILS_METRICS_TOKEN = env.str("METRICS_TOKEN", "")
 
 # --- Celery -----------------------------------------------------------------------------------
-
-
-def broker_urls(value: str) -> str:
-    """Checks `value`, one URL or several with `;` between them: the nodes of a cluster."""
-    for node in value.split(";"):
-        parts = urlsplit(node)
-        if parts.scheme not in ("amqp", "amqps") or not parts.hostname or parts.port == 0:
-            raise ValueError
-    return value
-
 
 CELERY_BROKER_URL = url(
     "BROKER_URL", "amqp://guest:guest@127.0.0.1:5672//", broker_urls, ("amqp", "amqps")

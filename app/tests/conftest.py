@@ -26,6 +26,7 @@ class Mailbox:
         self.lax = False
         self.hangs_up = False
         self.reply = "250 taken"
+        self.replies = []  # one after the other; then `reply`
         self.sender_replies = []  # one after the other; then "250 fine"
         self.recipient_reply = "250 fine"
         self.messages = []
@@ -60,14 +61,15 @@ class Mailbox:
         return self.recipient_reply
 
     async def handle_DATA(self, server, session, envelope):
+        reply = self.replies.pop(0) if self.replies else self.reply
         self.waiting.set()
         while not self.gate.is_set():
             await asyncio.sleep(0.05)
-        if self.reply is None or self.reply.startswith("250"):
+        if reply is None or reply.startswith("250"):
             self.messages.append(envelope)
-        if self.reply is None:
+        if reply is None:
             server.transport.abort()
-        return self.reply or "421 gone"
+        return reply or "421 gone"
 
 
 @pytest.fixture(autouse=True)

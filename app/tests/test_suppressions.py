@@ -128,6 +128,7 @@ def test_of_a_batch_only_emails_to_suppressed_recipients_are_refused(api, user):
         ("552 5.2.2 mailbox full", False),
         ("450 4.2.1 not now", False),
         ("451 no such user yet", False),
+        ("450 5.1.1 no such user yet", False),
     ],
 )
 def test_a_recipient_that_does_not_exist_is_suppressed(api, accept, mailbox, reply, suppressed):

@@ -5,6 +5,7 @@
 -- name: lease
 -- Takes due deliveries for publishing, the oldest first. Several relays take different ones.
 -- `floor` passes over index entries of finished deliveries that vacuum can't remove yet.
+-- The commit needn't be on disk: without it the delivery is published again, and claimed once.
 -- An overdue delivery is returned unchanged: its worker is gone, or its deadline passed.
 WITH due AS MATERIALIZED (
   SELECT id, email_id, state, due_at, expires_at, domain, attempts, data_sent, started_at
@@ -22,7 +23,7 @@ WITH due AS MATERIALIZED (
   UPDATE emails_delivery AS d
   SET state = 'queued', published_at = statement_timestamp(),
     due_at = statement_timestamp() + %(lease)s
-  FROM ranked AS r
+  FROM ranked AS r, set_config('synchronous_commit', 'off', true)
   WHERE d.id = r.id
     AND r.place <= coalesce((%(allowances)s::jsonb ->> r.domain)::int, %(allowance)s)
   RETURNING d.id

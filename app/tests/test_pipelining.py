@@ -1,0 +1,100 @@
+"""A server that offers PIPELINING gets the next email's commands with the end of a message."""
+
+import smtplib
+
+import pytest
+
+from emails import deliveries, delivering, smtp
+from emails.delivering import Sender
+from emails.models import Delivery
+from emails.states import State
+from emails.tasks import deliver
+
+pytestmark = [
+    pytest.mark.django_db,
+    pytest.mark.parametrize("mailbox", [True], indirect=True, ids=["pipelining"]),
+]
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch):
+    """As if the server had just been fast: several emails are claimed at a time."""
+    monkeypatch.setattr(Sender, "pace", 0.001)
+    monkeypatch.setattr(Sender, "chunk_size", classmethod(lambda cls: delivering.LARGEST_CHUNK))
+
+
+@pytest.fixture
+def send(accept):
+    """Sends so many emails as one message of the queue; gives their states."""
+
+    def send(count: int) -> list[str]:
+        ids = [accept(subject=f"Number {n}").deliveries.get().pk for n in range(count)]
+        deliver(*ids)
+        return list(Delivery.objects.order_by("pk").values_list("state", flat=True))
+
+    return send
+
+
+def subjects(mailbox) -> list[str]:
+    return [
+        message.content.split(b"Subject: ")[1].split(b"\r\n")[0] for message in mailbox.messages
+    ]
+
+
+def test_ten_emails_take_eleven_round_trips(send, mailbox, monkeypatch):
+    writes, write = [], smtplib.SMTP.send
+    monkeypatch.setattr(
+        smtplib.SMTP, "send", lambda self, data: writes.append(data) or write(self, data)
+    )
+    assert send(10) == [State.SENT] * 10
+    assert len(writes) == 12  # the greeting, the first commands, ten messages
+    assert subjects(mailbox) == [f"Number {n}".encode() for n in range(10)]
+    assert mailbox.connections == 1
+
+
+def test_a_refused_message_does_not_touch_the_next(send, mailbox):
+    mailbox.replies = ["250 taken", "550 no", "451 later", "250 taken"]
+    assert send(4) == [State.SENT, State.FAILED, State.DEFERRED, State.SENT]
+    assert mailbox.connections == 1
+
+
+def test_a_server_that_hangs_up_makes_one_email_uncertain(send, mailbox):
+    mailbox.replies = ["250 taken", None]
+    assert send(4) == [State.SENT, State.UNCERTAIN, State.SENT, State.SENT]
+    assert mailbox.connections == 2
+
+
+def test_a_server_that_ends_the_session_with_421_costs_no_attempt(send, mailbox):
+    mailbox.sender_replies = ["250 fine", "421 enough for now"]
+    assert send(3) == [State.SENT] * 3
+    assert set(Delivery.objects.values_list("attempts", flat=True)) == {1}
+    assert mailbox.connections == 2
+
+
+def test_an_announced_email_that_another_worker_has_is_not_sent(send, mailbox, monkeypatch):
+    record = deliveries.record
+
+    def lose_the_second(ended, begin=()):
+        done, begun = record(ended, begin)
+        return done, begun - {begin[1].id} if len(begin) > 1 else begun
+
+    monkeypatch.setattr(deliveries, "record", lose_the_second)
+    send(3)
+    assert subjects(mailbox) == [b"Number 0", b"Number 2"]
+
+
+def test_a_connection_that_waits_for_a_message_gets_no_quit(send, mailbox, monkeypatch):
+    """The server would take it for the message."""
+    writes = []
+
+    def stop(self, claimed):
+        result = self_result(self, claimed)
+        smtp.close()
+        return result
+
+    self_result = Sender.result
+    monkeypatch.setattr(Sender, "result", stop)
+    monkeypatch.setattr(smtplib.SMTP, "quit", lambda self: writes.append("quit"))
+    assert send(2) == [State.SENT] * 2
+    assert writes == ["quit"], "after the last email only"
+    assert mailbox.connections == 2
