@@ -16,6 +16,8 @@ CELERYS_CONSUMER = "celery.worker.consumer:Consumer"
 @pytest.fixture
 def shop(monkeypatch):
     """The application of a project that has tasks of its own, without side effects on Celery."""
+    # It would make the new application the current one, also for the tests that follow.
+    monkeypatch.setattr("celery.apps.worker.trace.setup_worker_optimizations", lambda *_: None)
     monkeypatch.setattr(queues.signals.celeryd_init, "receivers", [])
     monkeypatch.setattr(Panel, "data", Panel.data.copy())
     monkeypatch.setattr(worker, "bound_decompression", lambda: None)
