@@ -1,10 +1,12 @@
 """The message of a delivery, by Django's own classes."""
 
 import email.policy
+from email._policybase import Compat32
 from email.encoders import encode_base64
-from email.message import Message
+from email.generator import BytesGenerator
 from email.mime.base import MIMEBase
 from email.utils import format_datetime
+from io import BytesIO
 from typing import Any
 
 import django
@@ -77,12 +79,26 @@ def is_utf8(content: bytes) -> bool:
     return True
 
 
+class ShortHeaders(Compat32):
+    """Writes a header that is short and plain as it is. To fold it takes Python a third of the time
+    of the whole message, and changes nothing."""
+
+    LONGEST = 76
+
+    def fold_binary(self, name: str, value: Any) -> bytes:
+        if isinstance(value, str) and value.isascii() and value.isprintable():
+            line = f"{name}: {value}"
+            if value == value.strip() and len(line) <= self.LONGEST:
+                return (line + self.linesep).encode("ascii")
+        return super().fold_binary(name, value)
+
+
 def as_bytes(message: EmailMultiAlternatives) -> bytes:
     """The message with the line ends of SMTP."""
-    made: Any
     if django.VERSION >= (6, 0):
-        made = message.message(policy=email.policy.SMTP)  # type: ignore[call-arg]
+        made: Any = message.message(policy=email.policy.SMTP)  # type: ignore[call-arg]
         return bytes(made.as_bytes())
-    made = message.message()
-    assert isinstance(made, Message)  # noqa: S101 - for the type checker
-    return bytes(made.as_bytes(linesep="\r\n"))  # type: ignore[call-arg]
+    written = BytesIO()
+    policy = ShortHeaders(linesep="\r\n")
+    BytesGenerator(written, mangle_from_=False, policy=policy).flatten(message.message())
+    return written.getvalue()
