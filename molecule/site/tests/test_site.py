@@ -68,6 +68,19 @@ def test_flower_refuses_the_anonymous(url):
     assert requests.get(f"{url(5555)}/workers", timeout=10).status_code == 401
 
 
+def test_flower_shows_no_secret(url, variables, eventually):
+    login = ("flower", variables["secret_flower_password"])
+
+    def workers():
+        requests.get(f"{url(5555)}/api/workers?refresh=1", auth=login, timeout=10).raise_for_status()
+        return requests.get(f"{url(5555)}/api/workers", auth=login, timeout=10).json()
+
+    found = eventually(lambda: len(workers()) == 2 and all("conf" in each for each in workers().values()) and workers())
+    pages = [requests.get(f"{url(5555)}/worker/{name}", auth=login, timeout=10).text for name in found]
+    for name in ("secret_rabbitmq_app_password", "secret_django_key", "secret_app_metrics_token", "secret_postgresql_app_password"):
+        assert variables[name] not in str(found) + "".join(pages), name
+
+
 def test_flower_shows_the_queues(url, variables, eventually):
     """It knows them from the workers, so this also says that workers answer its questions."""
 
