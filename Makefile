@@ -61,6 +61,13 @@ sandbox-down: $(VENV)/.complete ## Remove the sandbox
 	@$(TESTBED) down --inventory inventories/sandbox
 	@rm -f inventories/sandbox/group_vars/all/91-secrets.yml
 
+# ---- The application without Ansible ----
+
+.PHONY: app
+app: $(APP_VENV)/.complete ## The application for a developer: database, web, relay, worker, mail catcher; Ctrl-C ends it
+	@tests/install
+	@cd app && .venv/bin/python dev.py
+
 # ---- Tests ----
 
 .PHONY: test test-fast lint test-unit test-app-fast test-app broker-up broker-down test-scenarios
