@@ -10,7 +10,8 @@ from django.db import DatabaseError, InterfaceError, connection
 
 from emails import context, deliveries, messages, slots, smtp
 from emails.conf import conf
-from emails.deliveries import Claimed, Ended
+from emails.delivery_records import Claimed, Ended
+from emails.smtp_replies import Result
 from emails.states import State
 
 logger = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ class Sender:
     def __init__(self) -> None:
         self.ended: list[Ended] = []
         self.begun: set[int] = set()
-        self.built: dict[int, smtp.Envelope | smtp.Result] = {}
+        self.built: dict[int, smtp.Envelope | Result] = {}
 
     def send(self, ids: Sequence[int]) -> None:
         """Sends what is queued of these. What there is no time for goes back to the relay."""
@@ -110,9 +111,9 @@ class Sender:
             if self.chunk_size() == 1:
                 self.flush()
 
-    def result(self, claimed: Sequence[Claimed]) -> smtp.Result:
+    def result(self, claimed: Sequence[Claimed]) -> Result:
         envelope = self.built.pop(claimed[0].id, None) or self.build(claimed[0])
-        if isinstance(envelope, smtp.Result):
+        if isinstance(envelope, Result):
             return envelope
         upcoming = None
         if len(claimed) > 1:
@@ -120,15 +121,15 @@ class Sender:
             upcoming = built if isinstance(built, smtp.Envelope) else None
         return smtp.send(envelope, lambda: self.begin(claimed), upcoming)
 
-    def build(self, delivery: Claimed) -> smtp.Envelope | smtp.Result:
+    def build(self, delivery: Claimed) -> smtp.Envelope | Result:
         """What is sent; or the result of an attempt that can't be made."""
         try:
             message = messages.build(delivery)
             content = messages.as_bytes(message)
         except (DatabaseError, InterfaceError) as error:
-            return smtp.Result(State.DEFERRED, None, type(error).__name__)
+            return Result(State.DEFERRED, None, type(error).__name__)
         except Exception as error:  # this can't become a message, whatever the server is
-            return smtp.Result(State.FAILED, None, f"{type(error).__name__}: {error}")
+            return Result(State.FAILED, None, f"{type(error).__name__}: {error}")
         return smtp.Envelope(delivery.sender, delivery.recipient, content, message)
 
     def begin(self, claimed: Sequence[Claimed]) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import django
 from django.core.mail import EmailMultiAlternatives
 
-from emails.deliveries import Claimed
+from emails.delivery_records import Claimed
 from emails.models import Attachment, Delivery
 
 

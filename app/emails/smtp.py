@@ -2,7 +2,6 @@
 
 import re
 import smtplib
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -16,17 +15,12 @@ from django.core.mail.backends.smtp import EmailBackend
 from django.utils.module_loading import import_string
 
 from emails.conf import conf
+from emails.smtp_replies import ACCEPTED, NothingSent, Result, classify_error, first_refusal
 from emails.states import State
 
 # Servers close a connection that is idle or was used often; we close it before they do.
 IDLE_SECONDS = 20
 MESSAGES_PER_CONNECTION = 100
-
-# Codes with which MAIL, RCPT and DATA go on.
-ACCEPTED = ((250,), (250, 251), (354,))
-# Enhanced status codes (RFC 3463) of a recipient that does not exist or takes no mail.
-NO_SUCH_RECIPIENT = re.compile(r"\b5\.(1\.[1236]|1\.10|2\.1)\b")
-ENHANCED_CODE = re.compile(r"\b5\.\d{1,3}\.\d{1,3}\b")
 
 _kept = threading.local()
 
@@ -37,16 +31,6 @@ class Envelope:
     recipient: str
     content: bytes  # the message, with the line ends of SMTP
     message: EmailMessage  # the same, for a backend that is not SMTP
-
-
-@dataclass(frozen=True)
-class Result:
-    """What came of an attempt. `code` is the SMTP reply's; None if there was no reply."""
-
-    state: State
-    code: int | None
-    answer: str
-    no_such_recipient: bool = False
 
 
 class LeaseLost(Exception):
@@ -259,70 +243,8 @@ def read_replies(smtp: Any, envelope: Envelope) -> list[tuple[int, bytes]]:
     return replies
 
 
-def first_refusal(
-    replies: list[tuple[int, bytes]], sender: str, recipient: str
-) -> smtplib.SMTPException | None:
-    for number, ((code, reply), good) in enumerate(zip(replies, ACCEPTED, strict=False)):
-        if code in good:
-            continue
-        if number == 0:
-            return smtplib.SMTPSenderRefused(code, reply, sender)
-        if number == 1:
-            return smtplib.SMTPRecipientsRefused({recipient: (code, reply)})
-        return smtplib.SMTPDataError(code, reply)
-    return None
-
-
-class NothingSent(RuntimeError):
-    """The email backend says that it sent nothing."""
-
-
 def send_via_backend(backend: Any, message: EmailMessage, begin_data: Callable[[], None]) -> None:
     """By a backend other than Django's SMTP: one call, of which no part is known."""
     begin_data()
     if not backend.send_messages([message]):
         raise NothingSent("the email backend says that it sent nothing")
-
-
-def classify_error(error: Exception, data_sent: bool) -> Result:
-    """Failed only if the server refused this very message for good.
-
-    A failed login, or a server that refuses everything, is for the operator to repair; meanwhile
-    the email waits. Without a reply to the message itself the outcome is uncertain.
-    """
-    code: Any = getattr(error, "status_code", None)
-    reason = str(error)
-    if isinstance(error, smtplib.SMTPRecipientsRefused):
-        code, reply = next(iter(error.recipients.values()))
-        reason = reply.decode(errors="replace")
-    elif isinstance(error, smtplib.SMTPResponseException):
-        code, said = error.smtp_code, error.smtp_error
-        reason = said.decode(errors="replace") if isinstance(said, bytes) else str(said)
-    about_this_message = (
-        smtplib.SMTPRecipientsRefused,
-        smtplib.SMTPSenderRefused,
-        smtplib.SMTPDataError,
-    )
-    not_connected = (ConnectionRefusedError, socket.gaierror, smtplib.SMTPConnectError)
-    answered = isinstance(code, int) and code > 0
-    if isinstance(error, about_this_message) and answered:
-        state = State.FAILED if code >= 500 else State.DEFERRED
-    elif answered and not isinstance(error, smtplib.SMTPException):  # a provider's HTTP status
-        state = State.FAILED if code in (400, 413, 422) else State.DEFERRED
-        state = State.UNCERTAIN if code in (502, 504) else state
-    elif data_sent and not isinstance(error, not_connected):
-        state = State.UNCERTAIN
-    else:
-        state = State.DEFERRED
-    unknown = isinstance(error, smtplib.SMTPRecipientsRefused) and no_such_recipient(code, reason)
-    answer = f"{type(error).__name__}: {reason}".replace("\0", "")
-    return Result(state, code if answered else None, answer, no_such_recipient=unknown)
-
-
-def no_such_recipient(code: int, reply: str) -> bool:
-    """Whether a refusal of the recipient is about the address, not about policy or the sender."""
-    if code < 500:
-        return False
-    if ENHANCED_CODE.search(reply):
-        return bool(NO_SUCH_RECIPIENT.search(reply))
-    return code in (550, 551, 553)

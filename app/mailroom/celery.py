@@ -3,14 +3,14 @@ from typing import Any
 
 from celery import Celery, signals
 
-from emails import queues
+from emails import celery_config
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "mailroom.settings")
 
 app = Celery("mailroom")
 app.config_from_object("django.conf:settings", namespace="CELERY")
 app.autodiscover_tasks()
-queues.configure(app)
+celery_config.configure(app)
 
 
 @signals.setup_logging.connect  # type: ignore[untyped-decorator]

@@ -7,8 +7,8 @@ from celery.worker.consumer.gossip import Gossip
 from celery.worker.consumer.mingle import Mingle
 from celery.worker.control import Panel
 
-from emails import queues, worker
-from emails.queues import configure
+from emails import celery_config, worker
+from emails.celery_config import configure
 
 CELERYS_CONSUMER = "celery.worker.consumer:Consumer"
 
@@ -18,7 +18,7 @@ def shop(monkeypatch):
     """The application of a project that has tasks of its own, without side effects on Celery."""
     # It would make the new application the current one, also for the tests that follow.
     monkeypatch.setattr("celery.apps.worker.trace.setup_worker_optimizations", lambda *_: None)
-    monkeypatch.setattr(queues.signals.celeryd_init, "receivers", [])
+    monkeypatch.setattr(celery_config.signals.celeryd_init, "receivers", [])
     monkeypatch.setattr(Panel, "data", Panel.data.copy())
     monkeypatch.setattr(worker, "bound_decompression", lambda: None)
     monkeypatch.setattr(worker.DelayedDelivery, "requires", worker.DelayedDelivery.requires)

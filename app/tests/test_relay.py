@@ -21,7 +21,8 @@ from emails import api_keys, deliveries, services
 from emails import relay as relay_module
 from emails.deliveries import sending_lease
 from emails.models import Counter, Delivery
-from emails.relay import Publisher, Relay
+from emails.publisher import BATCH, DELIVERIES_PER_MESSAGE, Publisher
+from emails.relay import Relay
 from emails.states import State
 from emails.tasks import deliver
 from emails.validation import File
@@ -84,13 +85,13 @@ def test_publishes_what_is_due_once(accept, published):
 
 
 def test_a_backlog_is_published_several_a_message(accept, published, monkeypatch):
-    for _ in range(relay_module.BATCH + 3):
+    for _ in range(BATCH + 3):
         accept()
     messages = []
     monkeypatch.setattr(deliver, "apply_async", lambda args, **_: messages.append(args))
     relay = Publisher()
-    assert relay.publish_due() == relay_module.BATCH
-    assert {len(message) for message in messages} == {relay_module.DELIVERIES_PER_MESSAGE}
+    assert relay.publish_due() == BATCH
+    assert {len(message) for message in messages} == {DELIVERIES_PER_MESSAGE}
     messages.clear()
     assert relay.publish_due() == 3
     assert [len(message) for message in messages] == [1, 1, 1]

@@ -26,7 +26,8 @@ from celery import Celery
 from django.conf import settings
 from kombu import Connection, Producer
 
-from emails.queues import CONSUMED, DEAD_LETTERS, DEFAULTS, EXCHANGE
+from emails.celery_config import DEFAULTS
+from emails.queues import CONSUMED, DEAD_LETTERS, EXCHANGE
 from tests.conftest import KEY
 from tests.tools import eventually, free_port
 

@@ -12,7 +12,7 @@ from django.db.models import QuerySet
 from django.db.models.functions import Now
 
 from emails import deliveries
-from emails.deliveries import Claimed, Ended
+from emails.delivery_records import Claimed, Ended
 from emails.models import Delivery
 from emails.outcomes import Step
 from emails.states import UNFINISHED, State

@@ -3,7 +3,8 @@ from typing import Any
 
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 
-from emails.relay import Publisher, Relay
+from emails.publisher import Publisher
+from emails.relay import Relay
 
 
 class Command(BaseCommand):
