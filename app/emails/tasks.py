@@ -1,14 +1,15 @@
 """The Celery tasks. What they need of Celery is said here, not in the project's settings."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 from celery import Task, shared_task
 from celery.exceptions import Reject
 from celery.utils import uuid
-from django.db import DatabaseError
+from django.db import Error as DatabaseError
 from django.db.models import Exists, OuterRef
 from django.utils import timezone
 
@@ -31,6 +32,15 @@ OPTIONS: dict[str, Any] = {
     "ignore_result": True,
     "serializer": "json",
 }
+
+
+@contextmanager
+def requeued_without_database() -> Iterator[None]:
+    """Has RabbitMQ keep the message: Celery acknowledges that of a task that failed."""
+    try:
+        yield
+    except DatabaseError as error:
+        raise Reject(type(error).__name__, requeue=True) from None
 
 
 class StoredTask(Task):  # type: ignore[misc]
@@ -73,9 +83,10 @@ def send_email(
     project that knows nothing but the task's name.
     """
     key = self.request.id
-    accepted = delivering.retry_while_database_down(
-        lambda: store(key, title, content, from_, to, html_content)
-    )
+    with requeued_without_database():
+        accepted = delivering.retry_while_database_down(
+            lambda: store(key, title, content, from_, to, html_content)
+        )
     return str(accepted.pk)
 
 
@@ -101,10 +112,8 @@ def store(
 @shared_task(**OPTIONS)  # type: ignore[untyped-decorator]
 def deliver(*delivery_ids: int) -> None:
     """Sends deliveries that are queued. The message may come twice, late, or for deleted rows."""
-    try:
+    with requeued_without_database():
         delivering.deliver(delivery_ids)
-    except DatabaseError as error:
-        raise Reject(type(error).__name__, requeue=True) from None
 
 
 @shared_task(base=MaintenanceTask, **OPTIONS)  # type: ignore[untyped-decorator]

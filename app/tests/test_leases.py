@@ -1,154 +1,282 @@
-"""Who may change a delivery: only the holder of its present lease, from the state it names."""
+"""Only the holder of a delivery changes it, whatever several relays and workers do at once."""
 
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from datetime import timedelta
+from unittest.mock import Mock
 
 import pytest
 from django.db import connection
-from django.db.models import F
+from django.db.models import F, Sum
 from django.utils import timezone
 
 from emails import deliveries
+from emails import publisher as publisher_module
+from emails import relay as relay_module
 from emails.models import Counter, Delivery
-from emails.queries import execute, load
-from emails.states import CANCELLABLE, State
-from tests.tools import begin, claim, due, end
+from emails.publisher import Publisher
+from emails.queries import execute
+from emails.relay import Relay
+from emails.states import State
+from emails.tasks import deliver
+from tests.tools import begin, claim, due, end, eventually
 
 pytestmark = pytest.mark.django_db
 
-IN_HAND = (State.SENDING, State.SENT, State.FAILED, State.DEFERRED, State.UNCERTAIN)
+
+def row(delivery: Delivery) -> dict:
+    return Delivery.objects.filter(pk=delivery.pk).values().get()
 
 
-def test_begin_is_for_the_attempt_that_claimed(delivery):
-    first = claim(delivery)
-    Delivery.objects.update(state=State.QUEUED)
-    second = claim(delivery)
-    assert not begin(first)
-    delivery.refresh_from_db()
-    assert not delivery.data_sent
-    assert begin(second)
+def lease_again(delivery: Delivery) -> None:
+    """As the relay does for an attempt whose worker is gone."""
+    Delivery.objects.filter(pk=delivery.pk).update(state=State.QUEUED)
 
 
-def test_unclaim_is_for_the_attempt_that_claimed(delivery):
-    first = claim(delivery)
-    Delivery.objects.update(state=State.QUEUED)
-    second = claim(delivery)
-    deliveries.unclaim([first])
-    delivery.refresh_from_db()
-    assert (delivery.state, delivery.attempts) == (State.SENDING, 2)
-    begin(second)
-    deliveries.unclaim([second])
-    delivery.refresh_from_db()
-    assert (delivery.state, delivery.attempts, delivery.data_sent) == (State.QUEUED, 1, False)
+def all_at_once(*acts) -> list:
+    """The results of the acts, each in a thread with its own connection."""
+    together = threading.Barrier(len(acts))
+
+    def run(act):
+        try:
+            connection.ensure_connection()
+            together.wait(timeout=10)
+            return act()
+        finally:
+            connection.close()
+
+    with ThreadPoolExecutor(len(acts)) as pool:
+        return list(pool.map(run, acts))
+
+
+# ---- States ----
+
+
+@pytest.mark.parametrize(
+    ("name", "states"),
+    [
+        ("claim", {State.QUEUED}),
+        ("requeue", {State.QUEUED}),
+        ("release", {State.QUEUED}),
+        ("unclaim", {State.SENDING}),
+        ("begin", {State.SENDING}),
+        ("cancel", {State.SCHEDULED, State.QUEUED, State.DEFERRED}),
+        ("replay", {State.FAILED}),  # and a held one, below
+    ],
+)
+def test_a_change_starts_from_its_states_only(delivery, name, states):
+    leased = deliveries.lease(1)
+    claimed = claim(delivery)
+    act = {
+        "claim": lambda: deliveries.claim([delivery.pk]),
+        "requeue": lambda: deliveries.requeue([delivery.pk]),
+        "release": lambda: deliveries.release(leased),
+        "unclaim": lambda: deliveries.unclaim([claimed]),
+        "begin": lambda: begin(claimed),
+        "cancel": lambda: deliveries.cancel([delivery.pk]),
+        "replay": lambda: deliveries.replay([delivery.pk]),
+    }[name]
+    as_claimed = row(delivery)
+    changed = set()
+    for state in State:
+        Delivery.objects.update(**as_claimed | {"state": state})
+        before = row(delivery)
+        act()
+        if row(delivery) != before:
+            changed.add(state)
+    assert changed == states
+
+
+def test_only_a_held_uncertain_delivery_is_replayed(delivery):
+    Delivery.objects.update(state=State.UNCERTAIN, due_at=timezone.now() + timedelta(minutes=1))
+    assert deliveries.replay([delivery.pk]) == 0
+    Delivery.objects.update(due_at=None)
+    assert deliveries.replay([delivery.pk]) == 1
+
+
+# ---- Attempts ----
+
+
+def test_an_earlier_attempt_does_not_give_back_the_present_one(delivery):
+    earlier = claim(delivery)
+    lease_again(delivery)
+    present = claim(delivery)
+    before = row(delivery)
+    deliveries.unclaim([earlier])
+    assert row(delivery) == before
+    deliveries.unclaim([present])
+    after = row(delivery)
+    assert (after["state"], after["attempts"], after["published_at"]) == (State.QUEUED, 1, None)
+
+
+def test_an_earlier_attempt_does_not_begin_the_present_one(delivery):
+    earlier = claim(delivery)
+    lease_again(delivery)
+    present = claim(delivery)
+    assert not begin(earlier)
+    assert not row(delivery)["data_sent"]
+    assert begin(present)
+
+
+@pytest.mark.django_db(transaction=True)
+def test_of_two_workers_at_once_only_the_one_with_the_lease_begins(accept):
+    for _ in range(10):
+        delivery = accept().deliveries.get()
+        earlier = claim(delivery)
+        lease_again(delivery)
+        present = claim(delivery)
+        begun = all_at_once(lambda c=earlier: begin(c), lambda c=present: begin(c))
+        assert begun == [False, True]
+
+
+@pytest.mark.django_db(transaction=True)
+def test_of_several_workers_at_once_one_claims_a_delivery(accept):
+    ids = [accept().deliveries.get().pk for _ in range(30)]
+    claims = all_at_once(*[lambda: deliveries.claim(ids)] * 4)
+    assert sorted(each.id for claimed in claims for each in claimed) == ids
+    assert set(Delivery.objects.values_list("attempts", flat=True)) == {1}
+
+
+# ---- The relay's leases ----
+
+
+def test_a_release_leaves_the_lease_of_another_relay(delivery):
+    earlier = deliveries.lease(1)
+    deliveries.requeue([delivery.pk])
+    present = deliveries.lease(1)
+    before = row(delivery)
+    deliveries.release(earlier)
+    assert row(delivery) == before
+    deliveries.release(present)
     assert due().get() == delivery
 
 
-def test_release_leaves_another_relays_newer_lease(delivery):
-    old = deliveries.lease(1)
-    deliveries.requeue([delivery.pk])
-    deliveries.lease(1)
-    deliveries.release(old)
-    assert not due().exists()
+def test_the_oldest_due_goes_first(accept):
+    newest, oldest, middle = (accept().deliveries.get() for _ in range(3))
+    for delivery, minutes in ((newest, 1), (oldest, 3), (middle, 2)):
+        due_at = timezone.now() - timedelta(minutes=minutes)
+        Delivery.objects.filter(pk=delivery.pk).update(due_at=due_at)
+    leased = [deliveries.lease(1).deliveries[0].id for _ in range(3)]
+    assert leased == [oldest.pk, middle.pk, newest.pk]
 
 
-@pytest.mark.parametrize("state", IN_HAND)
-def test_requeue_is_for_what_waits_for_a_worker(delivery, state):
-    later = timezone.now() + timedelta(minutes=5)
-    Delivery.objects.update(state=state, due_at=later)
-    deliveries.requeue([delivery.pk])
-    delivery.refresh_from_db()
-    assert (delivery.state, delivery.due_at) == (state, later)
+def test_publishing_ends_before_its_lease(accept, monkeypatch):
+    """A batch that a slow broker takes minutes for would be published by others meanwhile."""
+    first, *others = (accept().deliveries.get() for _ in range(3))
+    published = []
+
+    def publish(args, **_):
+        published.extend(args)
+        time.sleep(0.6)
+
+    monkeypatch.setattr(publisher_module, "PUBLISHING_SECONDS", 0.5)
+    monkeypatch.setattr(Publisher, "_connect", lambda self: None)
+    monkeypatch.setattr(deliver, "apply_async", publish)
+    assert Publisher().publish_due() == 3
+    assert published == [first.pk]
+    assert list(due()) == others
 
 
-@pytest.mark.parametrize("state", State)
-def test_only_what_no_worker_has_is_cancelled(delivery, state):
-    Delivery.objects.update(state=state)
-    cancelled = deliveries.cancel([delivery.pk])
-    delivery.refresh_from_db()
-    assert cancelled == (state in CANCELLABLE)
-    assert (delivery.state == State.CANCELLED) == (state in (*CANCELLABLE, State.CANCELLED))
-
-
-def test_a_cancelled_delivery_is_neither_published_nor_claimed(delivery):
-    deliveries.lease(1)  # its message is in the queue already
-    deliveries.cancel([delivery.pk])
-    assert deliveries.claim([delivery.pk]) == []
-    assert deliveries.lease(1).deliveries == []
-
-
-@pytest.mark.parametrize("state", State)
-def test_only_failed_and_held_ones_are_replayed(delivery, state):
-    later = timezone.now() + timedelta(minutes=5)
-    Delivery.objects.update(state=state, due_at=later)
-    assert deliveries.replay([delivery.pk]) == (state == State.FAILED)
-    Delivery.objects.update(state=state, due_at=None)
-    assert deliveries.replay([delivery.pk]) == (state in (State.FAILED, State.UNCERTAIN))
-
-
-def test_an_uncertain_one_is_not_retried_past_its_deadline(delivery):
+def test_an_uncertain_delivery_is_not_retried_past_its_deadline(delivery):
     begin(claim(delivery))
     past = timezone.now() - timedelta(seconds=1)
     Delivery.objects.update(due_at=past, expires_at=past)
     assert deliveries.lease(1).deliveries == []
-    delivery.refresh_from_db()
-    assert (delivery.state, delivery.due_at) == (State.UNCERTAIN, None)
+    after = row(delivery)
+    assert (after["state"], after["due_at"]) == (State.UNCERTAIN, None)
 
 
-def test_the_oldest_due_is_leased_first(accept):
-    first, second, third = (accept().deliveries.get() for _ in range(3))
-    Delivery.objects.filter(pk=third.pk).update(due_at=F("due_at") - timedelta(minutes=1))
-    order = [deliveries.lease(1).deliveries[0].id for _ in range(3)]
-    assert order == [third.pk, first.pk, second.pk]
+# ---- What the relay does beside publishing ----
+
+
+@pytest.fixture
+def running(monkeypatch, settings):
+    """A relay that runs, with a queue in which so many messages wait; gives what it publishes."""
+    settings.EMAILS_RELAY_POLL_SECONDS = 0.05
+    settings.EMAILS_RELAY_THREADS = 1
+    published, threads, relays = [], [], []
+    monkeypatch.setattr(deliver, "apply_async", lambda args, **_: published.extend(args))
+
+    def run(waiting: int = 0) -> list[int]:
+        broker = Mock()
+        broker.default_channel.queue_declare.return_value.message_count = waiting
+        connect = lambda self: setattr(self, "_connection", broker)  # noqa: E731
+        monkeypatch.setattr(Publisher, "_connect", connect)
+        relays.append(Relay())
+        threads.append(threading.Thread(target=relays[-1].run))
+        threads[-1].start()
+        return published
+
+    yield run
+    for relay, thread in zip(relays, threads, strict=True):
+        relay.stop()
+        thread.join(timeout=10)
+        assert not thread.is_alive()
+
+
+@pytest.mark.django_db(transaction=True)
+def test_the_relay_resets_due_times_of_a_wrong_clock(delivery, running):
+    Delivery.objects.update(due_at=timezone.now() + timedelta(days=1))
+    published = running()
+    eventually(lambda: published == [delivery.pk], seconds=10)
+
+
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.parametrize("waiting", [0, 1])
+def test_the_relay_publishes_again_what_an_empty_queue_lost(delivery, running, waiting):
+    deliveries.lease(1)
+    earlier = timedelta(seconds=31)
+    Delivery.objects.update(due_at=F("due_at") - earlier, published_at=F("published_at") - earlier)
+    published = running(waiting)
+    if waiting:
+        time.sleep(1)
+        assert published == []
+    else:
+        eventually(lambda: published == [delivery.pk], seconds=10)
+
+
+@pytest.mark.django_db(transaction=True)
+def test_counters_lose_nothing_when_they_are_merged(db):
+    def add():
+        for _ in range(100):
+            with execute(relay_module.SQL["count"], ("accepted", 1)):
+                pass
+
+    def merge():
+        for _ in range(50):
+            Relay._repair(Mock())
+
+    all_at_once(add, add, merge, merge)
+    assert Counter.objects.aggregate(Sum("total"))["total__sum"] == 200
+    Relay._repair(Mock())
+    assert Counter.objects.get().total == 200
+
+
+# ---- The relay's connection to the broker ----
+
+
+@pytest.mark.parametrize("idle", [False, True])
+def test_an_idle_broker_connection_is_replaced(delivery, monkeypatch, idle):
+    old, new = Mock(), Mock()
+    monkeypatch.setattr(deliver.app, "connection_for_write", lambda **_: new)
+    monkeypatch.setattr(deliver, "apply_async", lambda *_, **__: None)
+    publisher = Publisher()
+    publisher._connection = old
+    silent = publisher_module.IDLE_SECONDS + (1 if idle else -5)
+    publisher._used = time.monotonic() - silent
+    publisher.publish_due()
+    assert publisher._connection is (new if idle else old)
+    assert old.collect.called is idle
+    assert new.connect.called is idle
+
+
+# ---- A commit whose answer was lost ----
 
 
 def test_an_outcome_that_is_recorded_twice_counts_once(delivery):
-    """A commit whose answer was lost is repeated."""
     claimed = claim(delivery)
     assert end(claimed, State.SENT, code=250)
     assert not end(claimed, State.SENT, code=250)
-    assert not end(replace(claimed, number=2), State.DEFERRED, code=451)
     assert delivery.log.count() == 1
     assert Counter.objects.get(name="attempts.sent").total == 1
-
-
-@pytest.mark.django_db(transaction=True)
-def test_of_two_workers_at_once_one_claims(accept):
-    ids = [accept().deliveries.get().pk for _ in range(20)]
-
-    def worker(number: int) -> list[int]:
-        try:
-            order = ids if number % 2 else ids[::-1]
-            return [claimed.id for claimed in deliveries.claim(order)]
-        finally:
-            connection.close()
-
-    with ThreadPoolExecutor(4) as pool:
-        claimed = [pk for found in pool.map(worker, range(4)) for pk in found]
-    assert sorted(claimed) == ids
-
-
-@pytest.mark.django_db(transaction=True)
-def test_counters_are_merged_without_loss_while_others_add(accept):
-    statements = load("emails.sql")
-
-    def add(_) -> None:
-        try:
-            with execute(statements["count"], ("publish_failures", 1)):
-                pass
-        finally:
-            connection.close()
-
-    def merge(_) -> None:
-        try:
-            with execute(statements["merge_counters"]):
-                pass
-        finally:
-            connection.close()
-
-    with ThreadPoolExecutor(4) as pool:
-        for n in range(60):
-            pool.submit(merge if n % 6 == 5 else add, n)
-    totals = Counter.objects.filter(name="publish_failures").values_list("total", flat=True)
-    assert sum(totals) == 50
-    assert len(totals) < 50

@@ -1,188 +1,302 @@
-"""How a worker sends the deliveries of one message: chunks, outcomes, and a database that goes."""
+"""A worker with a message of several deliveries: chunks, a database that goes away, a kill."""
 
+import os
+import subprocess
+import sys
 from datetime import timedelta
+from unittest.mock import Mock
 
 import pytest
 from celery.exceptions import Reject
-from django.db import OperationalError, connection
+from django.conf import settings as django_settings
+from django.db import InterfaceError, OperationalError, connection, transaction
 from django.utils import timezone
 
-from emails import deliveries, delivering
-from emails.delivering import LARGEST_CHUNK, Sender, retry_while_database_down
-from emails.models import Delivery
+from emails import deliveries, delivering, services
+from emails.delivering import CHUNK_SECONDS, DATABASE_PAUSES, LARGEST_CHUNK, Sender
+from emails.models import Attempt, Delivery
 from emails.states import State
-from emails.tasks import deliver
-from tests.tools import due
+from emails.tasks import deliver, send_email
+from tests.tools import claim, database_url, due
 
 pytestmark = pytest.mark.django_db
 
 
 @pytest.fixture(autouse=True)
-def unknown_pace(monkeypatch):
+def pace(monkeypatch):
+    """Forgets how fast the server of another test was."""
     monkeypatch.setattr(Sender, "pace", float("inf"))
 
 
 @pytest.fixture
-def ids(accept):
-    return [accept().deliveries.get().pk for _ in range(12)]
+def chunks_of(monkeypatch):
+    def chunks_of(size: int) -> None:
+        monkeypatch.setattr(Sender, "chunk_size", classmethod(lambda cls: size))
+
+    return chunks_of
 
 
 @pytest.fixture
-def statements(monkeypatch):
-    """What the worker asks the database: the name and how many deliveries, or (ended, begun)."""
-    calls = []
-    claim, record = deliveries.claim, deliveries.record
+def several(accept):
+    """The ids of so many deliveries, in the order in which they are sent."""
+    return lambda count: [accept().deliveries.get().pk for _ in range(count)]
 
-    def noted_claim(ids):
-        calls.append(("claim", len(ids)))
-        return claim(ids)
 
-    def noted_record(ended, begin=()):
-        calls.append(("record", len(ended), len(begin)))
+@pytest.fixture
+def recorded(monkeypatch):
+    """How many attempts each statement ends, and how many it begins."""
+    calls, record = [], deliveries.record
+
+    def note(ended, begin=()):
+        calls.append((len(ended), len(begin)))
         return record(ended, begin)
 
-    monkeypatch.setattr(deliveries, "claim", noted_claim)
-    monkeypatch.setattr(deliveries, "record", noted_record)
+    monkeypatch.setattr(deliveries, "record", note)
     return calls
 
 
+def states() -> list[str]:
+    return list(Delivery.objects.order_by("pk").values_list("state", flat=True))
+
+
+# ---- Chunks ----
+
+
 @pytest.mark.parametrize(
-    ("pace", "policy", "size"),
+    ("pace", "size"),
     [
-        (float("inf"), "resend", 1),
-        (1.0, "resend", 1),
-        (0.1, "resend", 2),
-        (0.05, "resend", 5),
-        (0.001, "resend", LARGEST_CHUNK),
-        (0.001, "hold", 1),
+        (float("inf"), 1),  # the last one was not sent
+        (CHUNK_SECONDS * 2, 1),
+        (CHUNK_SECONDS / 2, 2),
+        (CHUNK_SECONDS / LARGEST_CHUNK, LARGEST_CHUNK),
+        (0.000001, LARGEST_CHUNK),
+        (0, 1),
     ],
 )
-def test_a_chunk_is_what_the_server_takes_in_a_quarter_of_a_second(settings, pace, policy, size):
-    settings.EMAILS_UNCERTAIN_POLICY = policy
-    Sender.pace = pace
+def test_a_chunk_takes_a_quarter_of_a_second(settings, monkeypatch, pace, size):
+    monkeypatch.setattr(Sender, "pace", pace)
     assert Sender.chunk_size() == size
-
-
-def test_a_fast_server_costs_few_statements(ids, mailbox, statements, monkeypatch):
-    monkeypatch.setattr(Sender, "chunk_size", classmethod(lambda cls: 5))
-    deliver(*ids)
-    assert statements == [
-        *(("claim", 5), ("record", 0, 5)),
-        *(("claim", 5), ("record", 5, 5)),
-        *(("claim", 2), ("record", 5, 2)),
-        ("record", 2, 0),
-    ]
-    assert set(Delivery.objects.values_list("state", flat=True)) == {State.SENT}
-
-
-def test_after_a_failure_the_next_is_alone(ids, mailbox):
-    Sender.pace = 0.001
-    mailbox.replies = ["451 later"]
-    deliver(ids[0])
+    settings.EMAILS_UNCERTAIN_POLICY = "hold"
     assert Sender.chunk_size() == 1
 
 
-def test_a_worker_that_dies_leaves_as_many_uncertain_as_a_chunk(ids, mailbox, monkeypatch):
-    monkeypatch.setattr(Sender, "chunk_size", classmethod(lambda cls: 5))
-
-    class Killed(BaseException):
-        pass
-
-    def die(*_):
-        raise Killed
-
-    mailbox.replies = ["250 taken"] * 3
-    result, sent = Sender.result, []
-
-    def result_then_die(self, claimed):
-        sent.append(claimed[0].id)
-        return die() if len(sent) == 4 else result(self, claimed)
-
-    monkeypatch.setattr(Sender, "result", result_then_die)
-    with pytest.raises(Killed):
-        delivering.deliver(ids)
-    Delivery.objects.filter(state=State.SENDING).update(due_at="2020-01-01T00:00Z")
-    deliveries.lease(50)
-    uncertain = Delivery.objects.filter(uncertain_attempts=1)
-    assert uncertain.count() == 5
-    assert set(sent[:3]) < {each.pk for each in uncertain}
+def test_the_outcomes_of_a_chunk_are_recorded_when_the_next_begins(
+    several, mailbox, chunks_of, recorded
+):
+    chunks_of(3)
+    deliver(*several(7))
+    assert recorded == [(0, 3), (3, 3), (3, 1), (1, 0)]
+    assert states() == [State.SENT] * 7
 
 
-def test_time_that_runs_out_gives_the_rest_back_unsent(ids, mailbox, monkeypatch, settings):
-    monkeypatch.setattr(Sender, "chunk_size", classmethod(lambda cls: 5))
-    settings.EMAILS_SENDING_LEASE_SECONDS = 0
+def test_a_refusal_is_recorded_at_once_and_ends_the_chunks(several, mailbox, monkeypatch, recorded):
+    ids = several(4)
+    monkeypatch.setattr(Sender, "pace", 0.001)
+    mailbox.replies = ["250 taken", "451 later", "451 later", "451 later"]
     deliver(*ids)
+    # All four begin together; from the first refusal on each is recorded at once.
+    assert recorded == [(0, 4), (2, 0), (1, 0), (1, 0)]
+    assert Sender.pace == float("inf")
+    assert states() == [State.SENT] + [State.DEFERRED] * 3
+
+
+def test_where_uncertain_ones_are_held_only_the_one_that_is_sent_is_marked(
+    several, mailbox, settings, monkeypatch, recorded
+):
+    settings.EMAILS_UNCERTAIN_POLICY = "hold"
+    monkeypatch.setattr(Sender, "pace", 0.001)
+    deliver(*several(2))
+    assert recorded == [(0, 1), (1, 0), (0, 1), (1, 0)]
+
+
+def test_what_was_marked_and_not_sent_goes_back(several, mailbox, chunks_of, settings):
+    """There is time for one: the others of its chunk are as before, and never uncertain."""
+    chunks_of(3)
+    settings.EMAILS_SENDING_LEASE_SECONDS = 0
+    first, *others = several(3)
+    deliveries.lease(3)
+    deliver(first, *others)
     assert len(mailbox.messages) == 1
-    rest = due()
-    assert {delivery.pk for delivery in rest} == set(ids[1:])
-    assert {(each.attempts, each.data_sent) for each in rest} == {(0, False)}
+    assert states() == [State.SENT, State.QUEUED, State.QUEUED]
+    assert [each.pk for each in due()] == others
+    given_back = Delivery.objects.filter(pk__in=others)
+    assert set(given_back.values_list("attempts", "data_sent", "published_at")) == {
+        (0, False, None)
+    }
+    settings.EMAILS_SENDING_LEASE_SECONDS = 60
+    deliver(*others)
+    assert states() == [State.SENT] * 3
+    assert len(mailbox.messages) == 3
 
 
-# A database that goes away
+# ---- The deadline ----
+
+
+def test_an_uncertain_delivery_waits_for_a_person_at_its_deadline(delivery, mailbox):
+    mailbox.reply = None
+    Delivery.objects.update(expires_at=timezone.now() + timedelta(seconds=10))
+    deliver(delivery.pk)
+    delivery.refresh_from_db()
+    assert (delivery.state, delivery.due_at) == (State.UNCERTAIN, None)
+
+
+# ---- The database ----
+
+
+def end_session() -> None:
+    """As a restart of the server does it."""
+    other = connection.copy()
+    with other.cursor() as cursor:
+        cursor.execute(
+            "SELECT pg_terminate_backend(%s, 5000)", [connection.connection.info.backend_pid]
+        )
+    other.close()
 
 
 @pytest.fixture
-def no_pauses(monkeypatch):
-    monkeypatch.setattr(delivering, "DATABASE_PAUSES", (0, 0, 0))
+def lose_session(monkeypatch):
+    """Ends the session at the n-th call of a function of emails.deliveries."""
+
+    def lose_session(name: str, number: int, *, after: bool = False) -> None:
+        act, calls = getattr(deliveries, name), []
+
+        def act_without_session(*arguments):
+            calls.append(arguments)
+            if len(calls) != number:
+                return act(*arguments)
+            if after:  # it is committed, and the answer lost
+                act(*arguments)
+            end_session()
+            return act(*arguments)
+
+        monkeypatch.setattr(deliveries, name, act_without_session)
+
+    return lose_session
 
 
 @pytest.mark.django_db(transaction=True)
-def test_a_broken_connection_is_replaced(no_pauses):
-    broken = []
-
-    def act() -> int:
-        with connection.cursor() as cursor:
-            if not broken:
-                broken.append(connection.connection)
-                connection.connection.close()
-            cursor.execute("SELECT 1")
-            return cursor.fetchone()[0]
-
-    assert retry_while_database_down(act) == 1
-    assert connection.connection is not broken[0]
-
-
-@pytest.mark.django_db(transaction=True)
-def test_a_message_goes_back_to_the_queue_while_the_database_is_away(
-    no_pauses, ids, mailbox, monkeypatch
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [("claim", 1), ("claim", 2), ("record", 3)],
+    ids=["first claim", "second claim", "the last outcomes"],
+)
+def test_a_session_that_ends_costs_no_attempt(
+    several, mailbox, chunks_of, lose_session, name, number
 ):
-    tries = []
-
-    def away(_):
-        tries.append(1)
-        raise OperationalError("away")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(deliveries, "claim", away)
-        with pytest.raises(Reject) as rejected:
-            deliver(*ids)
-    assert rejected.value.requeue
-    assert len(tries) == 4, "its pauses end"
-    assert mailbox.messages == []
-
-
-@pytest.mark.django_db(transaction=True)
-@pytest.mark.parametrize("chunk", [1, 5])
-@pytest.mark.parametrize("call", [1, 2, 3])
-def test_a_database_that_goes_at_any_record_loses_nothing(
-    no_pauses, ids, mailbox, monkeypatch, chunk, call
-):
-    monkeypatch.setattr(Sender, "chunk_size", classmethod(lambda cls: chunk))
-    record, calls = deliveries.record, []
-
-    def flaky(ended, begin=()):
-        calls.append(1)
-        if len(calls) == call:
-            raise OperationalError("away")
-        return record(ended, begin)
-
-    monkeypatch.setattr(deliveries, "record", flaky)
+    chunks_of(2)
+    ids = several(4)
+    lose_session(name, number)
     deliver(*ids)
-    monkeypatch.undo()
-    sent = Delivery.objects.filter(state=State.SENT)
-    assert sent.count() == len(mailbox.messages)
-    waiting = Delivery.objects.exclude(state=State.SENT)
-    assert {each.state for each in waiting} <= {State.DEFERRED}, "it was not begun, so not sent"
-    assert sent.count() + waiting.count() == len(ids)
-    soon = timezone.now() + timedelta(minutes=1)
-    assert not waiting.exclude(due_at__lt=soon).exists()
+    assert states() == [State.SENT] * 4
+    assert len(mailbox.messages) == 4
+    assert sorted(Attempt.objects.values_list("delivery_id", "number")) == [(pk, 1) for pk in ids]
+
+
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.parametrize("after", [False, True], ids=["not committed", "committed"])
+def test_a_session_that_ends_when_a_chunk_begins_sends_nothing_twice(
+    several, mailbox, monkeypatch, lose_session, after
+):
+    """The outcomes of the chunk before are recorded, the email concerned is tried again."""
+    monkeypatch.setattr(Sender, "chunk_size", classmethod(lambda cls: 2 if cls.pace < 1 else 1))
+    Sender.pace = 0.001
+    ids = several(4)
+    lose_session("record", 2, after=after)
+    deliver(*ids)
+    assert states() == [State.SENT, State.SENT, State.DEFERRED, State.SENT]
+    assert len(mailbox.messages) == 3
+    assert sorted(Attempt.objects.values_list("delivery_id", "number")) == [(pk, 1) for pk in ids]
+    Delivery.objects.filter(state=State.DEFERRED).update(state=State.QUEUED)
+    deliver(*ids)
+    assert states() == [State.SENT] * 4
+    assert len(mailbox.messages) == 4
+
+
+@pytest.mark.parametrize("error", [OperationalError("away"), InterfaceError("away")])
+@pytest.mark.parametrize(
+    ("task", "arguments"),
+    [(deliver, [1]), (send_email, ["Hello", "Body", None, "bob@example.org"])],
+    ids=["deliver", "send_email"],
+)
+def test_a_message_is_requeued_while_the_database_is_away(monkeypatch, task, arguments, error):
+    away = Mock(side_effect=error)
+    monkeypatch.setattr(delivering, "DATABASE_PAUSES", ())
+    monkeypatch.setattr(deliveries, "claim", away)
+    monkeypatch.setattr(services, "accept", away)
+    with pytest.raises(Reject) as rejection:
+        task(*arguments)
+    away.assert_called_once()
+    assert rejection.value.requeue
+
+
+def test_waiting_for_the_database_ends(monkeypatch):
+    act, sleep = Mock(side_effect=OperationalError("away")), Mock()
+    session = Mock(in_atomic_block=False)
+    monkeypatch.setattr(delivering, "connection", session)
+    monkeypatch.setattr(delivering.time, "sleep", sleep)
+    with pytest.raises(OperationalError):
+        delivering.retry_while_database_down(act)
+    assert act.call_count == len(DATABASE_PAUSES) + 1
+    assert [call.args[0] for call in sleep.call_args_list] == list(DATABASE_PAUSES)
+    assert session.close.call_count == len(DATABASE_PAUSES), "a broken session stays broken"
+
+
+def test_a_transaction_is_not_repeated_in_part(db):
+    act = Mock(side_effect=OperationalError("away"))
+    with pytest.raises(OperationalError), transaction.atomic():
+        delivering.retry_while_database_down(act)
+    act.assert_called_once()
+
+
+# ---- A kill ----
+
+WORKER = """
+import sys
+import django; django.setup()
+from emails.delivering import Sender
+from emails.tasks import deliver, send_email
+Sender.pace = 0.0001
+deliver(*map(int, sys.argv[1:]))
+"""
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_killed_worker_leaves_one_chunk_uncertain_at_most(several, mailbox, settings):
+    ids = several(LARGEST_CHUNK + 10)
+    deliveries.lease(len(ids))
+    mailbox.gate.clear()
+    worker = subprocess.Popen(
+        [sys.executable, "-c", WORKER, *map(str, ids)],
+        cwd=django_settings.BASE_DIR,
+        env={
+            **os.environ,
+            "DJANGO_SETTINGS_MODULE": "mailroom.settings",
+            "DATABASE_URL": database_url(),
+            "EMAIL_URL": f"smtp://127.0.0.1:{settings.EMAIL_PORT}",
+            "EMAIL_TIMEOUT": "30",
+        },
+    )
+    try:
+        assert mailbox.waiting.wait(timeout=30)
+    finally:
+        worker.kill()
+        worker.wait()
+    mailbox.gate.set()
+    Delivery.objects.update(due_at=timezone.now() - timedelta(seconds=1))
+    leased = deliveries.lease(len(ids)).deliveries
+    assert states() == [State.UNCERTAIN] * LARGEST_CHUNK + [State.QUEUED] * 10
+    assert [each.id for each in leased] == ids[LARGEST_CHUNK:]
+    # All of them are sent in the end.
+    Delivery.objects.update(due_at=timezone.now() - timedelta(seconds=1))
+    deliveries.lease(len(ids))
+    deliver(*ids)
+    assert states() == [State.SENT] * len(ids)
+
+
+def test_a_worker_that_is_killed_between_claim_and_data_makes_nothing_uncertain(several):
+    ids = several(3)
+    for pk in ids:
+        claim(Delivery(pk=pk))
+    Delivery.objects.update(due_at=timezone.now() - timedelta(seconds=1))
+    deliveries.lease(3)
+    assert states() == [State.DEFERRED] * 3
