@@ -30,13 +30,19 @@ def programs() -> Path:
     return found[-1] if found else Path(on_path).parent
 
 
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port
+
+
 class Postgresql:
     def __init__(self, **settings: str) -> None:
         self.bin = programs()
         self.directory = Path(tempfile.mkdtemp(prefix="postgresql-"))
         self.password = secrets.token_urlsafe(16)
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            self.port = server.getsockname()[1]
+        self.port = free_port()
+        self.started = False
         self.as_user = UNPRIVILEGED if os.geteuid() == 0 else {}
         if self.as_user:
             shutil.chown(self.directory, self.as_user["user"], self.as_user["group"])
@@ -46,7 +52,7 @@ class Postgresql:
         self.run("initdb", "-U", USER, "-A", "scram-sha-256", "--pwfile", str(password_file))
         password_file.unlink()
         with (self.directory / "data/postgresql.conf").open("a") as file:
-            file.write(f"port = {self.port}\nlisten_addresses = '127.0.0.1'\n")
+            file.write("listen_addresses = '127.0.0.1'\n")
             file.write(f"unix_socket_directories = '{self.directory}'\n")
             settings = {"max_connections": "200"} | settings
             file.writelines(f"{name} = '{value}'\n" for name, value in settings.items())
@@ -66,7 +72,18 @@ class Postgresql:
             raise RuntimeError(f"{program} failed: {done.stdout}{done.stderr}")
 
     def start(self) -> None:
-        self.run("pg_ctl", "start", "-w", "-l", str(self.directory / "log"))
+        """The port is the same at each start; at the first, another program may have taken it."""
+        command = ("pg_ctl", "start", "-w", "-l", str(self.directory / "log"))
+        for left in (2, 1, 0):
+            try:
+                self.run(*command, "-o", f"-p {self.port}")
+            except RuntimeError:
+                if self.started or not left:
+                    raise
+                self.port = free_port()
+            else:
+                self.started = True
+                return
 
     def stop(self, mode: str = "fast") -> None:
         self.run("pg_ctl", "stop", "-w", "-m", mode)
