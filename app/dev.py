@@ -97,6 +97,7 @@ def stop(processes: list[subprocess.Popen[str]]) -> None:
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the database is removed
     broker = broker_url()
     web, page = port("WEB_PORT", 8000), port("MAIL_PORT", 8025)
     smtp = port("SMTP_PORT", 0)
