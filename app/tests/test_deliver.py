@@ -13,7 +13,7 @@ from aiosmtpd.smtp import AuthResult
 from django.core import mail
 from django.utils import timezone
 
-from emails import context, deliveries, services, smtp
+from emails import context, deliveries, delivering, services, smtp
 from emails.models import Counter, Delivery, Email
 from emails.states import State
 from emails.tasks import deliver
@@ -97,7 +97,8 @@ def test_several_deliveries_of_a_message_are_sent_one_by_one(accept, mailbox):
         assert (delivery.state, delivery.attempts) == (State.SENT, 1)
 
 
-def test_what_a_slow_server_leaves_no_time_for_goes_back(accept, mailbox, settings):
+def test_what_a_slow_server_leaves_no_time_for_goes_back(accept, mailbox, settings, monkeypatch):
+    monkeypatch.setattr(delivering.Sender, "pace", float("inf"))
     settings.EMAILS_SENDING_LEASE_SECONDS = 0
     waiting = [accept().deliveries.get() for _ in range(3)]
     deliveries.lease(3)

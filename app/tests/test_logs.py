@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 from contextlib import suppress
-from http.client import HTTPConnection
+from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
 
 import pytest
@@ -25,7 +25,7 @@ def web(tmp_path, request):
     environment = {
         "PATH": os.environ["PATH"],
         "SECRET_KEY": "only-for-tests",
-        "HTTPS_ONLY": "false",
+        "HTTPS_ONLY": getattr(request, "param", "false"),
         "ALLOWED_HOSTS": "127.0.0.1",
         "DATABASE_URL": database_url(),
     }
@@ -42,10 +42,15 @@ def web(tmp_path, request):
             stderr=output,
         )
 
-    def send(path: str, **headers: str) -> int:
+    def respond(path: str, **headers: str) -> HTTPResponse:
         connection = HTTPConnection("127.0.0.1", port, timeout=10)
         connection.request("GET", path, headers=headers)
-        return connection.getresponse().status
+        return connection.getresponse()
+
+    def send(path: str, **headers: str) -> int:
+        return respond(path, **headers).status
+
+    send.respond = respond
 
     def answers() -> bool:
         with suppress(OSError):
@@ -80,3 +85,20 @@ def test_a_request_for_an_unknown_host_is_one_line(web):
 
     eventually(lambda: len(of_request()) == 2)  # one of Django's, one of gunicorn's
     assert "Traceback" not in "".join(lines())
+
+
+def test_the_access_log_has_no_query_and_no_referrer(web):
+    send, lines = web
+    send("/accounts/?q=bob@example.org", Referer="http://x/?q=carol@example.org")
+    eventually(lambda: [line for line in lines() if '"GET /accounts/"' in line])
+    assert "example.org" not in "".join(lines())
+
+
+@pytest.mark.parametrize("web", ["true"], indirect=True)
+def test_https_only_redirects_and_sends_hsts(web):
+    send, _ = web
+    plain = send.respond("/login/", Host="127.0.0.1")
+    assert (plain.status, plain.headers["Location"]) == (301, "https://127.0.0.1/login/")
+    assert send("/healthz") == 200, "the load balancer's check comes without TLS"
+    secure = send.respond("/login/", **{"X-Forwarded-Proto": "https"})
+    assert secure.headers["Strict-Transport-Security"] == "max-age=2592000"
