@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 # be shut down or starved by whoever may publish to it.
 CONTROL_COMMANDS = {
     *("ping", "stats", "report", "conf", "enable_events"),
-    *("active", "active_queues", "registered", "reserved", "scheduled", "query_task"),
+    *("active", "active_queues", "registered", "reserved", "revoked", "scheduled", "query_task"),
 }
 # Settings that `inspect conf` shows; all others may hold a secret under some name.
 SHOWN_SETTINGS = (

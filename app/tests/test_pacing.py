@@ -1,13 +1,15 @@
 """EMAILS_DOMAIN_LIMITS: what is under way to a domain, and how many a minute."""
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from threading import Event
 
 import pytest
 from django.db import connection
 from django.db.models import F
 
-from emails import deliveries
+from emails import deliveries, pacing
 from emails.models import Delivery, DomainPace
 from emails.states import State
 from tests.tools import claim, due, end
@@ -102,3 +104,26 @@ def test_two_relays_at_once_keep_the_limits(accept_to, settings):
 
     with ThreadPoolExecutor(4) as pool:
         assert sum(pool.map(relay, range(12))) == 3
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_relay_waits_while_another_one_counts(accept_to, settings):
+    """Or both would fill the same room."""
+    settings.EMAILS_DOMAIN_LIMITS = {"slow.example": {"concurrent": 1}}
+    accept_to("slow.example", 2)
+    counting = Event()
+
+    def count() -> None:
+        try:
+            with pacing.allowances():
+                counting.set()
+                time.sleep(0.5)
+        finally:
+            connection.close()
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(count)
+        assert counting.wait(5)
+        began = time.monotonic()
+        lease()
+        assert time.monotonic() - began > 0.3

@@ -4,11 +4,12 @@ import smtplib
 
 import pytest
 
-from emails import deliveries, delivering, smtp
+from emails import deliveries, delivering, messages, smtp
 from emails.delivering import Sender
 from emails.models import Delivery
 from emails.states import State
 from emails.tasks import deliver
+from tests.tools import claim
 
 pytestmark = [
     pytest.mark.django_db,
@@ -98,4 +99,18 @@ def test_a_connection_that_waits_for_a_message_gets_no_quit(send, mailbox, monke
     monkeypatch.setattr(smtplib.SMTP, "quit", lambda self: writes.append("quit"))
     assert send(2) == [State.SENT] * 2
     assert writes == ["quit"], "after the last email only"
+    assert mailbox.connections == 2
+
+
+def test_a_connection_that_waits_for_one_email_is_not_used_for_another(accept, mailbox):
+    def envelope(subject: str) -> smtp.Envelope:
+        delivery = claim(accept(subject=subject).deliveries.get())
+        message = messages.build(delivery)
+        content = messages.as_bytes(message)
+        return smtp.Envelope(delivery.sender, delivery.recipient, content, message)
+
+    first, announced, other = (envelope(f"Number {n}") for n in range(3))
+    assert smtp.send(first, lambda: True, upcoming=announced).state == State.SENT
+    assert smtp.send(other, lambda: True).state == State.SENT
+    assert subjects(mailbox) == [b"Number 0", b"Number 2"]
     assert mailbox.connections == 2
