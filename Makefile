@@ -64,9 +64,8 @@ sandbox-down: $(VENV)/.complete ## Remove the sandbox
 # ---- The application without Ansible ----
 
 .PHONY: app
-app: $(APP_VENV)/.complete ## The application for a developer: database, web, relay, worker, mail catcher; Ctrl-C ends it
-	@tests/install
-	@cd app && .venv/bin/python dev.py
+app: $(APP_VENV)/.complete ## The application with a database and an inbox of its own, for development; Ctrl-C ends it
+	@cd app && exec .venv/bin/python -m dev
 
 # ---- Tests ----
 

@@ -67,6 +67,8 @@ class Postgresql:
             capture_output=True,
             text=True,
             check=False,
+            # Ctrl-C is for the caller, which then stops the server.
+            start_new_session=True,
         )
         if done.returncode:
             raise RuntimeError(f"{program} failed: {done.stdout}{done.stderr}")

@@ -1,92 +1,180 @@
-"""`make app`: all processes run, an email arrives on the mail page, Ctrl-C ends everything."""
+"""`make app`: the application on a developer's machine."""
 
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
-import threading
-from contextlib import suppress
+import tempfile
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from urllib.error import URLError
 from urllib.request import Request, urlopen
 
 import pytest
 from django.conf import settings
 
-from tests.test_system import BROKER_URL
+from dev import __main__ as dev
 from tests.tools import eventually, free_port
 
-pytestmark = [
-    pytest.mark.broker,
-    pytest.mark.skipif(not BROKER_URL, reason="TEST_BROKER_URL names no broker"),
-]
+BROKER_URL = os.environ.get("TEST_BROKER_URL", "")
 
 
-def start(**variables: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "dev.py"],
-        cwd=settings.BASE_DIR,
-        env={"PATH": os.environ["PATH"], "BROKER_URL": BROKER_URL, **variables},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+class Run:
+    """A run in a session of its own, whose terminal sends Ctrl-C to its process group."""
 
-
-def get(url: str) -> str:
-    with suppress(OSError), urlopen(url, timeout=5) as response:
-        return response.read().decode()
-    return ""
-
-
-def children(pid: int) -> set[int]:
-    parents = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):  # it has ended
-            parents.append(
-                (int(stat.parent.name), int(stat.read_text().rpartition(")")[2].split()[1]))
+    def __init__(self, directory: Path, **variables: str) -> None:
+        self.directory = directory
+        self.log = directory / "log"
+        self.web_port, self.mail_port = free_port(), free_port()
+        env = {
+            "PATH": os.environ["PATH"],
+            "TMPDIR": str(directory),
+            "BROKER_URL": BROKER_URL,
+            "WEB_PORT": str(self.web_port),
+            "MAIL_PORT": str(self.mail_port),
+        }
+        with self.log.open("w") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "dev"],
+                cwd=settings.BASE_DIR,
+                env=env | variables,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
             )
-    found = {pid}
-    while new := {child for child, parent in parents if parent in found} - found:
-        found |= new
-    return found - {pid}
+
+    def pids(self) -> set[int]:
+        """All of its processes: no others have a TMPDIR in this folder."""
+        found = set()
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            with suppress(OSError):  # it has ended
+                if f"TMPDIR={self.directory}".encode() in path.read_bytes():
+                    found.add(int(path.parent.name))
+        return found
+
+    def folders(self) -> list[Path]:
+        return [path for path in self.directory.iterdir() if path.is_dir()]
+
+    def printed(self, name: str) -> str:
+        line = re.search(rf"^{name}  +(.*)$", self.log.read_text(), re.MULTILINE)
+        return line[1] if line else ""
 
 
-def test_an_email_arrives_and_ctrl_c_ends_everything():
-    web, mail = free_port(), free_port()
-    app = start(WEB_PORT=str(web), MAIL_PORT=str(mail))
-    lines: list[str] = []
-    reader = threading.Thread(target=lambda: lines.extend(app.stdout), daemon=True)
+@contextmanager
+def running(**variables: str):
+    # Not in pytest's own folder, which the database server's user may not enter.
+    directory = Path(tempfile.mkdtemp(prefix="dev-"))
+    directory.chmod(0o755)
+    run = Run(directory, **variables)
     try:
-        reader.start()
-        eventually(lambda: get(f"http://127.0.0.1:{web}/healthz"))
-        key = re.search(r"\(key (\S+)\)", "".join(lines))[1]
-        assert f"http://127.0.0.1:{mail}/" in "".join(lines)
-        body = {"subject": "From make app", "text": "<b>Body</b>", "to": ["bob@example.org"]}
-        headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
-        request = Request(f"http://127.0.0.1:{web}/api/emails", json.dumps(body).encode(), headers)
-        assert urlopen(request, timeout=10).status == 202
-        page = eventually(
-            lambda: "From make app" in (page := get(f"http://127.0.0.1:{mail}/")) and page
-        )
-        assert "&lt;b&gt;Body" in page
-        started = children(app.pid)
-        assert len(started) >= 6, "database, mail, web, relay, worker with two children"
-        app.send_signal(signal.SIGINT)
-        assert app.wait(timeout=40) == 0, "".join(lines)
+        yield run
     finally:
-        app.kill()
-        app.wait()
-        reader.join(timeout=5)
-        app.stdout.close()
-    assert not [pid for pid in started if os.path.exists(f"/proc/{pid}")]
+        for pid in run.pids():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        run.process.wait()
+        print(run.log.read_text())
+        shutil.rmtree(directory)
 
 
-@pytest.mark.parametrize("name", ["WEB_PORT", "MAIL_PORT"])
-def test_a_taken_port_is_named_before_anything_starts(name, live_server):
-    app = start(**{"WEB_PORT": "0", "MAIL_PORT": "0", name: live_server.url.rpartition(":")[2]})
-    output, _ = app.communicate(timeout=30)
-    assert app.returncode == 1
-    assert f"set {name} to a free one" in output
-    assert "Starting" not in output
+def gone(pid: int) -> bool:
+    """A zombie is gone too: whose child it was, nobody may have asked yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def page(url: str) -> str:
+    try:
+        with urlopen(url, timeout=5) as response:
+            return response.read().decode()
+    except URLError:
+        return ""
+
+
+@pytest.mark.broker
+@pytest.mark.skipif(not BROKER_URL, reason="TEST_BROKER_URL names no broker")
+def test_an_email_posted_with_the_printed_key_is_on_the_mail_page_and_ctrl_c_ends_all():
+    with running() as run:
+        eventually(lambda: page(f"http://127.0.0.1:{run.web_port}/healthz"))
+        email = {"subject": "To <all>", "text": "1 < 2", "to": ["bob@example.org"]}
+        request = Request(
+            f"{run.printed('page')}api/emails",
+            data=json.dumps(email).encode(),
+            headers={
+                "Authorization": f"Bearer {run.printed('API key')}",
+                "Content-Type": "application/json",
+            },
+        )
+        with urlopen(request, timeout=5) as response:
+            assert response.status == 202
+        mails = run.printed("mail")
+        eventually(lambda: "To &lt;all&gt;" in page(mails))
+        assert "bob@example.org" in page(mails)
+        assert "1 &lt; 2" in page(f"{mails}1")
+
+        pids = run.pids()
+        # Four processes, the web server's child and the worker's two.
+        assert len(pids) >= 7
+        (folder,) = run.folders()
+        pids.add(int((folder / "data/postmaster.pid").read_text().split()[0]))
+        os.killpg(run.process.pid, signal.SIGINT)
+        assert run.process.wait(timeout=20) == 0
+        assert [pid for pid in pids if not gone(pid)] == []
+        assert run.folders() == []
+        # Each line after the table begins with the name of its process; the relay is silent.
+        _, _, output = run.log.read_text().partition("database  ")
+        lines = [line.partition(" | ")[0].rstrip() for line in output.splitlines()[1:]]
+        assert set(lines) == {"mail", "web", "worker"}
+
+
+@pytest.mark.broker
+@pytest.mark.skipif(not BROKER_URL, reason="TEST_BROKER_URL names no broker")
+def test_a_signal_while_it_starts_leaves_nothing_behind():
+    with running() as run:
+        eventually(run.folders)
+        os.killpg(run.process.pid, signal.SIGTERM)
+        assert run.process.wait(timeout=30) == 0
+        assert run.folders() == []
+        assert run.pids() == set()
+
+
+def test_a_taken_port_is_named_before_anything_starts():
+    port = free_port()
+    with dev.socket.create_server(("127.0.0.1", port)), running(WEB_PORT=str(port)) as run:
+        assert run.process.wait(timeout=10) == 1
+        assert f"Port {port} can't be used" in run.log.read_text()
+        assert "WEB_PORT" in run.log.read_text()
+        assert run.folders() == []
+
+
+def test_without_a_broker_it_says_so_before_anything_starts():
+    with running(BROKER_URL="amqp://guest:guest@127.0.0.1:1//") as run:
+        assert run.process.wait(timeout=10) == 1
+        (line,) = run.log.read_text().splitlines()
+        assert line == "No broker answers at the host and port of BROKER_URL."
+        assert run.folders() == []
+
+
+@pytest.mark.parametrize(
+    "script",
+    ("exit 1", "echo 'amqp://mailroom:<< error 1 >>@127.0.0.1:<< error 2 >>/mailroom'", None),
+)
+def test_a_test_host_that_is_not_up_is_no_broker(monkeypatch, script):
+    monkeypatch.delenv("BROKER_URL", raising=False)
+    command = ("sh", "-c", script) if script else ("/nowhere/python",)
+    monkeypatch.setattr(dev, "TEST_HOST", command)
+    with pytest.raises(SystemExit, match="set BROKER_URL, or start the test host"):
+        dev.broker_url()
+
+
+def test_the_test_host_is_the_broker_where_none_is_named(monkeypatch):
+    monkeypatch.delenv("BROKER_URL", raising=False)
+    with dev.socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"amqp://mailroom:secret@127.0.0.1:{server.getsockname()[1]}/mailroom"
+        monkeypatch.setattr(dev, "TEST_HOST", ("sh", "-c", f"echo {url}"))
+        assert dev.broker_url() == url

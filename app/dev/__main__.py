@@ -1,0 +1,176 @@
+"""The application on this machine for development: `make app` starts it, Ctrl-C ends it.
+
+A PostgreSQL whose data is gone afterwards, web server, relay, worker and a mail catcher. The
+broker is that of BROKER_URL, or else the test host of `make broker-up`.
+"""
+
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any
+from urllib.parse import urlsplit
+
+from tests.postgresql import Postgresql
+
+APP = Path(__file__).resolve().parents[1]
+HOST = "127.0.0.1"
+TEST_HOST = (
+    *(".venv/bin/python", "-m", "testbed", "info"),
+    *("--inventory", "inventories/app-tests", "--value", "broker.url"),
+)
+# For the processes to end by themselves.
+STOP_SECONDS = 10
+
+
+class Signals:
+    """Remembers that the run has to end. What is being started then still gets its end."""
+
+    def __init__(self) -> None:
+        self.arrived = False
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self.handle)
+
+    def handle(self, *_: Any) -> None:
+        self.arrived = True
+
+
+class Processes:
+    """Each in a process group of its own, which Ctrl-C does not reach."""
+
+    def __init__(self, env: dict[str, str]) -> None:
+        self.env = env
+        self.started: dict[str, subprocess.Popen[str]] = {}
+
+    def run(self, *arguments: str, **options: Any) -> None:
+        command = [sys.executable, *arguments]
+        options |= {"cwd": APP, "env": self.env, "text": True, "start_new_session": True}
+        if subprocess.run(command, stdout=subprocess.DEVNULL, check=False, **options).returncode:
+            sys.exit(f"This failed: {' '.join(arguments)}")
+
+    def start(self, name: str, *arguments: str) -> None:
+        process = self.started[name] = subprocess.Popen(
+            [sys.executable, *arguments],
+            cwd=APP,
+            env=self.env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+        threading.Thread(target=copy, args=(name, process.stdout), daemon=True).start()
+
+    def ended(self) -> str:
+        """The name of one that has ended, with its exit status."""
+        statuses = {name: process.poll() for name, process in self.started.items()}
+        return next((f"{n} ({status})" for n, status in statuses.items() if status is not None), "")
+
+    def stop(self) -> None:
+        for process in self.started.values():
+            process.terminate()
+        deadline = time.monotonic() + STOP_SECONDS
+        for process in self.started.values():
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(0, deadline - time.monotonic()))
+            with suppress(ProcessLookupError):  # then none of the group is left
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def copy(name: str, output: IO[str]) -> None:
+    for line in output:
+        sys.stdout.write(f"{name:6} | {line}")
+        sys.stdout.flush()
+
+
+def port_of(variable: str, default: int) -> int:
+    """The port that the variable names, 0 for any free one; ends the run if it can't be used."""
+    value = os.environ.get(variable) or default
+    try:
+        with socket.create_server((HOST, int(value))) as server:
+            port: int = server.getsockname()[1]
+            return port
+    except (OSError, OverflowError, ValueError) as error:
+        sys.exit(f"Port {value} can't be used: {error}. Name another one in {variable}.")
+
+
+def broker_url() -> str:
+    """Ends the run if no broker answers."""
+    if named := os.environ.get("BROKER_URL"):
+        if not any(answers(url) for url in named.split(";")):
+            sys.exit("No broker answers at the host and port of BROKER_URL.")
+        return named
+    with suppress(OSError):
+        options = {"cwd": APP.parent, "text": True, "start_new_session": True}
+        asked = subprocess.run(TEST_HOST, capture_output=True, check=False, **options)
+        if answers(url := asked.stdout.strip()):
+            return url
+    sys.exit("No broker: set BROKER_URL, or start the test host with `make broker-up`.")
+
+
+def answers(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        default = 5671 if parts.scheme == "amqps" else 5672
+        with socket.create_connection((parts.hostname or HOST, parts.port or default), timeout=5):
+            return parts.scheme in ("amqp", "amqps")
+    except (OSError, ValueError):
+        return False
+
+
+def main() -> int:
+    signals = Signals()
+    web_port, mail_port = port_of("WEB_PORT", 8000), port_of("MAIL_PORT", 8025)
+    smtp_port = port_of("SMTP_PORT", 0)
+    broker = broker_url()
+    # Nothing has to outlive the machine.
+    with Postgresql(fsync="off") as server:
+        processes = Processes(
+            os.environ
+            | {
+                "DJANGO_SETTINGS_MODULE": "mailroom.settings",
+                "PYTHONUNBUFFERED": "1",
+                # What they leave there goes with the database.
+                "TMPDIR": str(server.directory),
+                "DEBUG": "true",
+                "HTTPS_ONLY": "false",
+                "DATABASE_URL": server.url(),
+                "BROKER_URL": broker,
+                "EMAIL_URL": f"smtp://{HOST}:{smtp_port}",
+            }
+        )
+        admin = {"username": "admin", "password": "admin", "api_key": secrets.token_urlsafe(32)}
+        try:
+            processes.run("manage.py", "migrate", "-v0")
+            processes.run("manage.py", "ensure_admin", input=json.dumps(admin))
+            print(f"page      http://{HOST}:{web_port}/")
+            print(f"login     {admin['username']} / {admin['password']}")
+            print(f"API key   {admin['api_key']}")
+            print(f"mail      http://{HOST}:{mail_port}/")
+            print(f"database  {server.url()}", flush=True)
+            processes.start("mail", "-m", "dev.mail_catcher", str(smtp_port), str(mail_port))
+            processes.start("web", "manage.py", "runserver", f"{HOST}:{web_port}")
+            processes.start("relay", "manage.py", "relay")
+            worker = ("worker", "-Q", "mail.v1,maintenance.v1", "-n", "dev@%h", "-c", "2")
+            processes.start("worker", "-m", "celery", "-A", "mailroom", *worker)
+            while not signals.arrived:
+                if name := processes.ended():
+                    print(f"{name} has ended, so the others are ended too.")
+                    return 1
+                time.sleep(0.2)
+        finally:
+            processes.stop()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
