@@ -11,7 +11,7 @@ NAME = "mail.celery"
 
 app = Celery("bench", broker=os.environ["BENCH_BROKER_URL"])
 app.conf.update(
-    task_queues=[Queue(NAME, Exchange("mailroom", "topic"), NAME, queue_arguments={"x-queue-type": "quorum"})],
+    task_queues=[Queue(NAME, Exchange("emails", "topic"), NAME, queue_arguments={"x-queue-type": "quorum"})],
     task_default_queue=NAME,
     task_default_exchange="emails",
     task_default_exchange_type="topic",

@@ -31,7 +31,7 @@ def connect(published, variables):
 
 
 def quorum_queue(name, channel):
-    return Queue(name, Exchange("mailroom", "topic"), name, channel=channel, queue_arguments={"x-queue-type": "quorum"})
+    return Queue(name, Exchange("emails", "topic"), name, channel=channel, queue_arguments={"x-queue-type": "quorum"})
 
 
 def test_app_user_publishes_and_consumes(connect):
