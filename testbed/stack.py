@@ -29,6 +29,7 @@ def up(inventory: Inventory) -> None:
     Raises TestbedError when a wanted port is taken (before anything is made) or a step fails.
     """
     stack = inventory.stack
+    remove_abandoned()
     with machine.lock(stack, f"waiting for another process that works on {stack}"):
         everything = podmans.containers()
         present = {each.host: each for each in everything if each.stack == stack}
@@ -296,6 +297,15 @@ def down(directory: Path | None) -> None:
     for stack, inventory in sorted(stacks.items()):
         with machine.lock(stack, f"waiting for another process that works on {stack}"):
             _remove_stack(stack, inventory)
+
+
+def remove_abandoned() -> None:
+    """Remove what clones that are gone have left: dead hosts' ports are still forwarded, to nobody."""
+    owners = {each.stack: each for each in podmans.containers() if not each.clone.exists()}
+    for stack, container in sorted(owners.items()):
+        with machine.lock(stack, f"waiting for another process that works on {stack}"):
+            say(stack, f"its clone {container.clone} is gone")
+            _remove_stack(stack, container.inventory)
 
 
 def _remove_stack(stack: str, inventory: Path) -> None:

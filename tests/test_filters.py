@@ -13,15 +13,10 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from ansible.errors import AnsibleFilterError
-from helpers import ROOT, load
+from ansible_collections.django_celery.stack.plugins.filter import celery_lock, openpgp, rabbitmq, role_variables, service_files
+from helpers import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-role_variables = load("plugins/filter/role_variables.py")
-openpgp = load("plugins/filter/openpgp.py")
-service_files = load("plugins/filter/service_files.py")
-rabbitmq = load("roles/rabbitmq/filter_plugins/rabbitmq.py")
-celery_lock = load("roles/celery/filter_plugins/celery_lock.py")
 
 # Variables of roles
 

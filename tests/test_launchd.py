@@ -13,9 +13,9 @@ import time
 
 import pytest
 from ansible.module_utils.testing import patch_module_args
-from helpers import ROOT, executable, load
+from ansible_collections.django_celery.stack.plugins.modules import launchd_jobs as jobs
+from helpers import ROOT, executable
 
-jobs = load("roles/services/library/launchd_jobs.py")
 STAND_IN = ROOT / "testbed/images/macos/stand-in/rootfs/usr"
 
 # Records of the real launchctl, each below the address where it was published: shortened, with labels and paths of ours. Apple

@@ -8,9 +8,8 @@ import json
 import pytest
 import yaml
 from ansible.errors import AnsibleFilterError
-from helpers import ROOT, load, playbook
-
-platform_family = load("plugins/filter/platform.py").platform_family
+from ansible_collections.django_celery.stack.plugins.filter.platform import platform_family
+from helpers import ROOT, playbook
 
 
 def facts(distribution, version, family, release=""):
@@ -57,8 +56,9 @@ def values(tmp_path_factory):
     (folder / "hosts.json").write_text(json.dumps({"all": {"hosts": hosts, "vars": defaults}}))
     # As gathered facts, which the inventory can't give.
     tasks = [{"set_fact": {name: f"{{{{ known.{name} }}}}" for name in HOSTS["el9"]} | {"cacheable": True}}]
+    family = "{{ ansible_facts | django_celery.stack.platform_family }}"
     for role in ("erlang", "rabbitmq", "django", "flower"):
-        tasks.append({"include_vars": f"{ROOT}/roles/{role}/vars/{{{{ ansible_facts | platform_family }}}}.yml"})
+        tasks.append({"include_vars": f"{ROOT}/roles/{role}/vars/{family}.yml"})
     shown = {name: f"{{{{ {name} }}}}" for name in EXPRESSIONS}
     tasks.append({"debug": {"msg": shown}})
     for role, name in (("erlang", "rabbitmq-erlang"), ("rabbitmq", "rabbitmq-server")):

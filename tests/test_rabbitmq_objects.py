@@ -13,11 +13,10 @@ from urllib.parse import unquote
 
 import pytest
 from ansible.module_utils.testing import patch_module_args
-from helpers import executable, load
+from ansible_collections.django_celery.stack.plugins.modules import rabbitmq_objects as objects
+from helpers import executable
 from hypothesis import assume, given
 from hypothesis import strategies as st
-
-objects = load("roles/rabbitmq/library/rabbitmq_objects.py")
 
 ADMINISTRATOR, PASSWORD, NEW = "admin", "Secret-of-the-administrator", "Secret-that-is-new"
 

@@ -15,12 +15,10 @@ from ansible.errors import AnsibleLookupError
 from ansible.plugins.loader import lookup_loader
 from helpers import ROOT
 
-lookup_loader.add_directory(str(ROOT / "roles/django/lookup_plugins"))
-
 
 def release(folder, **options):
     """The release of one folder: its id, and the bytes of its archive."""
-    (found,) = lookup_loader.get("release_archive").run([str(folder)], **options)
+    (found,) = lookup_loader.get("django_celery.stack.release_archive").run([str(folder)], **options)
     return found["id"], Path(found["path"]).read_bytes()
 
 
@@ -126,7 +124,7 @@ def test_files_are_executable_or_not_and_others_may_not_read_them(project):
 
 
 def test_an_id_is_short_and_the_archive_is_named_after_it(project):
-    (found,) = lookup_loader.get("release_archive").run([str(project)])
+    (found,) = lookup_loader.get("django_celery.stack.release_archive").run([str(project)])
     assert len(found["id"]) == 12
     assert int(found["id"], 16) >= 0
     assert Path(found["path"]).name == f"release-{found['id']}.tar.gz"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import ansible
 import jinja2
 import pytest
 import yaml
@@ -104,17 +106,46 @@ def test_a_role_reads_no_variable_of_another(role):
 @pytest.mark.parametrize("role", ROLES)
 def test_a_roles_readme_is_as_generated(role):
     text = (ROOT / f"roles/{role}/README.md").read_text()
-    assert text == load("docs/generate_roles.py").readme(ROOT / "roles" / role), "python docs/generate_roles.py makes it so"
+    assert text == load("docs/generate_roles.py").readme(ROOT / "roles" / role), "make docs writes it"
     assert [f"## {title}" for title in ("Example", "Check mode", "Idempotence") if f"\n## {title}\n" not in text] == []
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_role_metadata_is_generated(role):
+    text = (ROOT / f"roles/{role}/meta/main.yml").read_text()
+    assert text == load("docs/generate_roles.py").meta(ROOT / "roles" / role), "make docs writes it"
 
 
 @pytest.mark.parametrize("role", ROLES)
 def test_the_example_in_a_roles_readme_gives_what_is_required(role):
     (example,) = re.findall(r"```yaml\n(.*?)```", (ROOT / f"roles/{role}/README.md").read_text(), re.DOTALL)
     (item,) = yaml.safe_load(example)
-    entries = {entry["role"]: entry for entry in item.get("roles", [])}
+    entries = {entry["role"].removeprefix("django_celery.stack."): entry for entry in item.get("roles", [])}
     given = set(entries[role] if entries else item["vars"]) - {"role"}
     assert {name for name, option in options(role).items() if option.get("required")} <= given <= set(options(role))
+
+
+# Collection
+
+
+def test_collection_dependencies_match_requirements_lock_and_use():
+    declared = yaml.safe_load((ROOT / "galaxy.yml").read_text())["dependencies"]
+    required = {entry["name"]: entry["version"] for entry in yaml.safe_load((ROOT / "requirements.yml").read_text())["collections"]}
+    assert declared == {name: f">={version}" for name, version in required.items()}
+    # requirements/controller.txt pins the package ansible, which brings them.
+    brought = Path(ansible.__file__).parents[1] / "ansible_collections"
+    manifests = {name: json.loads((brought / name.replace(".", "/") / "MANIFEST.json").read_text()) for name in required}
+    assert required == {name: manifest["collection_info"]["version"] for name, manifest in manifests.items()}
+    used = set()
+    for file in FILES:
+        if file.parts[len(ROOT.parts)] in ("playbooks", "roles", "inventories") or file == ROOT / "ansible.cfg":
+            used |= set(re.findall(r"\b((?:ansible|community)\.(?!builtin\b)[a-z]+)\.[a-z_]+\b", file.read_text()))
+    assert used - {"ansible.cfg"} == set(required)
+
+
+def test_the_versions_of_collection_and_application_are_in_the_changelog():
+    version = yaml.safe_load((ROOT / "galaxy.yml").read_text())["version"]
+    assert re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1] in (version, "Unreleased")
 
 
 # Inventories

@@ -9,9 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 from ansible.module_utils.testing import patch_module_args
-from helpers import executable, load
-
-units = load("roles/services/library/systemd_units.py")
+from ansible_collections.django_celery.stack.plugins.modules import systemd_units as units
+from helpers import executable
 
 # Answers as systemctl does in what the module relies on: a unit is known by its file, a start has a monotonic time, a unit whose
 # file is younger than the last daemon-reload needs one, and a socket can't be restarted while its service runs.

@@ -11,7 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from testbed import build, containers, generated, inventory, machine, ports, ssh
+from testbed import build, containers, generated, inventory, machine, ports, ssh, stack
 from testbed.inventory import Host, parse
 from testbed.machine import TestbedError
 
@@ -66,6 +66,18 @@ def test_molecule_inventories_are_called_after_their_scenario():
 def test_odd_directory_names_make_valid_container_names():
     assert inventory.stack_name(Path("/a"), Path("/a/My Env (old)")).endswith("-my-env-old")
     assert inventory.stack_name(Path("/a"), Path("/a/___")).endswith("-inventory")
+
+
+# Clones
+
+
+def test_only_the_hosts_of_clones_that_are_gone_are_removed(monkeypatch, tmp_path):
+    gone = [container("a", clone=tmp_path / "gone", stack="tb-gone"), container("b", clone=tmp_path / "gone", stack="tb-gone")]
+    monkeypatch.setattr(containers, "containers", lambda: [container("c", clone=tmp_path), *gone])
+    removed = []
+    monkeypatch.setattr(stack, "_remove_stack", lambda name, inventory: removed.append((name, inventory)))
+    stack.remove_abandoned()
+    assert removed == [("tb-gone", DIRECTORY)]
 
 
 # Inventories
