@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
-import shutil
 import subprocess
 import tempfile
 from types import SimpleNamespace
@@ -13,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from ansible.errors import AnsibleFilterError
-from ansible_collections.django_celery.stack.plugins.filter import celery_lock, openpgp, rabbitmq, role_variables, service_files
+from ansible_collections.django_celery.stack.plugins.filter import celery_lock, rabbitmq, role_variables, service_files
 from helpers import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -87,97 +86,6 @@ def test_where_none_is_near_all_are_listed(faults):
 )
 def test_a_value_of_another_type_is_named_unless_it_is_secret(faults, name, value, sentence):
     assert faults(**{name: value}) == [sentence]
-
-
-# OpenPGP
-
-
-def packet(body, header="new"):
-    """A public key packet with one of the headers of RFC 9580, section 4.2."""
-    size = len(body)
-    headers = {
-        "new": bytes([0xC6, size]) if size < 192 else bytes([0xC6, 0xC0 + ((size - 192) >> 8), (size - 192) & 0xFF]),
-        "new, five octets": b"\xc6\xff" + size.to_bytes(4, "big"),
-        "old, one octet": b"\x98" + size.to_bytes(1, "big") if size < 256 else b"",
-        "old, two octets": b"\x99" + size.to_bytes(2, "big"),
-        "old, four octets": b"\x9a" + size.to_bytes(4, "big"),
-    }
-    return headers[header] + body
-
-
-def armour(data, headers="Comment: made for a test\n\n", kind="PUBLIC KEY BLOCK"):
-    text = base64.encodebytes(data).decode()
-    return f"-----BEGIN PGP {kind}-----\n{headers}{text}=AAAA\n-----END PGP {kind}-----\n"
-
-
-def fingerprint(body):
-    """RFC 9580, section 5.5.4.2."""
-    return hashlib.sha1(b"\x99" + len(body).to_bytes(2, "big") + body, usedforsecurity=False).hexdigest().upper()
-
-
-KEY = b"\x04" + bytes(range(90))
-LONG_KEY = b"\x04" + bytes(250) * 2
-USER = bytes([0xCD, 4]) + b"name"
-
-
-@pytest.mark.parametrize("header", ["new", "new, five octets", "old, one octet", "old, two octets", "old, four octets"])
-def test_fingerprints_of_all_forms_of_a_packet(header):
-    assert openpgp.openpgp_fingerprints(armour(packet(KEY, header) + USER)) == [fingerprint(KEY)]
-
-
-def test_long_keys_several_keys_and_armour_without_headers():
-    text = armour(packet(KEY) + USER + packet(LONG_KEY), headers="\n")
-    assert openpgp.openpgp_fingerprints(text) == [fingerprint(KEY), fingerprint(LONG_KEY)]
-
-
-def test_a_key_in_a_second_armour_is_seen():
-    """A host's package manager may read both blocks, so one that nobody checked must not hide behind the first."""
-    text = armour(packet(KEY)) + "text between\n" + armour(packet(LONG_KEY))
-    assert openpgp.openpgp_fingerprints(text) == [fingerprint(KEY), fingerprint(LONG_KEY)]
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("", "no ASCII-armoured"),
-        ("<html>not found</html>", "no ASCII-armoured"),
-        ("-----BEGIN PGP PUBLIC KEY BLOCK-----\n\nAAAA\n", "no ASCII-armoured"),
-        (armour(packet(KEY)).replace("AAEC", "A*EC"), "damaged"),
-        (armour(packet(KEY)[:-3]), "cut off"),
-        (armour(packet(KEY) + b"\xc6"), "cut off"),
-        # What could hide a key from us and not from the host is refused.
-        (armour(packet(KEY) + b"\x06" + bytes(9)), "no OpenPGP packet"),
-        (armour(packet(KEY) + b"\x9b" + KEY), "length"),
-        (armour(packet(KEY) + b"\xc6\xe1" + KEY), "length"),
-        (armour(packet(KEY) + packet(b"\x06" + bytes(50))), "version 6"),
-        (armour(packet(KEY)) + armour(packet(LONG_KEY), kind="MESSAGE"), "something else"),
-    ],
-)
-def test_what_is_no_sound_key_is_refused(text, words):
-    with pytest.raises(AnsibleFilterError, match=words):
-        openpgp.openpgp_fingerprints(text)
-
-
-def test_fingerprints_are_those_that_gpg_gives():
-    if not shutil.which("gpg"):
-        pytest.skip("There is no gpg on this machine; the constructed packets above are all that is tried.")
-    # Not tmp_path: the path of gpg-agent's socket is limited to about a hundred characters.
-    with tempfile.TemporaryDirectory(prefix="gpg-") as home:
-        environment = {**os.environ, "GNUPGHOME": home}
-
-        def gpg(*words):
-            command = ["gpg", "--batch", "--quiet", *words]
-            return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
-
-        try:
-            for name, kind in (("first", "ed25519"), ("second", "rsa2048")):
-                gpg("--passphrase", "", "--quick-generate-key", name, kind, "sign", "never")
-            listed = [line.split(":") for line in gpg("--with-colons", "--fingerprint").splitlines()]
-            expected = [fields[9] for fields in listed if fields[0] == "fpr"]
-            assert len(expected) == 2
-            assert openpgp.openpgp_fingerprints(gpg("--armor", "--export")) == expected
-        finally:
-            subprocess.run(["gpgconf", "--kill", "all"], env=environment, check=False)
 
 
 # Files of services

@@ -45,6 +45,19 @@ EXPRESSIONS = (
 )
 
 
+def repository_variables(role, family):
+    """What a role gives to the role package_repository."""
+
+    def tasks_in(tasks):
+        for task in tasks:
+            yield task
+            yield from tasks_in(task.get("block", []))
+
+    tasks = yaml.safe_load((ROOT / f"roles/{role}/tasks/install-{family}.yml").read_text())
+    (variables,) = [task["vars"] for task in tasks_in(tasks) if "ansible.builtin.include_role" in task]
+    return variables
+
+
 @pytest.fixture(scope="module")
 def values(tmp_path_factory):
     """For each host its values, and texts of its repositories: yum's files, apt's addresses."""
@@ -61,16 +74,20 @@ def values(tmp_path_factory):
         tasks.append({"include_vars": f"{ROOT}/roles/{role}/vars/{family}.yml"})
     shown = {name: f"{{{{ {name} }}}}" for name in EXPRESSIONS}
     tasks.append({"debug": {"msg": shown}})
-    for role, name in (("erlang", "rabbitmq-erlang"), ("rabbitmq", "rabbitmq-server")):
-        template = f"{{{{ lookup('template', '{ROOT}/roles/{role}/templates/{name}.repo.j2') }}}}"
-        tasks.append({"debug": {"msg": template}, "when": "ansible_facts['os_family'] == 'RedHat'"})
-        (task,) = [
-            task
-            for task in yaml.safe_load((ROOT / f"roles/{role}/tasks/repository-Debian.yml").read_text())
-            if "ansible.builtin.deb822_repository" in task
-        ]
-        addresses = {"debug": {"msg": task["ansible.builtin.deb822_repository"]["uris"]}, "vars": task["vars"]}
-        tasks.append({**addresses, "when": "ansible_facts['os_family'] == 'Debian'"})
+    repository = ROOT / "roles/package_repository"
+    internal = yaml.safe_load((repository / "vars/main.yml").read_text())
+    (apt,) = [
+        task
+        for task in yaml.safe_load((repository / "tasks/repository-Debian.yml").read_text())
+        if "ansible.builtin.deb822_repository" in task
+    ]
+    template = f"{{{{ lookup('template', '{repository}/templates/yum.repo.j2') }}}}"
+    addresses = apt["ansible.builtin.deb822_repository"]["uris"]
+    for role in ("erlang", "rabbitmq"):
+        for family, message in (("RedHat", template), ("Debian", addresses)):
+            variables = {**internal, **apt["vars"], **repository_variables(role, family)}
+            when = f"ansible_facts['os_family'] == '{family}'"
+            tasks.append({"debug": {"msg": message}, "vars": variables, "when": when})
     play = {"hosts": "all", "gather_facts": False, "tasks": tasks}
     (folder / "play.json").write_text(json.dumps([play]))
     code, answer, output = playbook("-i", folder, folder / "play.json")

@@ -115,7 +115,7 @@ def install(host, stand_in, run_playbook):
         with host.sudo():
             # Nothing is there to remove after the first refusal. `dnf clean all` would leave the key that signs metadata.
             host.run(f"rpm --erase --nodeps erlang; rpm --erase gpg-pubkey-{team[-8:].lower()}")
-            host.check_output("rm -rf /var/cache/dnf /var/cache/ansible-erlang")
+            host.check_output("rm -rf /var/cache/dnf /var/cache/ansible-rabbitmq-erlang")
         return run_playbook("molecule/erlang/converge.yml", **variables)
 
     yield run

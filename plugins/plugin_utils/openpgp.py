@@ -76,8 +76,3 @@ def openpgp_fingerprints(text):
     except IndexError:
         raise AnsibleFilterError("The OpenPGP key is cut off.") from None
     return found
-
-
-class FilterModule:
-    def filters(self):
-        return {"openpgp_fingerprints": openpgp_fingerprints}
