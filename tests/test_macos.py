@@ -88,10 +88,14 @@ def answers(tmp_path_factory):
     set_facts = {
         name: f"{{{{ known[inventory_hostname].{name} }}}}" for name in (*FACTS["agents"], "user_gid", "os_family", "memtotal_mb")
     }
-    files = ["services/vars/main", "django/vars/main", "celery/vars/main/main", "flower/vars/main"]
+    files = ["services/vars/main", "django/vars/main", "celery/vars/main/main", "flower/vars/main", "python_environment/vars/main"]
     files += ["postgresql/vars/main", "rabbitmq/vars/main/main", "rabbitmq/vars/main/compatibility", "rabbitmq/vars/main/services"]
     tasks = [{"set_fact": {**set_facts, "cacheable": True}, "vars": {"known": json.loads(known)}}]
-    tasks += [{"include_vars": f"{ROOT}/roles/{role}/vars/Darwin.yml"} for role in ("erlang", *ROLES) if role != "celery"]
+    tasks += [
+        {"include_vars": f"{ROOT}/roles/{role}/vars/Darwin.yml"}
+        for role in ("erlang", "python_environment", *ROLES)
+        if role != "celery"
+    ]
     shown = []
 
     def show(name, value, **variables):
@@ -102,7 +106,10 @@ def answers(tmp_path_factory):
         show(role, "{{ __services_jobs }}", **services_of(role))
     show("logs", "{{ lookup('template', 'newsyslog.conf.j2') }}", **services_of("celery"))
     show("domain", "{{ [__services_job_dir, __services_user] }}", **services_of("django"))
-    show("paths", "{{ [__django_python, __django_ca_bundle, __django_manage, __rabbitmq_program, __django_packages[0]] }}")
+    python = {"python_environment_python": ""}
+    names = ("interpreter", "ca_bundle", "packages[0]")
+    paths = [f"__python_environment_{name}" for name in names] + ["__django_manage", "__rabbitmq_program"]
+    show("paths", f"{{{{ [{', '.join(paths)}] }}}}", **python)
     for case, (stable, installed, erlang, _, _) in FORMULAE.items():
         formula = {"versions": {"stable": stable}, "installed": [{"version": version} for version in installed]}
         said = {"stdout": json.dumps({"formulae": [formula]})}
@@ -240,12 +247,12 @@ def test_the_broker_is_found_below_homebrews_prefix_with_the_erlang_that_was_ask
         assert plist["ProgramArguments"][5:] == [f"{homebrew}/opt/rabbitmq/sbin/rabbitmq-server"]
         path = plist["EnvironmentVariables"]["PATH"].split(":")
         assert path[:3] == [f"{homebrew}/opt/{name}" for name in ("erlang@27/bin", "erlang/bin", "rabbitmq/sbin")]
-        python, bundle, _, broker, package = answers[host]["paths"]
+        python, bundle, package, _, broker = answers[host]["paths"]
         assert (python, package) == (f"{homebrew}/bin/python3.13", "python@3.13")
         assert bundle.startswith(homebrew)
         assert broker == plist["ProgramArguments"][5]
-    assert answers["agents"]["paths"][2] == f"{PREFIX}/bin/mailroom-manage"
-    assert answers["daemons"]["paths"][2] == "/usr/local/bin/mailroom-manage"
+    assert answers["agents"]["paths"][3] == f"{PREFIX}/bin/mailroom-manage"
+    assert answers["daemons"]["paths"][3] == "/usr/local/bin/mailroom-manage"
 
 
 def test_each_log_is_turned_over_by_the_signal_that_ends_its_job(answers, plists):

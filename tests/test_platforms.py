@@ -40,8 +40,9 @@ EXPRESSIONS = (
     "__rabbitmq_source",
     "__rabbitmq_keys",
     "__django_python",
-    "__django_packages",
-    "__flower_packages",
+    "__flower_python",
+    "__python_environment_interpreter",
+    "__python_environment_packages",
 )
 
 
@@ -63,15 +64,17 @@ def values(tmp_path_factory):
     """For each host its values, and texts of its repositories: yum's files, apt's addresses."""
     folder = tmp_path_factory.mktemp("platforms")
     defaults = {}
-    for role in ("erlang", "rabbitmq", "django", "flower"):
+    for role in ("erlang", "rabbitmq", "django", "flower", "python_environment"):
         defaults |= yaml.safe_load((ROOT / f"roles/{role}/defaults/main.yml").read_text())
     hosts = {name: {"known": found, "rabbitmq_version": "4.2"} for name, found in HOSTS.items()}
     (folder / "hosts.json").write_text(json.dumps({"all": {"hosts": hosts, "vars": defaults}}))
     # As gathered facts, which the inventory can't give.
     tasks = [{"set_fact": {name: f"{{{{ known.{name} }}}}" for name in HOSTS["el9"]} | {"cacheable": True}}]
     family = "{{ ansible_facts | django_celery.stack.platform_family }}"
-    for role in ("erlang", "rabbitmq", "django", "flower"):
+    for role in ("erlang", "rabbitmq", "python_environment"):
         tasks.append({"include_vars": f"{ROOT}/roles/{role}/vars/{family}.yml"})
+    for role in ("django", "flower", "python_environment"):
+        tasks.append({"include_vars": f"{ROOT}/roles/{role}/vars/main.yml"})
     shown = {name: f"{{{{ {name} }}}}" for name in EXPRESSIONS}
     tasks.append({"debug": {"msg": shown}})
     repository = ROOT / "roles/package_repository"
@@ -178,7 +181,8 @@ def test_the_default_source_follows_the_platform(values, host, source):
 )
 def test_python_follows_the_platform(values, host, python, package):
     assert values[host]["__django_python"] == python
-    assert values[host]["__django_packages"] == values[host]["__flower_packages"] == [package]
+    assert values[host]["__flower_python"] == values[host]["__python_environment_interpreter"] == python
+    assert values[host]["__python_environment_packages"] == [package]
 
 
 # Platforms

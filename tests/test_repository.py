@@ -32,7 +32,7 @@ def options(role):
 # Roles
 
 # Roles that other roles use and no playbook does.
-INTERNAL = ("package_repository", "services")
+INTERNAL = ("package_repository", "python_environment", "services")
 
 
 @pytest.mark.parametrize("role", ROLES)

@@ -31,6 +31,14 @@ def platform_family(facts, *families):
     raise AnsibleFilterError(f"{name} {facts['distribution_version']} is not supported{reason}. Supported are {known}.")
 
 
+def platform_python(facts):
+    """The name of the Python that the locks have packages for: EL 9 has 3.9 by default, macOS 3.9 too."""
+    if facts["os_family"] == "Darwin":
+        return "python3.13"
+    is_el9 = facts["os_family"] == "RedHat" and facts["distribution_major_version"] == "9"
+    return "python3.12" if is_el9 else "python3"
+
+
 class FilterModule:
     def filters(self):
-        return {"platform_family": platform_family}
+        return {"platform_family": platform_family, "platform_python": platform_python}
