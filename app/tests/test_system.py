@@ -455,25 +455,31 @@ def test_malformed_messages_are_dead_lettered_and_stop_no_mail(system, mailbox):
         system.wait_for(system.post(), "sent")
         pid, used = worker.pid, memory(worker)
         producer = Producer(connection.default_channel)
-        for number, (name, message) in enumerate(MALFORMED.items(), start=1):
+        sent = 0
+
+        def seconds_of_other_mail(message):
+            """From the malformed message to the end of an email that was posted after it."""
+            nonlocal sent
             mail = dict(exchange=EXCHANGE, routing_key="mail.v1", **message)
             producer.publish(mail.pop("body"), serializer=None, **mail)
-
-            def arrived(number=number):
-                return dead.queue_declare(passive=True).message_count == number
-
+            sent += 1
             began = time.monotonic()
-            email_id = system.post()
-            system.wait_for(email_id, "sent", timeout=5)
-            assert time.monotonic() - began < 2, name
+            system.wait_for(system.post(), "sent", timeout=5)
+            return time.monotonic() - began
+
+        for name, message in MALFORMED.items():
+            # Twice more if the machine was busy: what stops other mail does so each time.
+            assert any(seconds_of_other_mail(message) < 1 for _ in range(3)), name
             try:
-                eventually(arrived, seconds=5)
+                eventually(
+                    lambda: dead.queue_declare(passive=True).message_count == sent, seconds=5
+                )
             except AssertionError:
                 raise AssertionError(f"not dead-lettered: {name}") from None
         log = worker.log.read_text()
         assert worker.poll() is None and worker.pid == pid
         assert log.count(" ready.") == 1, "it did not restart"
-        assert log.count("was dead-lettered") == len(MALFORMED)
+        assert log.count("was dead-lettered") == sent
         assert SECRET not in log and "Traceback" not in log
         assert memory(worker) - used < 150
         dead.purge()
