@@ -244,6 +244,12 @@ def test_locks_pin_each_package_with_its_hashes_and_name_no_index(lock):
 # Workflows
 
 
+def test_the_workflow_runs_every_scenario_of_make_test():
+    scenarios = re.search(r"^SCENARIOS := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
+    jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]
+    assert jobs["scenario"]["strategy"]["matrix"]["scenario"] == scenarios
+
+
 def test_workflows_are_valid():
     workflows = sorted([*ROOT.glob(".github/workflows/*.yml"), *ROOT.glob(".github/workflows/*.yaml")])
     if not workflows:
