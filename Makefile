@@ -127,6 +127,7 @@ LOCK := uv pip compile --quiet --universal --python-version 3.11 --generate-hash
 lock: ## Renew the locks with uv: newest versions that the requirements allow
 	$(LOCK) --upgrade requirements/controller.in --output-file requirements/controller.txt
 	$(LOCK) --upgrade roles/flower/files/requirements.in --output-file roles/flower/files/requirements.txt
+	$(LOCK) --upgrade roles/python_environment/files/uv.in --output-file roles/python_environment/files/uv.txt
 	$(LOCK) --upgrade roles/postgresql/files/requirements.in --output-file roles/postgresql/files/requirements.txt
 	cd app && $(LOCK) --upgrade pyproject.toml --extra site --output-file requirements.txt
 	cd app && $(LOCK) --upgrade pyproject.toml --extra dev --output-file requirements-dev.txt
