@@ -13,7 +13,9 @@ import time
 
 import pytest
 from ansible.module_utils.testing import patch_module_args
-from ansible_collections.django_celery.stack.plugins.modules import launchd_jobs as jobs
+from ansible_collections.django_celery.stack.plugins.module_utils import launchd as jobs
+from ansible_collections.django_celery.stack.plugins.module_utils.managed_files import ManagedFiles
+from ansible_collections.django_celery.stack.plugins.modules import launchd_jobs
 from helpers import ROOT, executable
 
 STAND_IN = ROOT / "testbed/images/macos/stand-in/rootfs/usr"
@@ -208,7 +210,7 @@ class Mac:
     def run(self, *listed, owner="app/web", check=False):
         arguments = {"owner": owner, "jobs": list(listed), "directory": str(self.agents), "_ansible_check_mode": check}
         with patch_module_args(arguments), pytest.raises(SystemExit):
-            jobs.main()
+            launchd_jobs.main()
         return json.loads(self.capsys.readouterr().out)
 
 
@@ -279,8 +281,8 @@ def test_a_run_that_was_killed_before_the_load_is_made_good(mac):
 def test_a_changed_job_is_booted_out_before_its_file_is_written(mac, monkeypatch):
     mac.run(mac.job("a"))
     seen = []
-    write = jobs.Jobs.write
-    monkeypatch.setattr(jobs.Jobs, "write", lambda self, *words: seen.append(mac.state("a")) or write(self, *words))
+    write = ManagedFiles.write
+    monkeypatch.setattr(ManagedFiles, "write", lambda self, *words: seen.append(mac.state("a")) or write(self, *words))
     mac.run(mac.job("a", ExitTimeOut=7))
     assert seen == [None]
 
@@ -400,7 +402,7 @@ def test_a_job_has_its_time_to_stop(mac, tmp_path):
 def test_a_property_list_that_is_none_is_refused_before_anything_is_touched(mac):
     mac.run(mac.job("a"))
     before = mac.pid("a")
-    for content, words in (("<plist><dict>", "is none"), (plist("other"), "has the label 'other'")):
+    for content, words in (("<plist><dict>", "is not a property list"), (plist("other"), "has the label 'other'")):
         result = mac.run({**mac.job("b"), "content": content})
         assert result["failed"]
         assert words in result["msg"]
@@ -410,7 +412,7 @@ def test_a_property_list_that_is_none_is_refused_before_anything_is_touched(mac)
 def test_what_plutil_refuses_is_not_loaded(mac):
     executable(mac.home / "bin/plutil", "import sys; sys.exit('<stdin>: Unexpected character' if '-lint' in sys.argv else 0)")
     result = mac.run(mac.job("a"))
-    assert "plutil refuses" in result["msg"]
+    assert "plutil rejects" in result["msg"]
     assert "Unexpected character" in result["msg"]
     assert list(mac.agents.iterdir()) == []
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import time
-from types import SimpleNamespace
 
 import pytest
 from ansible.module_utils.testing import patch_module_args
-from ansible_collections.django_celery.stack.plugins.modules import systemd_units as units
+from ansible_collections.django_celery.stack.plugins.module_utils import systemd
+from ansible_collections.django_celery.stack.plugins.modules import systemd_units
 from helpers import executable
 
 # Answers as systemctl does in what the module relies on: a unit is known by its file, a start has a monotonic time, a unit whose
@@ -96,7 +96,7 @@ class Host:
         self.state = {**self.state, "calls": []}
         arguments = {"owner": owner, "units": list(listed), "directory": str(self.directory), "_ansible_check_mode": check}
         with patch_module_args(arguments), pytest.raises(SystemExit):
-            units.main()
+            systemd_units.main()
         return json.loads(self.capsys.readouterr().out)
 
     def age(self, name, seconds):
@@ -127,43 +127,15 @@ def service(name, text="[Service]\n", **options):
 
 def test_show_is_read_unit_by_unit():
     text = "Id=a.service\nActiveState=active\nResult=a=b\n\nId=b.service\nActiveState=failed\n\nActiveState=x\n"
-    assert units.parse_show(text) == {
+    assert systemd.parse_show(text) == {
         "a.service": {"Id": "a.service", "ActiveState": "active", "Result": "a=b"},
         "b.service": {"Id": "b.service", "ActiveState": "failed"},
     }
 
 
 def test_a_packaged_unit_gets_a_drop_in():
-    assert units.target_path("/d", {"name": "a.service", "packaged": False}) == "/d/a.service"
-    assert units.target_path("/d", {"name": "a.service", "packaged": True}) == "/d/a.service.d/50-ansible.conf"
-
-
-def test_orphans_are_the_owners_unwanted_files(tmp_path):
-    (tmp_path / "b.service.d").mkdir()
-    files = {"wanted.service": "app", "gone.service": "app", "b.service.d/50-ansible.conf": "app", "others.service": "app/two"}
-    for name, owner in files.items():
-        (tmp_path / name).write_text(units.marker(owner) + "[Service]\n")
-    (tmp_path / "by-hand.service").write_text("[Service]\n")
-    (tmp_path / "dangling.service").symlink_to("/nowhere")
-    found = units.orphans(str(tmp_path), "app", {str(tmp_path / "wanted.service"): ""})
-    assert found == [str(tmp_path / "b.service.d/50-ansible.conf"), str(tmp_path / "gone.service")]
-
-
-def test_newest_looks_at_links_and_not_behind_them(tmp_path):
-    target, link = tmp_path / "target", tmp_path / "link"
-    target.write_text("")
-    link.symlink_to(target)
-    os.utime(target, (2000, 2000))
-    os.utime(link, (1000, 1000), follow_symlinks=False)
-    assert units.newest([str(link), str(tmp_path / "missing")]) == 1000
-    assert units.newest([]) == 0
-
-
-def test_a_packages_file_counts_from_when_it_was_put_in_its_place(monkeypatch):
-    """rpm gives it the time at which it was built, which may be years before."""
-    monkeypatch.setattr(units.os, "lstat", lambda path: SimpleNamespace(st_mtime=1000, st_ctime=2000))
-    assert units.newest(["/usr/bin/erl"]) == 2000
-    assert units.newest(["/etc/rabbitmq/rabbitmq.conf"]) == 1000
+    assert systemd.target_path("/d", {"name": "a.service", "packaged": False}) == "/d/a.service"
+    assert systemd.target_path("/d", {"name": "a.service", "packaged": True}) == "/d/a.service.d/50-ansible.conf"
 
 
 @pytest.mark.parametrize("stamp", ["ExecMainStartTimestampMonotonic", "ActiveEnterTimestampMonotonic"])
@@ -173,8 +145,8 @@ def test_a_unit_is_stale_when_a_file_is_younger_than_its_start(tmp_path, stamp):
     running = {stamp: str(int((time.clock_gettime(time.CLOCK_MONOTONIC) - 0.0) * 1e6))}
     for seconds, stale in ((-60, False), (60, True)):
         os.utime(file, (time.time() + seconds,) * 2)
-        assert units.is_stale(running, [str(file)]) is stale
-    assert units.is_stale({stamp: "0"}, [str(file)]) is False
+        assert systemd.is_stale(running, [str(file)]) is stale
+    assert systemd.is_stale({stamp: "0"}, [str(file)]) is False
 
 
 # The module
