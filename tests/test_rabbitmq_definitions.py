@@ -27,7 +27,7 @@ class Api:
         self.definitions = {"users": [{"name": ADMINISTRATOR, "password_hash": hash_of(PASSWORD)}], "vhosts": []}
         self.flags = {"old": "enabled", "new": "disabled", "newer than this node": "unavailable"}
         self.queues, self.connections = {}, {}
-        self.requests, self.refusal, self.imported = [], None, folder / "imported.json"
+        self.gone, self.requests, self.refusal, self.imported = set(), [], None, folder / "imported.json"
 
     def administrators_hash(self):
         """The one that rabbitmqctl imported, if it did."""
@@ -46,6 +46,8 @@ class Api:
             self.definitions = imported(self.definitions, json.loads(body))
             return 204, None
         if method == "DELETE":
+            if below in self.gone:
+                return 404, {"error": "Object Not Found"}
             self.definitions = deleted(self.definitions, below)
             return 204, None
         if method == "PUT":
@@ -72,7 +74,7 @@ def api(tmp_path, monkeypatch):
         def do_GET(self):
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             status, value = api.answer(self.command, self.path.removeprefix("/api/"), self.headers["Authorization"], body)
-            text = b"" if value is None else json.dumps(value).encode()
+            text = value if isinstance(value, bytes) else b"" if value is None else json.dumps(value).encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(text)))
             self.end_headers()
@@ -260,3 +262,76 @@ def test_a_broker_that_is_down_fails_a_run_but_not_check_mode(api, run):
     assert not checked.get("failed")
     assert checked["changed"]
     assert "not compared" in checked["msg"]
+
+
+def test_the_password_is_sent_to_no_proxy(api, run, monkeypatch):
+    seen = []
+
+    class Proxy(BaseHTTPRequestHandler):
+        def do_GET(self):
+            seen.append(dict(self.headers))
+            self.send_error(502)
+
+        def log_message(self, *_):
+            """Says nothing."""
+
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Proxy) as proxy:
+        Thread(target=proxy.serve_forever, args=(0.01,), daemon=True).start()
+        for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.server_port}")
+        result = run(api.url)
+        proxy.shutdown()
+    assert not result.get("failed"), result
+    assert seen == []
+
+
+# The password of a URI that is no URI is not known beforehand: it holds what had to be quoted.
+@pytest.mark.parametrize("password", ["HiddenUri", "Hidden@Uri", "Hidden/Uri"])
+def test_a_password_of_a_uri_is_in_no_error(api, run, password):
+    uri = f"amqp://someone:{password}@localhost"
+    api.refusal = 400, {"reason": f"Validation failed: {uri} is no URI"}
+    result = run(api.url, parameters=[{"component": "shovel", "vhost": "app", "name": "s", "value": {"src-uri": uri}}])
+    assert result["failed"]
+    assert "amqp://someone:********@localhost is no URI" in result["msg"]
+    assert "Hidden" not in json.dumps(result)
+
+
+def test_a_password_of_a_uri_that_only_the_broker_has_is_in_no_error(api, run):
+    api.refusal = 400, {"reason": "amqp://someone:HiddenUri@localhost"}
+    result = run(api.url, vhosts=[{"name": "app"}])
+    assert "amqp://someone:********@localhost" in result["msg"]
+    assert "Hidden" not in json.dumps(result)
+
+
+def test_what_is_gone_already_does_not_fail_the_deletion(api, run):
+    """Another run, or a person, deletes the user between the comparison and the request."""
+    api.definitions["users"].append({"name": "guest", "tags": [], "password_hash": ""})
+    api.gone = {"users/guest"}
+    delete = Api.answer
+
+    def answer(method, below, *words):
+        if method == "DELETE":
+            api.definitions = deleted(api.definitions, below)
+        return delete(api, method, below, *words)
+
+    api.answer = answer
+    result = run(api.url)
+    assert not result.get("failed"), result
+    assert result["removed"] == ["user guest"]
+    assert "DELETE users/guest" in api.requests
+
+
+def test_an_answer_that_is_not_json_is_an_error(api, run, monkeypatch):
+    monkeypatch.setattr(api, "answer", lambda *_: (200, b"<html>"))
+    result = run(api.url)
+    assert result["failed"]
+    assert "did not answer GET definitions with JSON" in result["msg"]
+
+
+def test_a_missing_rabbitmqctl_is_an_error(api, run, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    result = run(api.url, password=NEW)
+    assert result["failed"]
+    assert "rabbitmqctl can't set the administrator" in result["msg"]

@@ -32,6 +32,9 @@ def path(name):
 if verb == "show":
     for name in names:
         known = os.path.exists(path(name)) or name in state["packages"]
+        if name in state["revived"] and unit(name)["active"] == "active":
+            # Dies and is up again before the next look.
+            unit(name)["restarts"] += 1
         if name in state["mortal"] and unit(name)["active"] == "active":
             # Dies between its start and the next look; systemd brings it back.
             unit(name).update(active="activating", restarts=1)
@@ -54,8 +57,16 @@ elif verb in ("enable", "disable"):
 elif verb == "stop":
     for name in names:
         unit(name).update(active="inactive", since=0)
+elif verb == "reset-failed":
+    for name in names:
+        unit(name)["restarts"] = 0
+    state["limited"] = [name for name in state["limited"] if name not in names]
 elif verb in ("start", "restart"):
     for name in names:
+        if name in state["limited"]:
+            with open(state_file, "w") as file:
+                json.dump(state, file)
+            sys.exit("Failed to start %s: start of the service was attempted too often" % name)
         fed = name.replace(".socket", ".service")
         if fed != name and verb == "restart" and unit(fed)["active"] == "active":
             sys.exit("Socket service %s already active, refusing." % fed)
@@ -63,7 +74,7 @@ elif verb in ("start", "restart"):
         if verb == "start" and unit(name)["active"] == "active":
             continue
         # A start while systemd waits to bring the unit back counts as a restart of its own.
-        restarts = int(verb == "start" and unit(name)["active"] == "activating")
+        restarts = unit(name)["restarts"] + int(verb == "start" and unit(name)["active"] == "activating")
         unit(name).update(active="active", since=int(time.clock_gettime(time.CLOCK_MONOTONIC) * 1e6), restarts=restarts)
 with open(state_file, "w") as file:
     json.dump(state, file)
@@ -78,7 +89,7 @@ class Host:
     def __init__(self, folder, capsys):
         self.directory, self.state_file, self.capsys = folder / "units", folder / "state.json", capsys
         self.directory.mkdir()
-        self.state = {"units": {}, "calls": [], "mortal": [], "packages": [], "reloaded": 0}
+        self.state = {"units": {}, "calls": [], "mortal": [], "revived": [], "limited": [], "packages": [], "reloaded": 0}
 
     @property
     def state(self):
@@ -162,6 +173,78 @@ def test_writes_enables_and_starts_and_then_changes_nothing(host):
     second = host.run(service("a"), service("b"))
     assert not second["changed"]
     assert host.calls("daemon-reload", *ACTS) == []
+
+
+def test_a_run_that_changes_nothing_calls_systemctl_once(host):
+    host.run(service("a"), service("b"))
+    for check in (False, True):
+        assert not host.run(service("a"), service("b"), check=check)["changed"]
+        assert host.state["calls"] == ["show a.service b.service"]
+
+
+def test_a_run_without_units_calls_nothing(host):
+    assert not host.run()["changed"]
+    assert host.state["calls"] == []
+
+
+def test_all_units_are_started_by_one_call(host):
+    host.run(service("a"), service("b"), service("c"))
+    assert host.calls("start") == ["start a.service b.service c.service"]
+
+
+def test_files_are_readable_under_any_umask(host):
+    before = os.umask(0o077)
+    try:
+        host.run(service("a"))
+        host.run(service("a", "[Service]\nNice=1\n"))
+        host.run({"name": "b.service", "content": "[Service]\n", "packaged": True}, service("a", "[Service]\nNice=1\n"))
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in host.directory.rglob("*")}
+    assert modes == {"a.service": 0o644, "b.service.d": 0o755, "50-ansible.conf": 0o644}
+
+
+def test_a_changed_target_is_written_and_restarts_nothing(host):
+    target = {"name": "app.target", "content": "[Unit]\n"}
+    host.run(target, service("a"))
+    host.age("a.service", 60)
+    host.age("app.target", 60)
+    changed = {**target, "content": "[Unit]\nDescription=The app\n"}
+    result = host.run(changed, service("a"))
+    assert (result["changed"], result["started"], result["restarted"]) == (True, [], [])
+    assert host.calls("daemon-reload", *ACTS) == ["daemon-reload"]
+    assert "Description" in (host.directory / "app.target").read_text()
+    assert not host.run(changed, service("a"))["changed"]
+
+
+def test_the_limit_of_starts_is_cleared_before_a_start(host):
+    host.run(service("a"))
+    state = host.state
+    state["units"]["a.service"].update(active="failed", restarts=5)
+    host.state = {**state, "limited": ["a.service"]}
+    result = host.run(service("a"))
+    assert not result.get("failed"), result
+    assert host.calls("reset-failed", "start") == ["reset-failed a.service", "start a.service"]
+
+
+def test_a_start_that_fails_gives_the_journal_of_the_units_that_are_down(host, tmp_path):
+    refusing = SYSTEMCTL.replace(
+        'if verb == "show":', 'if verb == "start":\n    sys.exit("Job for a.service failed.")\nif verb == "show":'
+    )
+    executable(tmp_path / "bin/systemctl", refusing)
+    result = host.run(service("a"))
+    assert result["failed"]
+    assert "Job for a.service failed." in result["msg"]
+    assert "The end of the journal of a.service:\nlast words of a.service" in result["msg"]
+    assert result["changed"]
+
+
+def test_a_unit_that_died_and_came_back_is_not_up(host):
+    host.state = {**host.state, "revived": ["a.service"]}
+    # The first look is before the start.
+    result = host.run(service("a", settle=0.2))
+    assert result["failed"]
+    assert "a.service was started and did not stay up: it is active" in result["msg"]
 
 
 def test_other_content_restarts_that_unit_alone(host):

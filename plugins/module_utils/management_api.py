@@ -78,5 +78,5 @@ class ManagementApi:
                 if time.monotonic() > self.until:
                     raise NoAnswer(masked(f"The management API at {self.url} does not answer: {error}")) from None
                 time.sleep(RETRY)
-            except ValueError:
+            except json.JSONDecodeError:
                 raise Failure(f"The management API at {masked(self.url)} did not answer {method} {path} with JSON.") from None
