@@ -7,7 +7,7 @@ import json
 
 import pytest
 from ansible_collections.django_celery.stack.plugins.module_utils.broker import contents
-from ansible_collections.django_celery.stack.plugins.module_utils.definitions import Purge, compare
+from ansible_collections.django_celery.stack.plugins.module_utils.definitions import KINDS, Purge, compare
 from ansible_collections.django_celery.stack.plugins.module_utils.masking import masked, uri_passwords
 from ansible_collections.django_celery.stack.plugins.module_utils.password_hash import password_matches
 from broker_model import KEYS, deleted, hash_of, imported
@@ -310,3 +310,143 @@ def test_example_of_rabbitmqs_page_on_passwords():
         "hashing_algorithm": "rabbit_password_hashing_sha256",
     }
     assert password_matches("test12", user)
+
+
+# The table of kinds, one example of each: what the variables list, its title, and what is imported.
+POLICY = {"pattern": "^a", "apply-to": "all", "priority": 0, "definition": {"max-length": 1}}
+LISTED_POLICY = {"vhost": "v/1", "name": "p", "pattern": "^a", "definition": {"max-length": 1}}
+EXAMPLES = {
+    "vhosts": (
+        {"vhosts": [{"name": "v/1", "description": "the first"}]},
+        "vhost v/1",
+        {
+            "name": "v/1",
+            "description": "the first",
+            "default_queue_type": "quorum",
+            "metadata": {"description": "the first", "default_queue_type": "quorum"},
+        },
+    ),
+    "vhost_limits": (
+        {"vhosts": [{"name": "v/1", "limits": {"max-queues": 3}}]},
+        "limits of vhost v/1",
+        {"component": "vhost-limits", "vhost": "v/1", "name": "limits", "value": {"max-queues": 3}},
+    ),
+    "users": (
+        {"users": [{"name": "u", "password": "right", "tags": ["b", "a"]}]},
+        "user u",
+        {"name": "u", "tags": ["a", "b"], "limits": {}},
+    ),
+    "permissions": (
+        {"users": [{"name": "u", "password": "right", "permissions": [{"vhost": "v/1", "read": ".*"}]}]},
+        "permissions of u in v/1",
+        {"user": "u", "vhost": "v/1", "configure": "", "write": "", "read": ".*"},
+    ),
+    "topic_permissions": (
+        {"users": [{"name": "u", "password": "right", "topic_permissions": [{"vhost": "v/1", "exchange": "e", "write": "a"}]}]},
+        "topic permissions of u on e in v/1",
+        {"user": "u", "vhost": "v/1", "exchange": "e", "write": "a", "read": ""},
+    ),
+    "policies": ({"policies": [LISTED_POLICY]}, "policy p in v/1", {"vhost": "v/1", "name": "p", **POLICY}),
+    "operator_policies": (
+        {"operator_policies": [LISTED_POLICY]},
+        "operator policy p in v/1",
+        {"component": "operator_policy", "vhost": "v/1", "name": "p", "value": POLICY},
+    ),
+    "parameters": (
+        {"parameters": [{"component": "shovel", "vhost": "v/1", "name": "s", "value": 0}]},
+        "shovel s in v/1",
+        {"component": "shovel", "vhost": "v/1", "name": "s", "value": 0},
+    ),
+    "global_parameters": (
+        {"global_parameters": [{"name": "g", "value": {"a": 1}}]},
+        "global parameter g",
+        {"name": "g", "value": {"a": 1}},
+    ),
+    "exchanges": (
+        {"exchanges": [{"vhost": "v/1", "name": "e", "internal": True}]},
+        "exchange e in v/1",
+        {
+            "vhost": "v/1",
+            "name": "e",
+            "type": "topic",
+            "durable": True,
+            "auto_delete": False,
+            "internal": True,
+            "arguments": {},
+        },
+    ),
+    "queues": (
+        {"queues": [{"vhost": "v/1", "name": "q", "arguments": {"x-max-length": 1}}]},
+        "queue q in v/1",
+        {
+            "vhost": "v/1",
+            "name": "q",
+            "durable": True,
+            "auto_delete": False,
+            "arguments": {"x-max-length": 1, "x-queue-type": "quorum"},
+        },
+    ),
+    "bindings": (
+        {"bindings": [{"vhost": "v/1", "source": "e", "destination": "q", "routing_key": "a.#", "arguments": {"x": 1}}]},
+        "binding of queue q to e in v/1 by 'a.#' {\"x\": 1}",
+        {
+            "vhost": "v/1",
+            "source": "e",
+            "destination_type": "queue",
+            "destination": "q",
+            "routing_key": "a.#",
+            "arguments": {"x": 1},
+        },
+    ),
+}
+# The path by which a purge deletes it, for the kinds that a purge does not keep.
+DELETED = {
+    "vhosts": "vhosts/v%2F1",
+    "users": "users/u",
+    "permissions": "permissions/v%2F1/u",
+    "topic_permissions": "topic-permissions/v%2F1/u/e",
+    "policies": "policies/v%2F1/p",
+    "operator_policies": "operator-policies/v%2F1/p",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_is_imported_compared_and_deleted(kind):
+    variables, title, entry = EXAMPLES[kind]
+    section = KINDS[kind].section
+    found = compare({}, variables)
+    assert title in found.after
+    (sent,) = found.to_import[section]
+    if kind == "users":
+        assert password_matches("right", sent)
+        sent = {name: value for name, value in sent.items() if name in entry}
+    assert sent == entry
+    exported = imported({}, found.to_import)
+    assert not compare(exported, variables)
+    # A purge with the same kind of object unlisted. A permission is deleted only if its user stays.
+    users = [{"name": "u", "password": "right"}] if "permissions" in kind else []
+    kept = {**variables, "users": users} if users else {}
+    purged = compare(exported, kept, Purge("admin", {"v/1"} if kind == "vhosts" else ()))
+    assert purged.to_delete == ([DELETED[kind]] if kind in DELETED else [])
+    assert (title in purged.after) is (kind in DELETED)
+
+
+@pytest.mark.parametrize("kind", ["exchanges", "queues"])
+def test_a_kind_that_cannot_be_changed_conflicts(kind):
+    variables, title, entry = EXAMPLES[kind]
+    found = compare({kind: [{**entry, "auto_delete": True}]}, variables)
+    assert found.conflicts == [f'{title} exists with {{"auto_delete": true}} and can\'t be changed to {{"auto_delete": false}}']
+    assert not found.to_import
+
+
+def test_a_password_that_did_not_change_keeps_its_hash():
+    user = {"name": "u", "password_hash": hash_of("right"), "hashing_algorithm": "rabbit_password_hashing_sha256", "tags": []}
+    found = compare({"users": [user]}, {"users": [{"name": "u", "password": "right", "tags": ["monitoring"]}]})
+    assert found.to_import["users"][0]["password_hash"] == user["password_hash"]
+    assert found.after["user u"] == {"tags": ["monitoring"], "limits": {}, "password": "as wanted"}
+
+
+def test_metadata_of_a_virtual_host_that_the_variables_do_not_set_is_kept():
+    actual = {"name": "v", "metadata": {"tags": ["eu"], "description": "old"}}
+    found = compare({"vhosts": [actual]}, {"vhosts": [{"name": "v", "description": "new"}]})
+    assert found.to_import["vhosts"][0]["metadata"] == {"tags": ["eu"], "description": "new", "default_queue_type": "quorum"}
