@@ -88,8 +88,8 @@ lint: $(VENV)/.complete $(APP_VENV)/.complete ## Lint roles, playbooks, Python a
 	cd app && DEBUG=true DATABASE_URL=postgresql:///types .venv/bin/mypy
 	check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
-test-unit: $(VENV)/.complete ## Modules, filters, templates and the repository itself
-	pytest
+test-unit: $(VENV)/.complete ## Modules, filters, templates and the repository itself; coverage of plugins/
+	pytest --cov=plugins --cov-report=term
 
 test-app-fast: $(APP_VENV)/.complete ## The application's tests that need no broker and no browser
 	cd app && .venv/bin/pytest -m "not browser and not broker"

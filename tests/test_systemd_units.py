@@ -163,7 +163,7 @@ def test_a_unit_is_stale_when_a_file_is_younger_than_its_start(tmp_path, stamp):
 # The module
 
 
-def test_writes_enables_and_starts_and_then_changes_nothing(host):
+def test_units_are_written_enabled_and_started_and_then_left_alone(host):
     first = host.run(service("a"), service("b"))
     assert first["changed"]
     assert first["started"] == ["a.service", "b.service"]
@@ -247,7 +247,7 @@ def test_a_unit_that_died_and_came_back_is_not_up(host):
     assert "a.service was started and did not stay up: it is active" in result["msg"]
 
 
-def test_other_content_restarts_that_unit_alone(host):
+def test_other_content_restarts_only_that_unit(host):
     host.run(service("a"), service("b"))
     result = host.run(service("a"), service("b", "[Service]\nNice=1\n"))
     assert result["restarted"] == ["b.service"]
@@ -257,7 +257,7 @@ def test_other_content_restarts_that_unit_alone(host):
     ]
 
 
-def test_a_run_that_was_killed_before_the_restart_is_made_good(host):
+def test_the_next_run_completes_one_that_was_killed_before_the_restart(host):
     host.run(service("a"))
     host.age("a.service", 60)
     # The killed run had written the file; nothing but its time tells.
@@ -268,7 +268,7 @@ def test_a_run_that_was_killed_before_the_restart_is_made_good(host):
     assert not host.run(service("a"))["changed"]
 
 
-def test_a_younger_file_of_restart_on_restarts(host, tmp_path):
+def test_a_newer_file_of_restart_on_restarts(host, tmp_path):
     release = tmp_path / "current"
     release.symlink_to("releases/1")
     host.run(service("a", restart_on=[str(release)]), service("b"))
@@ -287,7 +287,7 @@ def test_what_was_stopped_or_disabled_by_hand_is_repaired(host):
     assert host.calls() == ["enable a.service", "start a.service"]
 
 
-def test_an_owners_orphans_go_and_the_others_stay(host):
+def test_only_the_owners_orphans_are_removed(host):
     target = {"name": "app.target", "content": "[Unit]\n", "shared": True}
     host.run(target, service("a"), service("gone"))
     host.run(target, service("theirs"), owner="app/celery")
@@ -299,7 +299,7 @@ def test_an_owners_orphans_go_and_the_others_stay(host):
     assert (host.directory / "app.target").exists()
 
 
-def test_check_mode_says_what_it_would_do_and_does_nothing(host):
+def test_check_mode_reports_and_changes_nothing(host):
     host.run(service("a"), service("gone"))
     before = host.state["units"]
     result = host.run(service("a", "[Service]\nNice=1\n"), service("new"), check=True)
@@ -317,7 +317,7 @@ def test_check_mode_says_what_it_would_do_and_does_nothing(host):
     assert "Nice" not in (host.directory / "a.service").read_text()
 
 
-def test_check_mode_knows_of_a_package_that_is_not_there_yet(host):
+def test_check_mode_allows_for_a_package_that_is_not_installed_yet(host):
     packaged = {"name": "broker.service", "content": None, "packaged": True}
     assert host.run(packaged, check=True)["changed"]
     host.state = {**host.state, "packages": ["broker.service"]}
@@ -367,7 +367,7 @@ def test_a_socket_is_restarted_with_its_service(host):
     assert {name: unit["active"] for name, unit in host.state["units"].items()} == {"a.socket": "active", "a.service": "active"}
 
 
-def test_a_host_without_systemd_is_told_so(host, monkeypatch, tmp_path):
+def test_a_host_without_systemd_is_an_error(host, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
     result = host.run(service("a"))
     assert result["failed"]

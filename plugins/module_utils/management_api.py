@@ -76,7 +76,7 @@ class ManagementApi:
                 raise Failure(masked(f"The management API at {self.url} answered {error.code}: {reason}")) from None
             except (URLError, OSError) as error:
                 if time.monotonic() > self.until:
-                    raise NoAnswer(masked(f"The management API at {self.url} does not answer: {error}")) from None
+                    raise NoAnswer(masked(f"The management API at {self.url} does not answer: {error}.")) from None
                 time.sleep(RETRY)
             except json.JSONDecodeError:
                 raise Failure(f"The management API at {masked(self.url)} did not answer {method} {path} with JSON.") from None
