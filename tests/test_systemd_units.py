@@ -287,6 +287,15 @@ def test_what_was_stopped_or_disabled_by_hand_is_repaired(host):
     assert host.calls() == ["enable a.service", "start a.service"]
 
 
+def test_check_mode_reports_a_disabled_unit_and_does_not_enable_it(host):
+    host.run(service("a"))
+    state = host.state
+    state["units"]["a.service"]["enabled"] = False
+    host.state = state
+    assert host.run(service("a"), check=True)["changed"]
+    assert host.calls() == []
+
+
 def test_only_the_owners_orphans_are_removed(host):
     target = {"name": "app.target", "content": "[Unit]\n", "shared": True}
     host.run(target, service("a"), service("gone"))
