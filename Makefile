@@ -78,17 +78,18 @@ test: lint test-unit $(APP_VENV)/.complete ## Everything
 test-fast: $(VENV)/.complete $(APP_VENV)/.complete ## What takes less than two minutes and needs no host
 	@$(SIDE_BY_SIDE) test-unit test-app-fast lint
 
-lint: $(VENV)/.complete $(APP_VENV)/.complete ## Lint roles, playbooks, Python and the workflow; check the application's types
+lint: $(VENV)/.complete $(APP_VENV)/.complete ## Lint roles, playbooks, Python and the workflow; check types
 	yamllint .
 	ansible-lint
 	ruff check .
 	ruff format --check .
+	mypy
 	cd app && ruff check . && ruff format --check .
 	cd app && DEBUG=true DATABASE_URL=postgresql:///types .venv/bin/mypy
 	check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
-test-unit: $(VENV)/.complete ## Modules, filters, templates and the repository itself
-	pytest
+test-unit: $(VENV)/.complete ## Modules, filters, templates and the repository itself; coverage of plugins/
+	pytest --cov=plugins --cov-report=term
 
 test-app-fast: $(APP_VENV)/.complete ## The application's tests that need no broker and no browser
 	cd app && .venv/bin/pytest -m "not browser and not broker"

@@ -10,6 +10,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from testbed import build, machine
 from testbed.inventory import CLONE, MAIL, Host
@@ -43,7 +44,7 @@ def containers() -> list[Container]:
     return [_container(entry) for entry in json.loads(done.stdout or "[]")]
 
 
-def _container(entry: dict) -> Container:
+def _container(entry: dict[str, Any]) -> Container:
     labels = entry["Labels"]
     published = {}
     for port in entry.get("Ports") or []:

@@ -13,7 +13,7 @@ from testbed.machine import TestbedError
 COLUMNS = ("url", "user", "password")
 
 
-def read(directory: Path) -> dict:
+def read(directory: Path) -> dict[str, dict[str, str]]:
     """The inventory's `testbed_info`, templated: names of services, in the inventory's order, to mappings of texts."""
     ansible = Path(sys.executable).parent / "ansible"
     show = ("--module-name", "ansible.builtin.debug", "--args", "var=testbed_info")
@@ -31,7 +31,7 @@ def read(directory: Path) -> dict:
     return {service["name"]: {key: value for key, value in service.items() if key != "name"} for service in info}
 
 
-def table(info: dict) -> str:
+def table(info: dict[str, dict[str, str]]) -> str:
     """The services as a table for people; what has no column of its own follows in a line below it."""
     rows = [("", *(column.upper() for column in COLUMNS))]
     rows += [(service.get("title", name), *(service.get(column, "") for column in COLUMNS)) for name, service in info.items()]

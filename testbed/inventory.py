@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from testbed.machine import TestbedError
 
@@ -88,7 +89,7 @@ def read(directory: Path) -> Inventory:
     return parse(directory, json.loads(done.stdout))
 
 
-def parse(directory: Path, listing: dict) -> Inventory:
+def parse(directory: Path, listing: dict[str, Any]) -> Inventory:
     """Turn the output of `ansible-inventory --list` into an Inventory.
 
     A mail catcher becomes one more host, of platform "mail". Raises TestbedError, naming the
@@ -134,7 +135,7 @@ def platforms() -> list[str]:
     return sorted(name for name in found if name != MAIL)
 
 
-def _ports(host: str, variable: str, value: object) -> dict[int, int]:
+def _ports(host: str, variable: str, value: Any) -> dict[int, int]:
     """Check a port mapping, whose keys are text when they come through JSON."""
     try:
         ports = {int(inside): int(outside) for inside, outside in dict(value).items()}

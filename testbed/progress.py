@@ -41,7 +41,8 @@ def run_long(who: str, what: str, command: Sequence[str], directory: Path | None
         stderr=subprocess.STDOUT,
         cwd=directory,
     ) as process:
-        reader = threading.Thread(target=lambda: lines.extend(line.rstrip() for line in process.stdout if line.strip()))
+        output = process.stdout or ()
+        reader = threading.Thread(target=lambda: lines.extend(line.rstrip() for line in output if line.strip()))
         reader.start()
         while process.poll() is None:
             reader.join(timeout=SILENCE)

@@ -191,7 +191,7 @@ def _answers(container: Container) -> bool:
     try:
         url = f"http://127.0.0.1:{container.published[MAIL_WEB_PORT]}/api/healthz"
         with urllib.request.urlopen(url, timeout=3) as reply:
-            return reply.status == 200
+            return bool(reply.status == 200)
     except (OSError, urllib.error.URLError):
         return False
 
@@ -287,7 +287,9 @@ def restart(directory: Path, host: str) -> None:
 def down(directory: Path | None) -> None:
     """Remove everything of one inventory, or of all inventories of this clone."""
     only = None if directory is None else stack_name(CLONE, directory)
-    stacks: dict[str, Path] = {} if only is None else {only: directory}
+    stacks: dict[str, Path] = {}
+    if directory is not None:
+        stacks[stack_name(CLONE, directory)] = directory
     for each in podmans.containers():
         if each.clone == CLONE and only in (None, each.stack):
             stacks[each.stack] = each.inventory

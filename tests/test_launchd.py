@@ -13,7 +13,9 @@ import time
 
 import pytest
 from ansible.module_utils.testing import patch_module_args
-from ansible_collections.django_celery.stack.plugins.modules import launchd_jobs as jobs
+from ansible_collections.django_celery.stack.plugins.module_utils import launchd as jobs
+from ansible_collections.django_celery.stack.plugins.module_utils.managed_files import ManagedFiles
+from ansible_collections.django_celery.stack.plugins.modules import launchd_jobs
 from helpers import ROOT, executable
 
 STAND_IN = ROOT / "testbed/images/macos/stand-in/rootfs/usr"
@@ -208,7 +210,7 @@ class Mac:
     def run(self, *listed, owner="app/web", check=False):
         arguments = {"owner": owner, "jobs": list(listed), "directory": str(self.agents), "_ansible_check_mode": check}
         with patch_module_args(arguments), pytest.raises(SystemExit):
-            jobs.main()
+            launchd_jobs.main()
         return json.loads(self.capsys.readouterr().out)
 
 
@@ -258,7 +260,7 @@ def test_a_changed_property_list_is_loaded_and_the_others_are_left_alone(mac):
     assert [diff["before_header"] for diff in result["diff"]] == [str(mac.agents / "b.plist")]
 
 
-def test_a_property_list_is_its_owners_alone_to_write_whatever_the_umask(mac):
+def test_only_the_owner_may_write_a_property_list_under_any_umask(mac):
     before = os.umask(0)
     try:
         assert not mac.run(mac.job("a")).get("failed")
@@ -267,7 +269,7 @@ def test_a_property_list_is_its_owners_alone_to_write_whatever_the_umask(mac):
         os.umask(before)
 
 
-def test_a_run_that_was_killed_before_the_load_is_made_good(mac):
+def test_the_next_run_completes_one_that_was_killed_before_the_load(mac):
     """It had booted out the job, and perhaps written the file."""
     mac.run(mac.job("a"))
     mac.call("bootout", f"{mac.domain}/a")
@@ -279,14 +281,14 @@ def test_a_run_that_was_killed_before_the_load_is_made_good(mac):
 def test_a_changed_job_is_booted_out_before_its_file_is_written(mac, monkeypatch):
     mac.run(mac.job("a"))
     seen = []
-    write = jobs.Jobs.write
-    monkeypatch.setattr(jobs.Jobs, "write", lambda self, *words: seen.append(mac.state("a")) or write(self, *words))
+    write = ManagedFiles.write
+    monkeypatch.setattr(ManagedFiles, "write", lambda self, *words: seen.append(mac.state("a")) or write(self, *words))
     mac.run(mac.job("a", ExitTimeOut=7))
     assert seen == [None]
 
 
 @pytest.mark.parametrize("code", [5, 37])
-def test_a_load_that_is_refused_for_a_moment_after_the_boot_out_is_tried_again(mac, code):
+def test_a_load_that_is_refused_just_after_the_boot_out_is_retried(mac, code):
     """For some five seconds, on macOS 26.5, by 5 or by 37: https://github.com/headroomlabs-ai/headroom/issues/1289"""
     mac.run(mac.job("a"))
     refusing = f"""
@@ -303,7 +305,7 @@ if sys.argv[1] == "bootstrap" and len(tries.read_text()) < 2:
     assert mac.state("a")["exit timeout"] == "7"
 
 
-def test_a_younger_file_of_restart_on_restarts(mac, tmp_path):
+def test_a_newer_file_of_restart_on_restarts(mac, tmp_path):
     release = tmp_path / "current"
     release.symlink_to("releases/1")
     listed = (mac.job("a", restart_on=[release]), mac.job("b", restart_on=[tmp_path / "missing"]))
@@ -326,7 +328,7 @@ def test_a_process_that_left_no_record_of_its_start_is_restarted(mac, tmp_path):
     assert mac.run(listed)["restarted"] == ["a"]
 
 
-def test_an_owners_orphans_go_and_the_others_stay(mac):
+def test_only_the_owners_orphans_are_removed(mac):
     mac.run(mac.job("a"), mac.job("gone"))
     mac.run(mac.job("theirs"), owner="app/celery")
     result = mac.run(mac.job("a"))
@@ -336,7 +338,7 @@ def test_an_owners_orphans_go_and_the_others_stay(mac):
     assert mac.pid("theirs")
 
 
-def test_check_mode_says_what_it_would_do_and_does_nothing(mac):
+def test_check_mode_reports_and_changes_nothing(mac):
     mac.run(mac.job("a"), mac.job("gone"))
     before = [mac.pid("a"), mac.pid("gone")]
     result = mac.run(mac.job("a", ExitTimeOut=7), mac.job("new"), check=True)
@@ -372,7 +374,7 @@ def test_a_job_that_is_loaded_and_not_running_is_started(mac):
     assert mac.pid("a")
 
 
-def test_a_job_that_runs_now_and_then_need_not_run(mac):
+def test_a_job_without_keepalive_need_not_run(mac):
     listed = mac.job("a", "true", KeepAlive=False, RunAtLoad=False, StartInterval=3600)
     assert mac.run(listed)["started"] == ["a"]
     assert mac.state("a")["runs"] == "0"
@@ -397,20 +399,20 @@ def test_a_job_has_its_time_to_stop(mac, tmp_path):
     assert mac.state("a") is None
 
 
-def test_a_property_list_that_is_none_is_refused_before_anything_is_touched(mac):
+def test_an_invalid_property_list_is_an_error_before_anything_changes(mac):
     mac.run(mac.job("a"))
     before = mac.pid("a")
-    for content, words in (("<plist><dict>", "is none"), (plist("other"), "has the label 'other'")):
+    for content, words in (("<plist><dict>", "is not a property list"), (plist("other"), "has the label 'other'")):
         result = mac.run({**mac.job("b"), "content": content})
         assert result["failed"]
         assert words in result["msg"]
     assert mac.pid("a") == before
 
 
-def test_what_plutil_refuses_is_not_loaded(mac):
+def test_a_property_list_that_plutil_rejects_is_not_loaded(mac):
     executable(mac.home / "bin/plutil", "import sys; sys.exit('<stdin>: Unexpected character' if '-lint' in sys.argv else 0)")
     result = mac.run(mac.job("a"))
-    assert "plutil refuses" in result["msg"]
+    assert "plutil rejects" in result["msg"]
     assert "Unexpected character" in result["msg"]
     assert list(mac.agents.iterdir()) == []
 
@@ -422,7 +424,7 @@ def test_owners_with_two_hyphens_stay_apart(mac):
     assert mac.run(owner="my--app/web")["removed"] == ["a"]
 
 
-def test_a_host_without_launchd_is_told_so(mac, monkeypatch, tmp_path):
+def test_a_host_without_launchd_is_an_error(mac, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
     assert "no launchctl" in mac.run(mac.job("a"))["msg"]
 
@@ -520,7 +522,7 @@ def test_what_the_stand_in_refuses(mac, tmp_path):
     assert said == {case: (code, words) for case, (code, words, _) in REFUSALS.items()}
 
 
-def test_a_property_list_without_a_program_is_none(mac):
+def test_the_stand_in_rejects_a_property_list_without_program_or_label(mac):
     """launchd.plist(5): Label is required, and ProgramArguments in the absence of Program, which no job of ours has."""
     for values in ({"Label": "empty"}, {"ProgramArguments": ["/bin/true"]}):
         assert mac.call("bootstrap", mac.domain, mac.write("empty", plistlib.dumps(values).decode())).returncode == 5

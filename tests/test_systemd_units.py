@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import time
-from types import SimpleNamespace
 
 import pytest
 from ansible.module_utils.testing import patch_module_args
-from ansible_collections.django_celery.stack.plugins.modules import systemd_units as units
+from ansible_collections.django_celery.stack.plugins.module_utils import systemd
+from ansible_collections.django_celery.stack.plugins.modules import systemd_units
 from helpers import executable
 
 # Answers as systemctl does in what the module relies on: a unit is known by its file, a start has a monotonic time, a unit whose
@@ -32,6 +32,9 @@ def path(name):
 if verb == "show":
     for name in names:
         known = os.path.exists(path(name)) or name in state["packages"]
+        if name in state["revived"] and unit(name)["active"] == "active":
+            # Dies and is up again before the next look.
+            unit(name)["restarts"] += 1
         if name in state["mortal"] and unit(name)["active"] == "active":
             # Dies between its start and the next look; systemd brings it back.
             unit(name).update(active="activating", restarts=1)
@@ -54,8 +57,16 @@ elif verb in ("enable", "disable"):
 elif verb == "stop":
     for name in names:
         unit(name).update(active="inactive", since=0)
+elif verb == "reset-failed":
+    for name in names:
+        unit(name)["restarts"] = 0
+    state["limited"] = [name for name in state["limited"] if name not in names]
 elif verb in ("start", "restart"):
     for name in names:
+        if name in state["limited"]:
+            with open(state_file, "w") as file:
+                json.dump(state, file)
+            sys.exit("Failed to start %s: start of the service was attempted too often" % name)
         fed = name.replace(".socket", ".service")
         if fed != name and verb == "restart" and unit(fed)["active"] == "active":
             sys.exit("Socket service %s already active, refusing." % fed)
@@ -63,7 +74,7 @@ elif verb in ("start", "restart"):
         if verb == "start" and unit(name)["active"] == "active":
             continue
         # A start while systemd waits to bring the unit back counts as a restart of its own.
-        restarts = int(verb == "start" and unit(name)["active"] == "activating")
+        restarts = unit(name)["restarts"] + int(verb == "start" and unit(name)["active"] == "activating")
         unit(name).update(active="active", since=int(time.clock_gettime(time.CLOCK_MONOTONIC) * 1e6), restarts=restarts)
 with open(state_file, "w") as file:
     json.dump(state, file)
@@ -78,7 +89,7 @@ class Host:
     def __init__(self, folder, capsys):
         self.directory, self.state_file, self.capsys = folder / "units", folder / "state.json", capsys
         self.directory.mkdir()
-        self.state = {"units": {}, "calls": [], "mortal": [], "packages": [], "reloaded": 0}
+        self.state = {"units": {}, "calls": [], "mortal": [], "revived": [], "limited": [], "packages": [], "reloaded": 0}
 
     @property
     def state(self):
@@ -96,7 +107,7 @@ class Host:
         self.state = {**self.state, "calls": []}
         arguments = {"owner": owner, "units": list(listed), "directory": str(self.directory), "_ansible_check_mode": check}
         with patch_module_args(arguments), pytest.raises(SystemExit):
-            units.main()
+            systemd_units.main()
         return json.loads(self.capsys.readouterr().out)
 
     def age(self, name, seconds):
@@ -127,43 +138,15 @@ def service(name, text="[Service]\n", **options):
 
 def test_show_is_read_unit_by_unit():
     text = "Id=a.service\nActiveState=active\nResult=a=b\n\nId=b.service\nActiveState=failed\n\nActiveState=x\n"
-    assert units.parse_show(text) == {
+    assert systemd.parse_show(text) == {
         "a.service": {"Id": "a.service", "ActiveState": "active", "Result": "a=b"},
         "b.service": {"Id": "b.service", "ActiveState": "failed"},
     }
 
 
 def test_a_packaged_unit_gets_a_drop_in():
-    assert units.target_path("/d", {"name": "a.service", "packaged": False}) == "/d/a.service"
-    assert units.target_path("/d", {"name": "a.service", "packaged": True}) == "/d/a.service.d/50-ansible.conf"
-
-
-def test_orphans_are_the_owners_unwanted_files(tmp_path):
-    (tmp_path / "b.service.d").mkdir()
-    files = {"wanted.service": "app", "gone.service": "app", "b.service.d/50-ansible.conf": "app", "others.service": "app/two"}
-    for name, owner in files.items():
-        (tmp_path / name).write_text(units.marker(owner) + "[Service]\n")
-    (tmp_path / "by-hand.service").write_text("[Service]\n")
-    (tmp_path / "dangling.service").symlink_to("/nowhere")
-    found = units.orphans(str(tmp_path), "app", {str(tmp_path / "wanted.service"): ""})
-    assert found == [str(tmp_path / "b.service.d/50-ansible.conf"), str(tmp_path / "gone.service")]
-
-
-def test_newest_looks_at_links_and_not_behind_them(tmp_path):
-    target, link = tmp_path / "target", tmp_path / "link"
-    target.write_text("")
-    link.symlink_to(target)
-    os.utime(target, (2000, 2000))
-    os.utime(link, (1000, 1000), follow_symlinks=False)
-    assert units.newest([str(link), str(tmp_path / "missing")]) == 1000
-    assert units.newest([]) == 0
-
-
-def test_a_packages_file_counts_from_when_it_was_put_in_its_place(monkeypatch):
-    """rpm gives it the time at which it was built, which may be years before."""
-    monkeypatch.setattr(units.os, "lstat", lambda path: SimpleNamespace(st_mtime=1000, st_ctime=2000))
-    assert units.newest(["/usr/bin/erl"]) == 2000
-    assert units.newest(["/etc/rabbitmq/rabbitmq.conf"]) == 1000
+    assert systemd.target_path("/d", {"name": "a.service", "packaged": False}) == "/d/a.service"
+    assert systemd.target_path("/d", {"name": "a.service", "packaged": True}) == "/d/a.service.d/50-ansible.conf"
 
 
 @pytest.mark.parametrize("stamp", ["ExecMainStartTimestampMonotonic", "ActiveEnterTimestampMonotonic"])
@@ -173,14 +156,14 @@ def test_a_unit_is_stale_when_a_file_is_younger_than_its_start(tmp_path, stamp):
     running = {stamp: str(int((time.clock_gettime(time.CLOCK_MONOTONIC) - 0.0) * 1e6))}
     for seconds, stale in ((-60, False), (60, True)):
         os.utime(file, (time.time() + seconds,) * 2)
-        assert units.is_stale(running, [str(file)]) is stale
-    assert units.is_stale({stamp: "0"}, [str(file)]) is False
+        assert systemd.is_stale(running, [str(file)]) is stale
+    assert systemd.is_stale({stamp: "0"}, [str(file)]) is False
 
 
 # The module
 
 
-def test_writes_enables_and_starts_and_then_changes_nothing(host):
+def test_units_are_written_enabled_and_started_and_then_left_alone(host):
     first = host.run(service("a"), service("b"))
     assert first["changed"]
     assert first["started"] == ["a.service", "b.service"]
@@ -192,7 +175,79 @@ def test_writes_enables_and_starts_and_then_changes_nothing(host):
     assert host.calls("daemon-reload", *ACTS) == []
 
 
-def test_other_content_restarts_that_unit_alone(host):
+def test_a_run_that_changes_nothing_calls_systemctl_once(host):
+    host.run(service("a"), service("b"))
+    for check in (False, True):
+        assert not host.run(service("a"), service("b"), check=check)["changed"]
+        assert host.state["calls"] == ["show a.service b.service"]
+
+
+def test_a_run_without_units_calls_nothing(host):
+    assert not host.run()["changed"]
+    assert host.state["calls"] == []
+
+
+def test_all_units_are_started_by_one_call(host):
+    host.run(service("a"), service("b"), service("c"))
+    assert host.calls("start") == ["start a.service b.service c.service"]
+
+
+def test_files_are_readable_under_any_umask(host):
+    before = os.umask(0o077)
+    try:
+        host.run(service("a"))
+        host.run(service("a", "[Service]\nNice=1\n"))
+        host.run({"name": "b.service", "content": "[Service]\n", "packaged": True}, service("a", "[Service]\nNice=1\n"))
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in host.directory.rglob("*")}
+    assert modes == {"a.service": 0o644, "b.service.d": 0o755, "50-ansible.conf": 0o644}
+
+
+def test_a_changed_target_is_written_and_restarts_nothing(host):
+    target = {"name": "app.target", "content": "[Unit]\n"}
+    host.run(target, service("a"))
+    host.age("a.service", 60)
+    host.age("app.target", 60)
+    changed = {**target, "content": "[Unit]\nDescription=The app\n"}
+    result = host.run(changed, service("a"))
+    assert (result["changed"], result["started"], result["restarted"]) == (True, [], [])
+    assert host.calls("daemon-reload", *ACTS) == ["daemon-reload"]
+    assert "Description" in (host.directory / "app.target").read_text()
+    assert not host.run(changed, service("a"))["changed"]
+
+
+def test_the_limit_of_starts_is_cleared_before_a_start(host):
+    host.run(service("a"))
+    state = host.state
+    state["units"]["a.service"].update(active="failed", restarts=5)
+    host.state = {**state, "limited": ["a.service"]}
+    result = host.run(service("a"))
+    assert not result.get("failed"), result
+    assert host.calls("reset-failed", "start") == ["reset-failed a.service", "start a.service"]
+
+
+def test_a_start_that_fails_gives_the_journal_of_the_units_that_are_down(host, tmp_path):
+    refusing = SYSTEMCTL.replace(
+        'if verb == "show":', 'if verb == "start":\n    sys.exit("Job for a.service failed.")\nif verb == "show":'
+    )
+    executable(tmp_path / "bin/systemctl", refusing)
+    result = host.run(service("a"))
+    assert result["failed"]
+    assert "Job for a.service failed." in result["msg"]
+    assert "The end of the journal of a.service:\nlast words of a.service" in result["msg"]
+    assert result["changed"]
+
+
+def test_a_unit_that_died_and_came_back_is_not_up(host):
+    host.state = {**host.state, "revived": ["a.service"]}
+    # The first look is before the start.
+    result = host.run(service("a", settle=0.2))
+    assert result["failed"]
+    assert "a.service was started and did not stay up: it is active" in result["msg"]
+
+
+def test_other_content_restarts_only_that_unit(host):
     host.run(service("a"), service("b"))
     result = host.run(service("a"), service("b", "[Service]\nNice=1\n"))
     assert result["restarted"] == ["b.service"]
@@ -202,7 +257,7 @@ def test_other_content_restarts_that_unit_alone(host):
     ]
 
 
-def test_a_run_that_was_killed_before_the_restart_is_made_good(host):
+def test_the_next_run_completes_one_that_was_killed_before_the_restart(host):
     host.run(service("a"))
     host.age("a.service", 60)
     # The killed run had written the file; nothing but its time tells.
@@ -213,7 +268,7 @@ def test_a_run_that_was_killed_before_the_restart_is_made_good(host):
     assert not host.run(service("a"))["changed"]
 
 
-def test_a_younger_file_of_restart_on_restarts(host, tmp_path):
+def test_a_newer_file_of_restart_on_restarts(host, tmp_path):
     release = tmp_path / "current"
     release.symlink_to("releases/1")
     host.run(service("a", restart_on=[str(release)]), service("b"))
@@ -232,7 +287,16 @@ def test_what_was_stopped_or_disabled_by_hand_is_repaired(host):
     assert host.calls() == ["enable a.service", "start a.service"]
 
 
-def test_an_owners_orphans_go_and_the_others_stay(host):
+def test_check_mode_reports_a_disabled_unit_and_does_not_enable_it(host):
+    host.run(service("a"))
+    state = host.state
+    state["units"]["a.service"]["enabled"] = False
+    host.state = state
+    assert host.run(service("a"), check=True)["changed"]
+    assert host.calls() == []
+
+
+def test_only_the_owners_orphans_are_removed(host):
     target = {"name": "app.target", "content": "[Unit]\n", "shared": True}
     host.run(target, service("a"), service("gone"))
     host.run(target, service("theirs"), owner="app/celery")
@@ -244,7 +308,7 @@ def test_an_owners_orphans_go_and_the_others_stay(host):
     assert (host.directory / "app.target").exists()
 
 
-def test_check_mode_says_what_it_would_do_and_does_nothing(host):
+def test_check_mode_reports_and_changes_nothing(host):
     host.run(service("a"), service("gone"))
     before = host.state["units"]
     result = host.run(service("a", "[Service]\nNice=1\n"), service("new"), check=True)
@@ -262,7 +326,7 @@ def test_check_mode_says_what_it_would_do_and_does_nothing(host):
     assert "Nice" not in (host.directory / "a.service").read_text()
 
 
-def test_check_mode_knows_of_a_package_that_is_not_there_yet(host):
+def test_check_mode_allows_for_a_package_that_is_not_installed_yet(host):
     packaged = {"name": "broker.service", "content": None, "packaged": True}
     assert host.run(packaged, check=True)["changed"]
     host.state = {**host.state, "packages": ["broker.service"]}
@@ -312,7 +376,7 @@ def test_a_socket_is_restarted_with_its_service(host):
     assert {name: unit["active"] for name, unit in host.state["units"].items()} == {"a.socket": "active", "a.service": "active"}
 
 
-def test_a_host_without_systemd_is_told_so(host, monkeypatch, tmp_path):
+def test_a_host_without_systemd_is_an_error(host, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
     result = host.run(service("a"))
     assert result["failed"]

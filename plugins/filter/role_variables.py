@@ -8,11 +8,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from jinja2 import pass_context
 
-TYPES = {
+TYPES: dict[str, tuple[Any, str]] = {
     "bool": (bool, "true or false"),
     "dict": (Mapping, "a mapping"),
     "float": ((int, float), "a number"),

@@ -68,9 +68,9 @@ def own(host):
 
 @pytest.fixture
 def role(tmp_path, own, api, variables):
-    """Runs the role's objects with what the scenario has and more; gives the module's answer. Ends as the scenario was."""
+    """Imports the role's definitions with what the scenario has and more; gives the module's answer. Ends as the scenario was."""
     task = {
-        "include_role": {"name": "rabbitmq", "tasks_from": "objects"},
+        "include_role": {"name": "rabbitmq", "tasks_from": "definitions"},
         "vars": {"__rabbitmq_bare": False, "__rabbitmq_conf_dir": "/etc/rabbitmq"},
     }
     play = {"hosts": "broker", "become": True, "gather_facts": False, "tasks": [task]}
@@ -197,7 +197,7 @@ def test_a_queue_that_is_there_in_another_form_is_an_error(role, api, published,
     result = role(rabbitmq_vhosts=[LIMITED], rabbitmq_users=[CLERK], rabbitmq_queues=[{"name": "order", "vhost": "shop/eu"}])
     assert result["failed"]
     assert "queue order in shop/eu" in result["msg"]
-    assert ("can't be made" if durable else "transient or exclusive") in result["msg"]
+    assert ("can't be changed" if durable else "transient or exclusive") in result["msg"]
     connection.close()
     if durable:
         api("queues/shop%2Feu/order", "DELETE")

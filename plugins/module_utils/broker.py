@@ -1,0 +1,154 @@
+"""A RabbitMQ broker that is given the objects of the role's variables: read, compared, imported and read again."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any, Callable, Optional
+
+from ansible_collections.django_celery.stack.plugins.module_utils.definitions import (
+    Difference,
+    Object,
+    Purge,
+    api_path,
+    compare,
+)
+from ansible_collections.django_celery.stack.plugins.module_utils.errors import Failure
+from ansible_collections.django_celery.stack.plugins.module_utils.management_api import ManagementApi, Unauthorized
+from ansible_collections.django_celery.stack.plugins.module_utils.masking import masked, uri_passwords
+
+# Exchanges that RabbitMQ creates in each virtual host.
+BUILT_IN = re.compile(r"$|amq\.")
+
+# Seconds that an import may take to be visible on this node, and that rabbitmqctl may take.
+VISIBLE = 5
+RABBITMQCTL = 120
+
+
+def contents(queues: Iterable[Object], exchanges: Iterable[Object], connections: Iterable[Object]) -> list[str]:
+    """Return what a deleted virtual host would take with it, such as `2 queues`; nothing where it is empty."""
+    queues = list(queues)
+    # A queue that is down has no count of messages.
+    messages = sum(queue.get("messages") or 0 for queue in queues)
+    declared = [exchange for exchange in exchanges if not BUILT_IN.match(exchange["name"])]
+    parts = {"queues": len(queues), "messages": messages, "exchanges": len(declared), "connections": len(list(connections))}
+    return [f"{count} {what}" for what, count in parts.items() if count]
+
+
+class Broker:
+    """One node of a broker and the variables that list what it is to have.
+
+    `add_secrets` is called with passwords that Ansible must not print.
+    """
+
+    def __init__(self, variables: Mapping[str, Any], check: bool, add_secrets: Callable[[set[str]], None]) -> None:
+        self.variables = variables
+        self.check = check
+        self.add_secrets = add_secrets
+        self.administrator = variables["administrator"]
+        # Check mode starts no broker, so it does not wait for one either.
+        timeout = 0 if check else variables["timeout"]
+        self.api = ManagementApi(variables["url"], self.administrator, variables["password"], timeout)
+
+    def update(self) -> dict[str, Any]:
+        """Bring the broker to what the variables list, or in check mode tell what would change. Returns the module's result.
+
+        Raises NoAnswer where no API answers, and Failure.
+        """
+        before: Object = {}
+        after: Object = {}
+        try:
+            actual = self.api.get("definitions")
+        except Unauthorized:
+            name = f"user {self.administrator}"
+            before[name], after[name] = {"password": "another"}, {"password": "as wanted"}
+            if self.check:
+                return {"changed": True, "removed": [], "kept": [], "diff": {"before": before, "after": after}}
+            self.set_administrator()
+            actual = self.read_as_new_administrator()
+        self.add_secrets(uri_passwords([actual.get("parameters"), actual.get("global_parameters")]))
+        flags = self.disabled_feature_flags()
+        purge, kept = self.purge(actual) if self.variables["purge"] else (None, [])
+        found = compare(actual, self.variables, purge)
+        if found.conflicts:
+            raise Failure(
+                f"{'; '.join(found.conflicts)}. "
+                "Delete it once it is empty, list it with the values that it has, or use another name."
+            )
+        before.update(found.before)
+        after.update(found.after)
+        for flag in flags:
+            before[f"feature flag {flag}"], after[f"feature flag {flag}"] = "disabled", "enabled"
+        if not self.check:
+            for flag in flags:
+                self.api.put(api_path("feature-flags", flag, "enable"), {})
+            if found:
+                self.apply(found)
+                self.verify(purge)
+        removed = [name for name, value in after.items() if value is None]
+        return {"changed": bool(after), "removed": removed, "kept": kept, "diff": {"before": before, "after": after}}
+
+    def set_administrator(self) -> None:
+        """Import the administrator from the bootstrap definitions. rabbitmqctl is authenticated by the Erlang cookie."""
+        command = ["rabbitmqctl", "--quiet", "import_definitions", self.variables["definitions"]]
+        try:
+            done = subprocess.run(
+                command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=RABBITMQCTL, check=False
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise Failure(f"rabbitmqctl can't set the administrator: {error}") from None
+        if done.returncode:
+            raise Failure(masked(f"rabbitmqctl can't set the administrator: {done.stderr.strip() or done.stdout.strip()}"))
+
+    def read_as_new_administrator(self) -> Object:
+        try:
+            definitions: Object = self.api.get("definitions")
+        except Unauthorized:
+            raise Failure(f"RabbitMQ rejects {self.administrator} even after its password was set.") from None
+        return definitions
+
+    def disabled_feature_flags(self) -> list[str]:
+        """Return the stable feature flags that are not enabled, by name. One that a node does not know is `unavailable`."""
+        flags = self.api.get("feature-flags")
+        return sorted(flag["name"] for flag in flags if flag["state"] == "disabled" and flag["stability"] in ("stable", "required"))
+
+    def purge(self, actual: Object) -> tuple[Purge, list[str]]:
+        """Return what may be deleted, and a sentence for each virtual host that is not listed and is kept.
+
+        A virtual host is deleted if it is empty or named by `purge_vhosts`.
+        """
+        listed, named = {vhost["name"] for vhost in self.variables["vhosts"]}, set(self.variables["purge_vhosts"])
+        unlisted = {vhost["name"] for vhost in actual["vhosts"]} - listed
+        held = {vhost: self.contents(vhost) for vhost in sorted(unlisted - named)}
+        kept = [f"vhost {vhost} is not listed and stays: it has {', '.join(parts)}." for vhost, parts in held.items() if parts]
+        return Purge(self.administrator, {vhost for vhost in unlisted if not held.get(vhost)}), kept
+
+    def contents(self, vhost: str) -> list[str]:
+        return contents(
+            self.api.get(f"{api_path('queues', vhost)}?disable_stats=true&enable_queue_totals=true"),
+            self.api.get(api_path("exchanges", vhost)),
+            self.api.get(api_path("vhosts", vhost, "connections")),
+        )
+
+    def apply(self, difference: Difference) -> None:
+        """Import, then delete: an object exists before the one that it replaces is deleted."""
+        if difference.to_import:
+            self.api.post("definitions", difference.to_import)
+        for path in difference.to_delete:
+            self.api.delete(path)
+
+    def verify(self, purge: Optional[Purge]) -> None:
+        """Read the definitions until nothing differs. An import ignores what it can't create, and other nodes may be slower."""
+        until = time.monotonic() + VISIBLE
+        while True:
+            left = compare(self.api.get("definitions"), self.variables, purge)
+            if not left:
+                return
+            if time.monotonic() > until:
+                raise Failure(
+                    f"RabbitMQ accepted the definitions, but these objects still differ: {', '.join(left.after)}. "
+                    "A transient or exclusive queue or exchange of that name may exist."
+                )
+            time.sleep(0.5)

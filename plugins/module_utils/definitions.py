@@ -1,0 +1,384 @@
+"""The difference between the definitions of a RabbitMQ broker and the objects that the role's variables list.
+
+Nothing here asks the broker: `compare` takes the definitions that it exported and returns what to import and what to delete.
+KINDS is the one table of what each kind of object consists of.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Callable, Optional
+from urllib.parse import quote
+
+from ansible_collections.django_celery.stack.plugins.module_utils.masking import masked
+from ansible_collections.django_celery.stack.plugins.module_utils.password_hash import (
+    NEW_HASHES,
+    password_hash,
+    password_matches,
+)
+
+# An object as the variables or the definitions have it, or a part of one: names of fields and their values.
+Object = dict[str, Any]
+
+# RabbitMQ creates this user with a known password. It is deleted in any case.
+GUEST = "guest"
+
+# In place of a default: the variables have to give the field.
+REQUIRED: Any = object()
+
+
+def api_path(*parts: str) -> str:
+    """Return a path below /api of the management API. Names may hold slashes and spaces."""
+    return "/".join(quote(part, safe="") for part in parts)
+
+
+def pick(entry: Object, fields: Mapping[str, Any]) -> Object:
+    """Return the fields of an entry, each with its default where the entry has none. A required one has to be there."""
+    return {name: entry[name] if default is REQUIRED else entry.get(name) or default for name, default in fields.items()}
+
+
+def as_text(key: Object) -> dict[str, str]:
+    """Return a key as texts, so that keys with mappings in them can be looked up and printed."""
+    return {name: value if isinstance(value, str) else json.dumps(value, sort_keys=True) for name, value in key.items()}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What objects of a kind consist of, how they are compared, and how they are deleted."""
+
+    # What people call an object: a format of its keys.
+    title: str
+    # The list of the definitions that has the objects.
+    section: str
+    # The fields that identify an object, with their defaults.
+    keys: Mapping[str, Any]
+    # The fields that are compared, with their defaults.
+    values: Mapping[str, Any]
+    # Returns the objects that the variables list.
+    listed: Callable[[Mapping[str, Any]], Iterable[Object]]
+    # Keys that are the same for all objects of the kind; the section may hold other kinds too.
+    constant: Mapping[str, str] = field(default_factory=dict)
+    # Returns the values of an object of the broker. It is given the wanted values too, whose password it has to recognise.
+    read: Callable[[Object, Object], Object] = lambda actual, wanted: {name: actual.get(name) for name in wanted}
+    # The values that an object which does not exist has; None: it has to be created.
+    absent: Optional[Object] = None
+    # Returns what to import beside the key: from the wanted values and the object of the broker, if it has one.
+    to_import: Callable[[Object, Optional[Object]], Object] = lambda wanted, actual: wanted
+    # Returns the values as they may be printed.
+    shown: Callable[[Object], Any] = lambda values: values
+    # Returns paths of the API to delete after the import, which does not take these parts of an object back.
+    left_over: Callable[[Object, Object, Object], list[str]] = lambda key, wanted, actual: []
+    # The path of the API that deletes an object: formats of its keys. Without it a purge keeps the objects.
+    path: tuple[str, ...] = ()
+    # What the diff says of an object that a purge deletes; None: its values.
+    purged: Optional[str] = None
+    # Whether an import changes an object that exists. If not, RabbitMQ answers 204 all the same.
+    changeable: bool = True
+
+    def key(self, entry: Object) -> Object:
+        return pick(entry, self.keys)
+
+    def name(self, key: Object) -> str:
+        return self.title.format(**as_text(key))
+
+    def index(self, entries: Iterable[Object]) -> dict[tuple[str, ...], Object]:
+        """Return those of a section's entries that are of this kind, by their keys."""
+        return {
+            tuple(as_text(self.key(entry)).values()): entry
+            for entry in entries
+            if all(entry[name] == value for name, value in self.constant.items())
+        }
+
+    def wanted(self, variables: Mapping[str, Any]) -> dict[tuple[str, ...], Object]:
+        """Return the objects that the variables list, by their keys."""
+        return self.index({**entry, **self.constant} for entry in self.listed(variables))
+
+
+def lists(name: str) -> Callable[[Mapping[str, Any]], Iterable[Object]]:
+    """Return a reader of one list of the variables, which may be missing."""
+    return lambda variables: variables.get(name) or []
+
+
+def permissions(name: str) -> Callable[[Mapping[str, Any]], Iterable[Object]]:
+    """Return a reader of one list of each user, whose entries do not name the user."""
+    return lambda variables: [
+        {**entry, "user": user["name"]} for user in variables.get("users") or [] for entry in user.get(name) or []
+    ]
+
+
+def users(variables: Mapping[str, Any]) -> list[Object]:
+    return [{**user, "tags": sorted(user.get("tags") or [])} for user in variables.get("users") or []]
+
+
+def vhost_limits(variables: Mapping[str, Any]) -> list[Object]:
+    return [{"vhost": vhost["name"], "value": vhost.get("limits")} for vhost in variables.get("vhosts") or []]
+
+
+def policies(variables: Mapping[str, Any]) -> list[Object]:
+    return [{**policy, "apply-to": policy.get("apply_to")} for policy in variables.get("policies") or []]
+
+
+def operator_policies(variables: Mapping[str, Any]) -> list[Object]:
+    return [
+        {"vhost": policy["vhost"], "name": policy["name"], "value": pick({**policy, "apply-to": policy.get("apply_to")}, POLICY)}
+        for policy in variables.get("operator_policies") or []
+    ]
+
+
+def queues(variables: Mapping[str, Any]) -> list[Object]:
+    return [
+        {**queue, "arguments": {**(queue.get("arguments") or {}), "x-queue-type": queue.get("type") or "quorum"}}
+        for queue in variables.get("queues") or []
+    ]
+
+
+def read_vhost(actual: Object, wanted: Object) -> Object:
+    """Older brokers have the fields beside the metadata, newer ones within."""
+    metadata = actual.get("metadata") or {}
+    return {name: actual.get(name) or metadata.get(name) or "" for name in wanted}
+
+
+def import_vhost(wanted: Object, actual: Optional[Object]) -> Object:
+    """The import replaces the metadata. What the variables do not set is kept."""
+    actual = actual or {}
+    return {**actual, **wanted, "metadata": {**(actual.get("metadata") or {}), **wanted}}
+
+
+def user_tags(user: Object) -> list[str]:
+    """Return the tags of a user of the broker, sorted. Older brokers write them as one text with commas."""
+    tags = user.get("tags") or []
+    return sorted(tags.split(",")) if isinstance(tags, str) else sorted(tags)
+
+
+def read_user(actual: Object, wanted: Object) -> Object:
+    """The broker has a hash of the password: it is either the wanted one or unknown."""
+    password = wanted["password"] if password_matches(wanted["password"], actual) else None
+    return {"tags": user_tags(actual), "limits": actual.get("limits") or {}, "password": password}
+
+
+def import_user(wanted: Object, actual: Optional[Object]) -> Object:
+    """A hash that matches stays, so that a change of the tags does not change the password."""
+    if actual is not None and password_matches(wanted["password"], actual):
+        hashed = {name: actual[name] for name in ("password_hash", "hashing_algorithm")}
+    else:
+        hashed = {"password_hash": password_hash(wanted["password"]), "hashing_algorithm": NEW_HASHES}
+    return {"tags": wanted["tags"], "limits": wanted["limits"], **hashed}
+
+
+def left_over_limits(key: Object, wanted: Object, actual: Object) -> list[str]:
+    """An import adds limits to those of a user."""
+    return [api_path("user-limits", key["name"], limit) for limit in actual["limits"] if limit not in wanted["limits"]]
+
+
+POLICY = {"pattern": REQUIRED, "apply-to": "all", "priority": 0, "definition": REQUIRED}
+
+KINDS = {
+    "vhosts": Kind(
+        title="vhost {name}",
+        section="vhosts",
+        keys={"name": REQUIRED},
+        values={"description": "", "default_queue_type": "quorum"},
+        listed=lists("vhosts"),
+        read=read_vhost,
+        to_import=import_vhost,
+        path=("vhosts", "{name}"),
+        purged="with all that is in it",
+    ),
+    "vhost_limits": Kind(
+        title="limits of vhost {vhost}",
+        section="parameters",
+        constant={"component": "vhost-limits", "name": "limits"},
+        keys={"component": REQUIRED, "vhost": REQUIRED, "name": REQUIRED},
+        values={"value": {}},
+        listed=vhost_limits,
+        # The broker exports limits that were cleared as an empty list.
+        read=lambda actual, wanted: {"value": actual["value"] or {}},
+        absent={"value": {}},
+    ),
+    "users": Kind(
+        title="user {name}",
+        section="users",
+        keys={"name": REQUIRED},
+        values={"tags": [], "limits": {}, "password": REQUIRED},
+        listed=users,
+        read=read_user,
+        to_import=import_user,
+        shown=lambda values: {**values, "password": "another" if values["password"] is None else "as wanted"},
+        left_over=left_over_limits,
+        path=("users", "{name}"),
+        purged="not listed",
+    ),
+    "permissions": Kind(
+        title="permissions of {user} in {vhost}",
+        section="permissions",
+        keys={"user": REQUIRED, "vhost": REQUIRED},
+        values={"configure": "", "write": "", "read": ""},
+        listed=permissions("permissions"),
+        path=("permissions", "{vhost}", "{user}"),
+    ),
+    "topic_permissions": Kind(
+        title="topic permissions of {user} on {exchange} in {vhost}",
+        section="topic_permissions",
+        keys={"user": REQUIRED, "vhost": REQUIRED, "exchange": REQUIRED},
+        values={"write": "", "read": ""},
+        listed=permissions("topic_permissions"),
+        path=("topic-permissions", "{vhost}", "{user}", "{exchange}"),
+    ),
+    "policies": Kind(
+        title="policy {name} in {vhost}",
+        section="policies",
+        keys={"vhost": REQUIRED, "name": REQUIRED},
+        values=POLICY,
+        listed=policies,
+        path=("policies", "{vhost}", "{name}"),
+    ),
+    "operator_policies": Kind(
+        title="operator policy {name} in {vhost}",
+        section="parameters",
+        constant={"component": "operator_policy"},
+        keys={"component": REQUIRED, "vhost": REQUIRED, "name": REQUIRED},
+        values={"value": REQUIRED},
+        listed=operator_policies,
+        read=lambda actual, wanted: {"value": {name: actual["value"].get(name) for name in POLICY}},
+        path=("operator-policies", "{vhost}", "{name}"),
+    ),
+    "parameters": Kind(
+        title="{component} {name} in {vhost}",
+        section="parameters",
+        keys={"component": REQUIRED, "vhost": REQUIRED, "name": REQUIRED},
+        values={"value": REQUIRED},
+        listed=lists("parameters"),
+    ),
+    "global_parameters": Kind(
+        title="global parameter {name}",
+        section="global_parameters",
+        keys={"name": REQUIRED},
+        values={"value": REQUIRED},
+        listed=lists("global_parameters"),
+    ),
+    "exchanges": Kind(
+        title="exchange {name} in {vhost}",
+        section="exchanges",
+        keys={"vhost": REQUIRED, "name": REQUIRED},
+        values={"type": "topic", "durable": True, "auto_delete": False, "internal": False, "arguments": {}},
+        listed=lists("exchanges"),
+        changeable=False,
+    ),
+    "queues": Kind(
+        title="queue {name} in {vhost}",
+        section="queues",
+        keys={"vhost": REQUIRED, "name": REQUIRED},
+        values={"durable": True, "auto_delete": False, "arguments": {}},
+        listed=queues,
+        # A queue without the argument is a classic one.
+        read=lambda actual, wanted: {
+            "durable": actual.get("durable"),
+            "auto_delete": actual.get("auto_delete"),
+            "arguments": {"x-queue-type": "classic", **(actual.get("arguments") or {})},
+        },
+        changeable=False,
+    ),
+    "bindings": Kind(
+        title="binding of {destination_type} {destination} to {source} in {vhost} by {routing_key!r} {arguments}",
+        section="bindings",
+        keys={
+            "vhost": REQUIRED,
+            "source": REQUIRED,
+            "destination_type": "queue",
+            "destination": REQUIRED,
+            "routing_key": "",
+            "arguments": {},
+        },
+        # All of it is the key: another routing key is another binding.
+        values={},
+        listed=lists("bindings"),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Purge:
+    """What a purge may delete: everything that is not listed but this administrator, and of the virtual hosts only these."""
+
+    administrator: str
+    vhosts: Collection[str] = ()
+
+    def spares(self, kind: str, key: Object, listed_users: Collection[str]) -> bool:
+        if kind == "vhosts":
+            return key["name"] not in self.vhosts
+        if kind == "users":
+            return key["name"] in (self.administrator, GUEST)
+        # The permissions of a user, and everything in a virtual host, are deleted with it.
+        return key["vhost"] in self.vhosts or ("user" in key and key["user"] not in listed_users)
+
+
+@dataclass
+class Difference:
+    """What to do to the broker. It is false where there is nothing to do.
+
+    to_import: definitions, a list of objects per section.
+    to_delete: paths below /api, to delete after the import.
+    before, after: titles of objects, each with readable values without passwords; None for an object that does not exist.
+    conflicts: a sentence for each object that exists with other values and cannot be changed.
+    """
+
+    to_import: dict[str, list[Object]] = field(default_factory=dict)
+    to_delete: list[str] = field(default_factory=list)
+    before: Object = field(default_factory=dict)
+    after: Object = field(default_factory=dict)
+    conflicts: list[str] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.after)
+
+    def note(self, name: str, before: Any, after: Any) -> None:
+        self.before[name], self.after[name] = masked(before), masked(after)
+
+    def update(self, kind: Kind, wanted: Object, actual: Optional[Object]) -> None:
+        """Add what makes the broker's object, if it has one, equal to the wanted one."""
+        key, values = kind.key(wanted), pick(wanted, kind.values)
+        existing = kind.absent if actual is None else kind.read(actual, values)
+        if existing == values:
+            return
+        name = kind.name(key)
+        if actual is not None and existing is not None and not kind.changeable:
+            different = [field for field in values if existing[field] != values[field]]
+            self.conflicts.append(
+                f"{name} exists with {json.dumps({field: existing[field] for field in different})} "
+                f"and can't be changed to {json.dumps({field: values[field] for field in different})}"
+            )
+            return
+        self.to_import.setdefault(kind.section, []).append({**key, **kind.to_import(values, actual)})
+        self.note(name, None if existing is None else kind.shown(existing), kind.shown(values))
+        if existing is not None:
+            self.to_delete += kind.left_over(key, values, existing)
+
+    def delete(self, kind: Kind, key: Object, before: Any) -> None:
+        self.to_delete.append(api_path(*(part.format(**as_text(key)) for part in kind.path)))
+        self.note(kind.name(key), before, None)
+
+
+def compare(actual: Mapping[str, Any], variables: Mapping[str, Any], purge: Optional[Purge] = None) -> Difference:
+    """Return the difference between exported definitions and the lists of the variables, such as `vhosts` and `users`.
+
+    An object that is not listed is left alone, unless `purge` says otherwise.
+    """
+    found = Difference()
+    existing = {name: kind.index(actual.get(kind.section) or []) for name, kind in KINDS.items()}
+    wanted = {name: kind.wanted(variables) for name, kind in KINDS.items()}
+    for name, kind in KINDS.items():
+        for key, entry in wanted[name].items():
+            found.update(kind, entry, existing[name].get(key))
+    guest = existing["users"].get((GUEST,))
+    if guest is not None:
+        found.delete(KINDS["users"], {"name": GUEST}, {"tags": user_tags(guest)})
+    if purge is None:
+        return found
+    listed_users = {entry["name"] for entry in wanted["users"].values()}
+    for name, kind in KINDS.items():
+        for key, entry in sorted(existing[name].items(), key=lambda item: item[0]):
+            if kind.path and key not in wanted[name] and not purge.spares(name, kind.key(entry), listed_users):
+                found.delete(kind, kind.key(entry), kind.purged or pick(entry, kind.values))
+    return found

@@ -1,0 +1,105 @@
+"""Files that belong to an owner: they carry its marker, so that the next run finds those that are no longer listed."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import Any, Optional
+
+from ansible.module_utils.basic import AnsibleModule
+
+FILE_MODE = 0o644
+DIRECTORY_MODE = 0o755
+
+
+def read(path: str) -> Optional[str]:
+    """Return a file's text, or None where there is no file. Bytes that are no UTF-8, of others' files, are replaced."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read()
+    except FileNotFoundError:
+        return None
+
+
+def newest(paths: Iterable[str], packages: tuple[str, ...] = ()) -> float:
+    """Return the latest modification time of the paths that exist, in seconds since the epoch; 0.0 where none does.
+
+    Links are not followed. Below the folders `packages` the time counts at which a file was put in its place, since rpm sets the
+    modification time to that of the build.
+    """
+    times = [0.0]
+    for path in paths:
+        try:
+            status = os.lstat(path)
+        except FileNotFoundError:
+            continue
+        times.append(status.st_ctime if path.startswith(packages) else status.st_mtime)
+    return max(times)
+
+
+@dataclass(frozen=True)
+class FirstLineMarker:
+    """A comment in the first line, for formats in which `#` begins one."""
+
+    owner: str
+
+    def __str__(self) -> str:
+        return f"# Managed by Ansible for {self.owner}\n"
+
+    def put(self, text: str) -> str:
+        return f"{self}{text}"
+
+    def is_in(self, text: str) -> bool:
+        return text.startswith(str(self))
+
+
+@dataclass(frozen=True)
+class PropertyListMarker:
+    """A comment before the element `plist`. XML allows nothing before its declaration, and no two hyphens in a comment."""
+
+    owner: str
+
+    def __str__(self) -> str:
+        return f"<!-- Managed by Ansible for {self.owner.replace('--', '- -')} -->\n"
+
+    def put(self, text: str) -> str:
+        return text.replace("<plist", f"{self}<plist", 1)
+
+    def is_in(self, text: str) -> bool:
+        return str(self) in text
+
+
+def orphans(paths: Iterable[str], marker: Any, wanted: Collection[str]) -> list[str]:
+    """Return those of the paths, sorted, that are files with the marker and are not wanted."""
+    return sorted(path for path in paths if path not in wanted and os.path.isfile(path) and marker.is_in(read(path) or ""))
+
+
+class ManagedFiles:
+    """Writes and deletes files, and keeps what changed: entries for Ansible's diff."""
+
+    def __init__(self, module: AnsibleModule) -> None:
+        self.module = module
+        self.diff: list[dict[str, str]] = []
+
+    def note(self, path: str, text: Optional[str]) -> bool:
+        """Add a diff entry if the file's text is not this one, None being no file. Tell whether it is not."""
+        before = read(path)
+        if before == text:
+            return False
+        self.diff.append({"before_header": path, "after_header": path, "before": before or "", "after": text or ""})
+        return True
+
+    def write(self, path: str, text: str) -> None:
+        """Replace a file at once by one with this text and FILE_MODE, whatever the umask. Creates its folder."""
+        directory = os.path.dirname(path)
+        if not os.path.isdir(directory):
+            os.makedirs(directory)
+            os.chmod(directory, DIRECTORY_MODE)
+        handle, temporary = tempfile.mkstemp(dir=directory, prefix=".ansible-")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        self.module.atomic_move(temporary, path)
+        # The move gives the file the mode of the one that it replaces, or one by the umask.
+        os.chmod(path, FILE_MODE)

@@ -1,0 +1,82 @@
+"""A client of RabbitMQ's management API: waits for a broker that starts, and names its errors without passwords."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+from urllib.error import HTTPError, URLError
+
+from ansible.module_utils.urls import open_url
+from ansible_collections.django_celery.stack.plugins.module_utils.errors import Failure
+from ansible_collections.django_celery.stack.plugins.module_utils.masking import masked
+
+# Seconds that one request may take, and between two attempts to reach the API.
+REQUEST = 60
+RETRY = 0.5
+
+
+class NoAnswer(Failure):
+    """The API did not answer in time."""
+
+
+class Unauthorized(Failure):
+    """The API rejects the user or the password."""
+
+
+class ManagementApi:
+    """The API of one node at `url`, asked as one user. Requests are repeated for `timeout` seconds until the node answers."""
+
+    def __init__(self, url: str, user: str, password: str, timeout: float) -> None:
+        self.url = url
+        self.user = user
+        self.password = password
+        self.until = time.monotonic() + timeout
+
+    def get(self, path: str) -> Any:
+        return self.request("GET", path)
+
+    def post(self, path: str, data: Any) -> None:
+        self.request("POST", path, data)
+
+    def put(self, path: str, data: Any) -> None:
+        self.request("PUT", path, data)
+
+    def delete(self, path: str) -> None:
+        """Delete what a path stands for. It may be gone: deleted by hand, or by a run that was interrupted."""
+        self.request("DELETE", path)
+
+    def request(self, method: str, path: str, data: Any = None) -> Any:
+        """Return the answer's JSON, None where it is empty. `path` is below /api; `data` is sent as JSON.
+
+        Raises NoAnswer, Unauthorized, or Failure with the API's reason, in which passwords of URIs are masked.
+        """
+        while True:
+            try:
+                with open_url(
+                    f"{self.url}/api/{path}",
+                    method=method,
+                    data=None if data is None else json.dumps(data),
+                    headers={"Content-Type": "application/json"},
+                    url_username=self.user,
+                    url_password=self.password,
+                    force_basic_auth=True,
+                    # A proxy of the host's environment would be sent the password.
+                    use_proxy=False,
+                    timeout=REQUEST,
+                ) as response:
+                    text = response.read()
+                    return json.loads(text) if text.strip() else None
+            except HTTPError as error:
+                if error.code == 404 and method == "DELETE":
+                    return None
+                if error.code == 401:
+                    raise Unauthorized(f"The management API at {masked(self.url)} rejects {self.user}'s password.") from None
+                reason = error.read().decode(errors="replace").strip()
+                raise Failure(masked(f"The management API at {self.url} answered {error.code}: {reason}")) from None
+            except (URLError, OSError) as error:
+                if time.monotonic() > self.until:
+                    raise NoAnswer(masked(f"The management API at {self.url} does not answer: {error}.")) from None
+                time.sleep(RETRY)
+            except json.JSONDecodeError:
+                raise Failure(f"The management API at {masked(self.url)} did not answer {method} {path} with JSON.") from None

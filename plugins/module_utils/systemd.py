@@ -1,0 +1,228 @@
+"""The systemd units of one owner: written, enabled, and started or restarted together."""
+
+from __future__ import annotations
+
+import glob
+import os
+import subprocess
+import time
+from collections.abc import Iterable
+from typing import Any, Optional
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.django_celery.stack.plugins.module_utils.errors import Failure
+from ansible_collections.django_celery.stack.plugins.module_utils.managed_files import (
+    FirstLineMarker,
+    ManagedFiles,
+    newest,
+    orphans,
+)
+
+# A unit, as the module's option `units` has it, and the properties of one, as `systemctl show` names them.
+Unit = dict[str, Any]
+Properties = dict[str, str]
+
+PROPERTIES = (
+    "Id,ActiveState,SubState,Result,LoadState,UnitFileState,NeedDaemonReload,NRestarts,"
+    "ExecMainStartTimestampMonotonic,ActiveEnterTimestampMonotonic"
+)
+# What lies here comes from packages.
+PACKAGES = ("/usr/",)
+# The owner in the marker of a shared unit.
+SEVERAL = "several owners"
+
+
+def target_path(directory: str, unit: Unit) -> str:
+    """Return the file that carries a unit's text: the unit file, or a drop-in for a packaged unit."""
+    if unit["packaged"]:
+        return os.path.join(directory, unit["name"] + ".d", "50-ansible.conf")
+    return os.path.join(directory, unit["name"])
+
+
+def unit_files(directory: str) -> list[str]:
+    """Return the paths of a directory that may be unit files or drop-ins."""
+    return glob.glob(os.path.join(directory, "*")) + glob.glob(os.path.join(directory, "*.d", "*.conf"))
+
+
+def started_at(properties: Properties) -> Optional[float]:
+    """Return when the unit's process, or the unit itself, started: seconds since the epoch by the present clock, or None."""
+    for name in ("ExecMainStartTimestampMonotonic", "ActiveEnterTimestampMonotonic"):
+        stamp = properties.get(name) or "0"
+        if stamp != "0":
+            return time.time() - (time.clock_gettime(time.CLOCK_MONOTONIC) - int(stamp) / 1e6)
+    return None
+
+
+def is_stale(properties: Properties, paths: Iterable[str]) -> bool:
+    """Tell whether the unit started before one of the files changed."""
+    start = started_at(properties)
+    return start is not None and newest(paths, PACKAGES) > start
+
+
+def parse_show(text: str) -> dict[str, Properties]:
+    """Return the properties of each unit that `systemctl show` printed, by the unit's name."""
+    units = {}
+    for block in text.strip().split("\n\n"):
+        properties = dict(line.split("=", 1) for line in block.splitlines() if "=" in line)
+        if "Id" in properties:
+            units[properties["Id"]] = properties
+    return units
+
+
+class Units:
+    """The units of one owner on this host. `run` does everything; `result` is the module's result, also after a Failure."""
+
+    def __init__(self, module: AnsibleModule) -> None:
+        self.check = module.check_mode
+        self.units: list[Unit] = module.params["units"]
+        self.directory = module.params["directory"]
+        self.marker = FirstLineMarker(module.params["owner"])
+        self.files = ManagedFiles(module)
+        self.started: list[str] = []
+        self.restarted: list[str] = []
+        self.removed: list[str] = []
+        self.result: dict[str, Any] = {
+            "changed": False,
+            "started": self.started,
+            "restarted": self.restarted,
+            "removed": self.removed,
+            "diff": self.files.diff,
+        }
+
+    def run(self) -> None:
+        """Bring the units to what is listed, or in check mode tell what would change. Raises Failure.
+
+        A run that changes nothing calls systemctl once.
+        """
+        wanted = self.wanted_files()
+        self.remove_orphans(wanted)
+        self.write(wanted)
+        if self.files.diff and not self.check:
+            self.systemctl("daemon-reload")
+        states = self.show()
+        # A run that was killed has written a file.
+        if not self.check and not self.files.diff and any(state.get("NeedDaemonReload") == "yes" for state in states.values()):
+            self.systemctl("daemon-reload")
+            states = self.show()
+        if self.check and any(state.get("LoadState") == "not-found" for state in states.values()):
+            # The unit's file or package is not installed yet.
+            self.result["changed"] = True
+        self.enable(states)
+        self.start(states)
+
+    def systemctl(self, *arguments: str, fail: bool = True) -> str:
+        """Return what a call printed. There is no time limit: the units have their own, and a worker's stop takes long."""
+        command = ["systemctl", "--no-ask-password", *arguments]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except FileNotFoundError:
+            raise Failure("This host has no systemctl, so systemd can't manage its services.") from None
+        if fail and done.returncode:
+            raise Failure(f"`{' '.join(command)}` failed: {done.stderr.strip() or done.stdout.strip()}")
+        return done.stdout
+
+    def show(self) -> dict[str, Properties]:
+        names = [unit["name"] for unit in self.units]
+        return parse_show(self.systemctl("show", "--property", PROPERTIES, "--", *names)) if names else {}
+
+    def wanted_files(self) -> dict[str, str]:
+        """Return the texts of the files that the units consist of, by path."""
+        shared = FirstLineMarker(SEVERAL)
+        return {
+            target_path(self.directory, unit): (shared if unit["shared"] else self.marker).put(unit["content"])
+            for unit in self.units
+            if unit["content"] is not None
+        }
+
+    def remove_orphans(self, wanted: dict[str, str]) -> None:
+        for path in orphans(unit_files(self.directory), self.marker, wanted):
+            name = os.path.basename(path)
+            self.files.note(path, None)
+            self.removed.append(name)
+            self.result["changed"] = True
+            if self.check:
+                continue
+            # A drop-in's unit belongs to a package.
+            if not path.endswith(".conf"):
+                self.systemctl("disable", "--now", "--", name)
+            os.unlink(path)
+
+    def write(self, wanted: dict[str, str]) -> None:
+        for path, text in wanted.items():
+            if self.files.note(path, text):
+                self.result["changed"] = True
+                if not self.check:
+                    self.files.write(path, text)
+
+    def enable(self, states: dict[str, Properties]) -> None:
+        disabled = [unit["name"] for unit in self.units if states.get(unit["name"], {}).get("UnitFileState") == "disabled"]
+        if disabled:
+            self.result["changed"] = True
+            if not self.check:
+                self.systemctl("enable", "--", *disabled)
+
+    def start(self, states: dict[str, Properties]) -> None:
+        """Start the units that are down, restart those that are stale, and wait for all of them together."""
+        acted = []
+        # Services of the sockets that are restarted: systemd refuses to restart a socket while its service runs.
+        of_sockets: list[str] = []
+        for unit in self.units:
+            name = unit["name"]
+            state = states.get(name, {})
+            if state.get("ActiveState") not in ("active", "reloading"):
+                self.started.append(name)
+            # The restart of a target would restart everything that is part of it.
+            elif not name.endswith(".target") and (name in of_sockets or is_stale(state, self.files_of(unit))):
+                self.restarted.append(name)
+            else:
+                continue
+            acted.append(unit)
+            if name.endswith(".socket"):
+                of_sockets.append(name[: -len("socket")] + "service")
+        if not acted:
+            return
+        self.result["changed"] = True
+        if self.check:
+            return
+        names = [unit["name"] for unit in acted]
+        if of_sockets:
+            self.systemctl("stop", "--", *of_sockets, fail=False)
+        # It clears the limit of starts and the count of restarts, by which `settle` sees that a unit died.
+        self.systemctl("reset-failed", "--", *names, fail=False)
+        # A start of a unit that systemd is about to start again counts as a restart.
+        activating = [name for name in self.started if states.get(name, {}).get("ActiveState") == "activating"]
+        restart = self.restarted + activating
+        try:
+            # One call each: systemd stops and starts the units in parallel, in the order that they ask for.
+            for verb, chosen in (("restart", restart), ("start", [name for name in names if name not in restart])):
+                if chosen:
+                    self.systemctl(verb, "--", *chosen)
+        except Failure as failure:
+            states = self.show()
+            down = [name for name in names if states.get(name, {}).get("ActiveState") != "active"]
+            raise Failure("\n".join([str(failure), *map(self.journal, down)])) from None
+        self.settle(acted)
+
+    def files_of(self, unit: Unit) -> list[str]:
+        return [target_path(self.directory, unit), *unit["restart_on"]]
+
+    def settle(self, units: list[Unit]) -> None:
+        """Watch the units that were started until the longest settling time is over. Raises Failure when one dies."""
+        until = time.monotonic() + max(unit["settle"] for unit in units)
+        while True:
+            states = self.show()
+            for name in [unit["name"] for unit in units]:
+                state = states.get(name, {})
+                if state.get("ActiveState") != "active" or state.get("NRestarts", "0") not in ("0", ""):
+                    raise Failure(
+                        f"{name} was started and did not stay up: it is {state.get('ActiveState')} "
+                        f"({state.get('SubState')}, {state.get('Result')}).\n{self.journal(name)}"
+                    )
+            if time.monotonic() >= until:
+                return
+            time.sleep(0.3)
+
+    def journal(self, name: str) -> str:
+        command = ["journalctl", "--no-pager", "--lines=40", "--output=cat", "--unit", name]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        return f"The end of the journal of {name}:\n{done.stdout.strip()}"

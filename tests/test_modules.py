@@ -1,0 +1,68 @@
+"""What holds for all modules: their documentation says what their argument spec says, and their examples are valid."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import pytest
+import yaml
+from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
+from helpers import ROOT
+
+MODULES = sorted(path.stem for path in (ROOT / "plugins/modules").glob("*.py"))
+KEYS = ("type", "elements", "required", "default")
+
+
+class Stop(Exception):
+    """Ends `main` once the argument spec is known."""
+
+
+@pytest.fixture(params=MODULES)
+def module(request):
+    return import_module(f"ansible_collections.django_celery.stack.plugins.modules.{request.param}")
+
+
+@pytest.fixture
+def spec(module, monkeypatch):
+    seen = {}
+
+    def stop(**words):
+        seen.update(words)
+        raise Stop
+
+    monkeypatch.setattr(module, "AnsibleModule", stop)
+    with pytest.raises(Stop):
+        module.main()
+    assert seen["supports_check_mode"]
+    return seen["argument_spec"]
+
+
+def same(options, suboptions):
+    """Return documented options, or an argument spec, as far as both say the same."""
+    return {
+        name: {
+            **{key: option[key] for key in KEYS if key in option},
+            "options": same(option.get(suboptions) or {}, suboptions),
+        }
+        for name, option in options.items()
+    }
+
+
+def test_documentation_is_that_of_the_argument_spec(module, spec):
+    documented = yaml.safe_load(module.DOCUMENTATION)
+    assert documented["module"] == module.__name__.rpartition(".")[2]
+    assert same(documented["options"], "suboptions") == same(spec, "options")
+
+
+def test_examples_are_valid(module, spec):
+    name = f"django_celery.stack.{module.__name__.rpartition('.')[2]}"
+    tasks = yaml.safe_load(module.EXAMPLES)
+    assert tasks
+    for task in tasks:
+        assert task.keys() == {"name", name}
+        assert ArgumentSpecValidator(spec).validate(task[name]).error_messages == []
+
+
+def test_returned_values_are_described(module):
+    for value in yaml.safe_load(module.RETURN).values():
+        assert value.keys() >= {"description", "type", "returned"}
