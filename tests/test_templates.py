@@ -10,6 +10,7 @@ import subprocess
 import pytest
 import yaml
 from helpers import MARK, ROOT, common_variables, playbook
+from test_services import HARDENING, PER_SERVICE, sections
 
 # The environment's common variables, with what a group decides written out: here are no groups.
 WIRED = {
@@ -75,8 +76,7 @@ def rendered(tmp_path_factory):
     hosts = {"hosts": HOSTS, "vars": {name: value for values in defaults for name, value in values.items()}}
     (folder / "hosts.json").write_text(json.dumps({"all": hosts}))
     (folder / "group_vars/all/10-wired.json").write_text(json.dumps(WIRED))
-    # Roles find their templates and files beside them; a playbook finds them in the same way.
-    (folder / "templates").symlink_to(ROOT / "roles/services/templates")
+    # A role finds its files beside it, a playbook too.
     (folder / "files").symlink_to(ROOT / "roles/flower/files")
     files = [ROOT / f"roles/{role}/vars/main{name}.yml" for role, name in (("services", ""), ("django", ""), ("celery", "/main"))]
     files += [ROOT / f"roles/flower/vars/{name}.yml" for name in ("main", "Debian")]
@@ -226,15 +226,20 @@ def test_a_process_gets_its_words_as_they_are(rendered):
     assert relay["ExecStart"] == "/opt/mailroom/current/venv/bin/python manage.py relay"
 
 
-def test_every_service_is_supervised_unprivileged_and_holds_no_secret(rendered):
+def test_no_unit_holds_a_secret(rendered):
     for files in rendered.values():
         for name, text in files.items():
             assert name in TEMPLATES or MARK not in text
+
+
+def test_every_service_of_the_application_has_the_whole_sandbox_and_no_start_limit(rendered):
+    for files in rendered.values():
+        for name, text in files.items():
             if name.startswith("mailroom-") and name.endswith(".service"):
-                unit = settings(text)
-                wanted = {"Restart": "always", "NoNewPrivileges": "yes", "CapabilityBoundingSet": "", "ProtectSystem": "strict"}
-                assert wanted.items() <= dict(unit).items()
-                assert dict(unit)["User"] in ("mailroom", "mailroom-flower")
+                unit = sections(text)
+                assert [directive for directive in unit["Service"] if directive[0] not in PER_SERVICE] == HARDENING, name
+                assert [directive for directive in unit["Unit"] if "StartLimit" in directive[0]] == [("StartLimitIntervalSec", "0")]
+                assert dict(unit["Service"])["User"] in ("mailroom", "mailroom-flower")
 
 
 def test_the_packaged_broker_gets_a_drop_in_alone(rendered):
