@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from ansible.errors import AnsibleFilterError
-from ansible_collections.django_celery.stack.plugins.filter import celery_lock, rabbitmq, role_variables, service_files
+from ansible_collections.django_celery.stack.plugins.filter import celery_lock, environment_file, rabbitmq, role_variables
 from helpers import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -88,31 +88,7 @@ def test_a_value_of_another_type_is_named_unless_it_is_secret(faults, name, valu
     assert faults(**{name: value}) == [sentence]
 
 
-# Files of services
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        ("plain-word_1.2:/a,b=c@d+e", "plain-word_1.2:/a,b=c@d+e"),
-        ("", '""'),
-        ("two words", '"two words"'),
-        ('say "hi"', '"say \\"hi\\""'),
-        ("back\\slash", '"back\\\\slash"'),
-        ("single'quote", '"single\'quote"'),
-        ("100%", "100%%"),
-        ("a;b", '"a;b"'),
-        ("line\nbreak\t", '"line\\nbreak\\t"'),
-        (8000, "8000"),
-    ],
-)
-def test_words_are_quoted_as_systemd_syntax_asks(value, text):
-    assert service_files.systemd_quote(value) == text
-
-
-def test_command_lines_take_variables_literally():
-    command = ["/bin/echo", "$HOME", "${x} y", "%h", "mail@%h"]
-    assert service_files.systemd_command(command) == '/bin/echo $$HOME "$${x} y" %%h mail@%%h'
+# Environment files
 
 
 NAMES = st.from_regex(r"\A[A-Za-z_][A-Za-z0-9_]{0,9}\Z").filter(lambda name: name not in os.environ)
@@ -124,7 +100,7 @@ PRINTABLE = st.text(st.characters(exclude_categories=["C"]), max_size=20)
 @given(st.dictionaries(NAMES.map("x_{}".format), PRINTABLE | st.sampled_from(["'", "''\\'", "$HOME `id` $(id)", "a b  "])))
 def test_sh_reads_an_environment_file_back_as_it_was(variables):
     with tempfile.NamedTemporaryFile("w", encoding="utf-8") as file:
-        file.write(service_files.environment_file(variables))
+        file.write(environment_file.environment_file(variables))
         file.flush()
         command = ["sh", "-c", 'set -a; . "$1"; env -0', "sh", file.name]
         output = subprocess.run(command, capture_output=True, check=True, env={"PATH": os.environ["PATH"]}).stdout
@@ -133,19 +109,19 @@ def test_sh_reads_an_environment_file_back_as_it_was(variables):
 
 
 def test_environment_files_write_booleans_lists_and_nothing():
-    text = service_files.environment_file({"B": True, "A": ["x", 1], "C": None, "D": 5})
+    text = environment_file.environment_file({"B": True, "A": ["x", 1], "C": None, "D": 5})
     assert text == "A='x,1'\nB='true'\nC=''\nD='5'\n"
 
 
 @pytest.mark.parametrize("variables", [{"1a": ""}, {"a-b": ""}, {"a b": ""}, {"": ""}, {"a\n": ""}, {"a": "x\ny"}, {"a": "\0"}])
 def test_environment_files_refuse_what_they_cannot_hold(variables):
     with pytest.raises(AnsibleFilterError):
-        service_files.environment_file(variables)
+        environment_file.environment_file(variables)
 
 
 def test_a_refused_value_is_not_shown():
     with pytest.raises(AnsibleFilterError) as caught:
-        service_files.environment_file({"KEY": "Secret\nline"})
+        environment_file.environment_file({"KEY": "Secret\nline"})
     assert "KEY" in str(caught.value)
     assert "Secret" not in str(caught.value)
 

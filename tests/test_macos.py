@@ -1,4 +1,4 @@
-"""What a Mac gets, by the roles' own values: property lists of agents and daemons, paths, how Homebrew's releases are judged."""
+"""The roles' values on a Mac: property lists of agents and daemons, paths, and which releases of Homebrew are accepted."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ WIRED = {
     "wiring_prefix": "{{ (ansible_facts['effective_user_id'] == 0) | ternary('', '/Users/me/.local') }}",
 }
 ROLES = ("rabbitmq", "postgresql", "django", "celery", "flower")
-# Cases of Homebrew's RabbitMQ: what it would install, what is installed, the Erlang; the level, and what a refusal says.
+# Per case: the version that Homebrew would install, those installed, the Erlang; the expected level and error.
 FORMULAE = {
     "supported": ("4.2.10", [], "27", "supported", ""),
     "installed": ("4.3.5", ["4.2.10_1"], "27", "supported", ""),
@@ -43,9 +43,9 @@ FORMULAE = {
     "refused": ("4.2.10", [], "29", "refused", "RabbitMQ 4.2.10 of Homebrew does not run on Erlang 29"),
     "another series": ("4.3.5", [], "27", "supported", "rabbitmq_version is '4.2', and Homebrew has one RabbitMQ alone, 4.3.5"),
 }
-# What brew services calls its jobs, and called them until September 2026: Homebrew/brew#23750.
+# Prefixes of the jobs of brew services, now and until September 2026: Homebrew/brew#23750.
 BREW_LABELS = ("sh.brew", "homebrew.mxcl")
-# What the role postgresql finds on a Mac, by what is wrong: Homebrew, jobs of brew services, clients; and what a refusal says.
+# Per case, what the role postgresql finds: whether Homebrew is installed, jobs of brew services, clients; and the expected error.
 SERVERS = {
     "right": (True, [], ["127.0.0.1", "192.0.2.0/24"], ""),
     "no Homebrew": (False, [], [], "There is no /opt/homebrew/bin/brew. Install Homebrew as brew.sh says"),
@@ -66,14 +66,14 @@ def services_of(role):
 
 
 def looked_for(found=None):
-    """What the role's look for a broker of brew services gives where the one of `found` lies there."""
+    """The result of the role's search for a broker of brew services, where the job with the prefix `found` exists."""
     labels = [f"/L/{label}.rabbitmq.plist" for label in BREW_LABELS]
     return {"results": [{"item": path, "stat": {"exists": f"/{found}." in path}} for path in labels]}
 
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
-    """What the tasks of one play say, by host: the jobs of each role, the logs' rules, and the judgements."""
+    """The values that one play shows, by host: each role's jobs, the rules for logs, and the checks' results."""
     folder = tmp_path_factory.mktemp("macos")
     common_variables(folder)
     defaults = [yaml.safe_load((ROOT / f"roles/{role}/defaults/main.yml").read_text()) for role in ("services", "erlang", *ROLES)]
@@ -154,7 +154,7 @@ def answers(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plists(answers):
-    """For each host its property lists by label."""
+    """The property lists, by host and label."""
     return {
         host: {job["name"]: plistlib.loads(job["content"].encode()) for role in ROLES for job in found[role]}
         for host, found in answers.items()
@@ -172,7 +172,7 @@ def test_which_jobs_a_mac_has(plists):
         }
 
 
-def test_every_job_is_kept_alive_and_holds_no_secret(plists, answers):
+def test_every_job_is_kept_alive_and_contains_no_secret(plists, answers):
     for host, found in plists.items():
         for name, plist in found.items():
             assert plist["Label"] == name
@@ -189,7 +189,7 @@ def test_every_job_is_kept_alive_and_holds_no_secret(plists, answers):
         assert MARK not in json.dumps(answers[host])
 
 
-def test_apples_plutil_finds_no_fault_with_them(answers, tmp_path):
+def test_plutil_accepts_the_property_lists(answers, tmp_path):
     if not shutil.which("plutil"):
         pytest.skip("There is no plutil on this machine.")
     for job in (job for found in answers.values() for role in ROLES for job in found[role]):
@@ -199,7 +199,7 @@ def test_apples_plutil_finds_no_fault_with_them(answers, tmp_path):
         assert done.returncode == 0, done.stdout
 
 
-def test_agents_are_the_users_own_and_daemons_name_theirs(plists, answers):
+def test_agents_name_no_user_and_daemons_name_theirs(plists, answers):
     for plist in plists["agents"].values():
         assert "UserName" not in plist
         assert plist["LimitLoadToSessionType"] == ["Aqua", "Background"]
@@ -207,14 +207,14 @@ def test_agents_are_the_users_own_and_daemons_name_theirs(plists, answers):
     users = {name: plist["UserName"] for name, plist in plists["daemons"].items()}
     assert (users["mailroom-web"], users["mailroom-beat"]) == ("mailroom", "mailroom")
     assert (users["mailroom-flower"], users["rabbitmq-server"], users["postgresql"]) == ("mailroom-flower", "brewer", "brewer")
-    # The job that turns logs over is no more than those whose logs they are.
+    # The job that rotates logs runs as the user whose logs they are.
     assert users["mailroom-flower-logs"] == "mailroom-flower"
     assert plists["daemons"]["mailroom-web"]["StandardOutPath"] == "/Library/Logs/mailroom/django/mailroom-web.log"
     assert answers["agents"]["domain"] == ["/Users/me/Library/LaunchAgents", "me"]
     assert answers["daemons"]["domain"] == ["/Library/LaunchDaemons", "mailroom"]
 
 
-def test_a_worker_has_longer_to_stop_than_its_tasks_have(plists):
+def test_a_workers_stop_timeout_exceeds_its_task_time_limit(plists):
     plist = plists["agents"]["mailroom-worker@slow"]
     assert "--time-limit=900" in plist["ProgramArguments"]
     assert plist["ExitTimeOut"] > 900
@@ -227,7 +227,7 @@ def test_the_web_service_listens_by_itself(plists):
 
 
 def test_a_job_reads_its_environment_and_becomes_its_command(plists, tmp_path):
-    """By the very words of the property list, with another environment and another command."""
+    """Runs the arguments of the property list with another environment and another command."""
     shell = plists["agents"]["mailroom-relay"]["ProgramArguments"]
     assert shell[3:5] == ["/Users/me/Library/Logs/mailroom/django/mailroom-relay.pid", f"{PREFIX}/etc/mailroom/environment"]
     assert shell[5:] == [f"{PREFIX}/opt/mailroom/current/venv/bin/python", "manage.py", "relay"]
@@ -241,7 +241,7 @@ def test_a_job_reads_its_environment_and_becomes_its_command(plists, tmp_path):
     assert (done.returncode != 0, done.stdout) == (True, "")
 
 
-def test_the_broker_is_found_below_homebrews_prefix_with_the_erlang_that_was_asked_for(plists, answers):
+def test_the_broker_runs_below_homebrews_prefix_on_the_requested_erlang(plists, answers):
     for host, homebrew in (("agents", "/opt/homebrew"), ("daemons", "/usr/local")):
         plist = plists[host]["rabbitmq-server"]
         assert plist["ProgramArguments"][5:] == [f"{homebrew}/opt/rabbitmq/sbin/rabbitmq-server"]
@@ -255,7 +255,7 @@ def test_the_broker_is_found_below_homebrews_prefix_with_the_erlang_that_was_ask
     assert answers["daemons"]["paths"][3] == "/usr/local/bin/mailroom-manage"
 
 
-def test_each_log_is_turned_over_by_the_signal_that_ends_its_job(answers, plists):
+def test_rotating_a_log_terminates_its_job(answers, plists):
     for host, owner in (("agents", "me:20"), ("daemons", "mailroom:")):
         lines = [line.split() for line in answers[host]["logs"].splitlines() if not line.startswith("#")]
         logs = {line[0]: line for line in lines}
@@ -268,7 +268,7 @@ def test_each_log_is_turned_over_by_the_signal_that_ends_its_job(answers, plists
 
 
 @pytest.mark.parametrize("case", FORMULAE)
-def test_homebrews_rabbitmq_is_judged(answers, case):
+def test_homebrews_rabbitmq_is_accepted_or_rejected(answers, case):
     level, refusal = answers["agents"][case]
     assert level == FORMULAE[case][3]
     assert bool(refusal) == bool(FORMULAE[case][4])
@@ -278,24 +278,24 @@ def test_homebrews_rabbitmq_is_judged(answers, case):
 
 
 @pytest.mark.parametrize("stable", ERLANGS)
-def test_an_older_erlang_is_the_formula_with_its_number(answers, stable):
+def test_an_older_erlang_has_a_versioned_formula(answers, stable):
     assert answers["agents"][stable] == ERLANGS[stable]
 
 
-def test_a_broker_of_brew_services_is_looked_for_by_either_label(answers):
+def test_a_broker_of_brew_services_is_searched_by_both_labels(answers):
     for host, folder in (("agents", "/Users/me/Library/LaunchAgents"), ("daemons", "/Library/LaunchDaemons")):
         assert answers[host]["brew jobs"] == [f"{folder}/{label}.rabbitmq.plist" for label in BREW_LABELS]
 
 
 @pytest.mark.parametrize("label", BREW_LABELS)
-def test_a_broker_of_brew_services_is_refused_with_the_way_out(answers, label):
+def test_a_broker_of_brew_services_is_rejected_with_a_solution(answers, label):
     holds, refusal = answers["agents"][label]
     assert not holds
     assert f"There is a broker of brew services, /L/{label}.rabbitmq.plist" in refusal
     assert "`brew services stop rabbitmq`" in refusal
 
 
-def test_the_database_is_found_below_homebrews_prefix_beside_the_formulas_own_cluster(plists):
+def test_the_database_has_a_cluster_other_than_the_formulas(plists):
     for host, homebrew in (("agents", "/opt/homebrew"), ("daemons", "/usr/local")):
         plist = plists[host]["postgresql"]
         assert plist["ProgramArguments"][-3:] == [
@@ -313,11 +313,11 @@ def test_the_database_is_restarted_after_an_upgrade_and_for_its_files(answers):
     assert server["restart_on"] == [*files, "/opt/homebrew/opt/postgresql@17"]
 
 
-def test_the_database_lets_in_its_owner_as_postgres_and_the_listed_clients(answers):
+def test_the_database_accepts_its_owner_as_postgres_and_the_listed_clients(answers):
     for host, owner in (("agents", "me"), ("daemons", "brewer")):
         settings, access, names = answers[host]["postgresql files"]
         cluster = "/opt/homebrew/var/lib/postgresql/17" if host == "agents" else "/usr/local/var/lib/postgresql/17"
-        # A folder that is its owner's alone.
+        # Only the owner can access this folder.
         assert settings["unix_socket_directories"] == cluster
         assert [line for line in access.splitlines() if line[0] != "#"] == [
             "local all postgres peer map=owner",
@@ -327,13 +327,13 @@ def test_the_database_lets_in_its_owner_as_postgres_and_the_listed_clients(answe
 
 
 @pytest.mark.parametrize("case", SERVERS)
-def test_a_mac_on_which_the_database_would_not_run_is_refused(answers, case):
+def test_a_mac_that_cannot_run_the_database_is_rejected(answers, case):
     refusals = answers["agents"][f"server: {case}"]
     assert len(refusals) == bool(SERVERS[case][3])
     assert "".join(refusals).startswith(SERVERS[case][3])
 
 
-def test_root_needs_to_know_whom_homebrew_belongs_to(answers):
+def test_root_must_be_told_the_owner_of_homebrew(answers):
     assert answers["agents"]["server of nobody: right"] == answers["daemons"]["server: right"] == []
     (refusal,) = answers["daemons"]["server of nobody: right"]
     assert refusal.startswith("postgresql_homebrew_user is empty and Ansible works as root")
@@ -355,15 +355,15 @@ signal.pause()
 
 
 def launched(plist, tmp_path, *more):
-    """The job's command with another program in the place of the server; what that program said, and the shell's process."""
+    """Runs the job's command with a program that replaces the server. Gives that program's output file and the shell's process."""
     executable(tmp_path / "postgres", SERVER)
     shell = plist["ProgramArguments"][5:8]
     assert shell[:2] == ["/bin/sh", "-c"]
     return tmp_path / "said", subprocess.Popen([*shell, tmp_path / "postgres", "-D", tmp_path / "said", *more])
 
 
-def test_the_end_of_the_job_is_a_fast_shutdown_and_is_waited_for(plists, tmp_path):
-    """TERM would have the server wait for its clients, and launchd kill it."""
+def test_stopping_the_job_is_a_fast_shutdown_that_it_waits_for(plists, tmp_path):
+    """After TERM, the server would wait for its clients until launchd kills it."""
     said, shell = launched(plists["agents"]["postgresql"], tmp_path)
     until = time.monotonic() + 20
     while not said.exists() or said.read_text() != "up":

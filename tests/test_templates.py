@@ -1,4 +1,4 @@
-"""Rendered files, by Ansible's own templating: one run of a playbook that only shows them, a host for each set of variables."""
+"""Files as Ansible renders them. One playbook run shows them all, with one host per set of variables."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import subprocess
 import pytest
 import yaml
 from helpers import MARK, ROOT, common_variables, playbook
+from test_services import HARDENING, PER_SERVICE, sections
 
-# The environment's common variables, with what a group decides written out: here are no groups.
+# Values that an inventory derives from its groups, which this one lacks.
 WIRED = {
     "service_address": "localhost",
     "rabbitmq_listeners": ["127.0.0.1:5672"],
@@ -55,31 +56,30 @@ TEMPLATES = {
     "manage": "django/templates/manage.j2",
 }
 
-# What a host is like comes from no host here.
-FACTS = {"set_fact": {"hostname": "node", "cacheable": True}}
+# Facts, since the play contacts no host.
+FACTS = {"set_fact": {"hostname": "node", "os_family": "Debian", "cacheable": True}}
 
 
 def services_of(role):
-    """What a role hands to the role services, read from its own task."""
+    """The variables that a role passes to the role services, read from its task."""
     (task,) = yaml.safe_load((ROOT / f"roles/{role}/tasks/service.yml").read_text())
     return task["vars"]
 
 
 @pytest.fixture(scope="module")
 def rendered(tmp_path_factory):
-    """For each host a mapping of file names to texts."""
+    """The text of each file, by host and file name."""
     folder = tmp_path_factory.mktemp("templates")
     common_variables(folder)
-    # Defaults lose against all else of the inventory, and what a role keeps for itself wins, as in a role.
+    # As in a role: the inventory overrides defaults, and vars_files override the inventory.
     defaults = [yaml.safe_load((ROOT / f"roles/{role}/defaults/main.yml").read_text()) for role in ROLES]
     hosts = {"hosts": HOSTS, "vars": {name: value for values in defaults for name, value in values.items()}}
     (folder / "hosts.json").write_text(json.dumps({"all": hosts}))
     (folder / "group_vars/all/10-wired.json").write_text(json.dumps(WIRED))
-    # Roles find their templates and files beside them; a playbook finds them in the same way.
-    (folder / "templates").symlink_to(ROOT / "roles/services/templates")
+    # A playbook finds files beside it, as a role does.
     (folder / "files").symlink_to(ROOT / "roles/flower/files")
     files = [ROOT / f"roles/{role}/vars/main{name}.yml" for role, name in (("services", ""), ("django", ""), ("celery", "/main"))]
-    files += [ROOT / f"roles/flower/vars/{name}.yml" for name in ("main", "Debian")]
+    files += [ROOT / "roles/flower/vars/main.yml"]
     files += [ROOT / f"roles/rabbitmq/vars/{name}.yml" for name in ("main/main", "Debian", "main/checklist", "main/services")]
     tasks = [{"debug": {"msg": "{{ __services_units }}"}, "vars": services_of(role)} for role in ROLES[1:]]
     tasks += [{"debug": {"msg": f"{{{{ lookup('template', '{ROOT}/roles/{source}') }}}}"}} for source in TEMPLATES.values()]
@@ -97,7 +97,7 @@ def rendered(tmp_path_factory):
 
 
 def settings(text):
-    """The lines of a configuration file that are no comments and no sections, as pairs."""
+    """The settings of a configuration file as pairs, without comments and section names."""
     lines = [line for line in text.splitlines() if line and line[0] not in "#["]
     return [tuple(part.strip() for part in line.partition("=")[::2]) for line in lines]
 
@@ -105,7 +105,7 @@ def settings(text):
 # The broker
 
 
-def test_the_brokers_usual_configuration(rendered):
+def test_broker_configuration_by_default(rendered):
     text = rendered["usual"]["rabbitmq.conf"]
     found = dict(settings(text))
     assert len(found) == len(settings(text))
@@ -116,20 +116,20 @@ def test_the_brokers_usual_configuration(rendered):
     assert found["deprecated_features.permit.transient_nonexcl_queues"] == "false"
     assert found["definitions.local.path"] == "/etc/rabbitmq/definitions.json"
     assert "listeners.tcp.2" not in found
-    # What is in memory may have to go to the disk.
+    # The broker may have to write all that it has in memory to the disk.
     assert float(found["disk_free_limit.relative"]) >= float(found["vm_memory_high_watermark.relative"])
-    # Settings that have no effect any more, or that would let in what RabbitMQ 4.3 denies.
+    # Settings without effect since RabbitMQ 4.3, and features that it denies.
     assert not [name for name in found if name.startswith("cluster_partition_handling")]
     assert "true" not in [value for name, value in found.items() if name.startswith("deprecated_features")]
 
 
-def test_the_brokers_configuration_by_other_variables(rendered):
+def test_broker_configuration_with_other_variables(rendered):
     text = rendered["other"]["rabbitmq.conf"]
     found = dict(settings(text))
     assert len(found) == len(settings(text))
     assert (found["listeners.tcp.1"], found["listeners.tcp.2"]) == ("[::]:5673", "127.0.0.1:5674")
     assert (found["management.tcp.ip"], found["management.tcp.port"]) == ("::1", "15673")
-    # A setting of a plugin that is not enabled keeps the broker from starting.
+    # The broker does not start with a setting of a plugin that is not enabled.
     assert not [name for name in found if name.startswith("prometheus")]
     assert found["deprecated_features.permit.transient_nonexcl_queues"] == "true"
     assert found["deprecated_features.permit.global_qos"] == "true"
@@ -137,13 +137,13 @@ def test_the_brokers_configuration_by_other_variables(rendered):
     assert found["disk_free_limit.absolute"] == "2GB"
     assert "disk_free_limit.relative" not in found
     assert found["distribution.listener.interface"] == "192.0.2.1"
-    # The role's own value of a setting gives way.
+    # rabbitmq_settings override the role's values.
     assert found["channel_max"] == "64"
     assert found["log.console"] == "true"
     assert found["ssl_options.verify"] == "verify_peer"
 
 
-def test_a_node_on_the_loopback_finds_itself_there(rendered):
+def test_a_node_on_the_loopback_resolves_its_name_there(rendered):
     usual, other = (rendered[host] for host in ("usual", "other"))
     assert dict(settings(usual["rabbitmq-env.conf"]))["ERL_EPMD_ADDRESS"] == "127.0.0.1"
     assert '{host, {127, 0, 0, 1}, ["node"]}.' in usual["erl_inetrc"]
@@ -153,12 +153,12 @@ def test_a_node_on_the_loopback_finds_itself_there(rendered):
     assert other["epmd.socket"].endswith("ListenStream=\nListenStream=4369\n")
 
 
-def test_plugins_are_an_erlang_term_in_a_fixed_order(rendered):
+def test_enabled_plugins_are_a_sorted_erlang_term(rendered):
     assert rendered["usual"]["enabled_plugins"] == "[rabbitmq_management,rabbitmq_prometheus].\n"
     assert rendered["other"]["enabled_plugins"] == "[rabbitmq_management,rabbitmq_shovel].\n"
 
 
-def test_definitions_hold_the_administrator_alone_and_no_clear_password(rendered):
+def test_definitions_contain_only_the_administrator_and_no_clear_password(rendered):
     text = rendered["usual"]["definitions.json"]
     (user,) = json.loads(text)["users"]
     assert user["tags"] == ["administrator"]
@@ -168,7 +168,7 @@ def test_definitions_hold_the_administrator_alone_and_no_clear_password(rendered
 # The application
 
 
-def test_the_environment_is_one_line_a_variable(rendered):
+def test_the_environment_file_has_one_line_per_variable(rendered):
     assert settings(rendered["other"]["environment"]) == [
         ("DJANGO_SETTINGS_MODULE", "'mailroom.settings'"),
         ("LIST", "'a,b'"),
@@ -177,7 +177,7 @@ def test_the_environment_is_one_line_a_variable(rendered):
     ]
 
 
-def test_manage_is_a_sound_shell_script(rendered, tmp_path):
+def test_manage_is_a_valid_shell_script(rendered, tmp_path):
     script = tmp_path / "manage"
     script.write_text(rendered["usual"]["manage"])
     subprocess.run(["sh", "-n", script], check=True)
@@ -197,7 +197,7 @@ def test_which_units_a_host_has(rendered):
         assert set(rendered[host]) - set(TEMPLATES) == wanted
 
 
-def test_the_web_service_is_given_its_socket_and_time_for_its_requests(rendered):
+def test_the_web_service_has_its_socket_and_time_to_finish_requests(rendered):
     unit, socket = (settings(rendered["other"][f"mailroom-web.{kind}"]) for kind in ("service", "socket"))
     assert [value for name, value in socket if name == "ListenStream"] == ["[::1]:8001", "/run/other.sock"]
     assert ("Requires", "mailroom-web.socket") in unit
@@ -206,7 +206,7 @@ def test_the_web_service_is_given_its_socket_and_time_for_its_requests(rendered)
     assert "--graceful-timeout=60" in dict(unit)["ExecStart"]
 
 
-def test_a_worker_has_longer_to_stop_than_its_tasks_have(rendered):
+def test_a_workers_stop_timeout_exceeds_its_task_time_limit(rendered):
     for host, name in (("usual", "mail"), ("usual", "maintenance"), ("other", "slow")):
         unit = dict(settings(rendered[host][f"mailroom-worker@{name}.service"]))
         (limit,) = [word for word in unit["ExecStart"].split() if word.startswith("--time-limit=")]
@@ -218,7 +218,7 @@ def test_a_worker_has_longer_to_stop_than_its_tasks_have(rendered):
     assert "--queues=a,b --pool=solo" in slow["ExecStart"]
 
 
-def test_a_process_gets_its_words_as_they_are(rendered):
+def test_a_process_gets_its_arguments_unchanged(rendered):
     unit = dict(settings(rendered["other"]["mailroom-say.service"]))
     assert unit["ExecStart"] == '/bin/echo "100%% of $$HOME" "a \\"b\\""'
     assert unit["MemoryMax"] == "64M"
@@ -226,22 +226,27 @@ def test_a_process_gets_its_words_as_they_are(rendered):
     assert relay["ExecStart"] == "/opt/mailroom/current/venv/bin/python manage.py relay"
 
 
-def test_every_service_is_supervised_unprivileged_and_holds_no_secret(rendered):
+def test_no_unit_contains_a_secret(rendered):
     for files in rendered.values():
         for name, text in files.items():
             assert name in TEMPLATES or MARK not in text
+
+
+def test_every_application_service_has_the_sandbox_and_no_start_limit(rendered):
+    for files in rendered.values():
+        for name, text in files.items():
             if name.startswith("mailroom-") and name.endswith(".service"):
-                unit = settings(text)
-                wanted = {"Restart": "always", "NoNewPrivileges": "yes", "CapabilityBoundingSet": "", "ProtectSystem": "strict"}
-                assert wanted.items() <= dict(unit).items()
-                assert dict(unit)["User"] in ("mailroom", "mailroom-flower")
+                unit = sections(text)
+                assert [directive for directive in unit["Service"] if directive[0] not in PER_SERVICE] == HARDENING, name
+                assert [directive for directive in unit["Unit"] if "StartLimit" in directive[0]] == [("StartLimitIntervalSec", "0")]
+                assert dict(unit["Service"])["User"] in ("mailroom", "mailroom-flower")
 
 
-def test_the_packaged_broker_gets_a_drop_in_alone(rendered):
+def test_the_packaged_broker_gets_only_a_drop_in(rendered):
     assert rendered["other"]["rabbitmq-server.service"] == "[Service]\nLimitNOFILE=100000\n"
 
 
-def test_systemd_finds_no_fault_with_the_units(rendered, tmp_path):
+def test_systemd_analyze_accepts_the_units(rendered, tmp_path):
     if not shutil.which("systemd-analyze"):
         pytest.skip("There is no systemd-analyze on this machine.")
     for host, files in rendered.items():

@@ -1,0 +1,69 @@
+"""The processes of an application, as entries of the role services' list."""
+
+from __future__ import annotations
+
+# What a worker has, after its longest task, to stop its pool and close its connections.
+STOP_SECONDS = 30
+
+
+def celery_workers_as_services(workers, name, app, program, log_level):
+    """A service per worker. `workers` have the defaults of celery_workers, `name` is the application's, `app` its Celery module."""
+    return [_worker_as_service(worker, name, app, program, log_level) for worker in workers]
+
+
+def _worker_as_service(worker, name, app, program, log_level):
+    soft_limit = [f"--soft-time-limit={worker['soft_time_limit']}"] if "soft_time_limit" in worker else []
+    return {
+        "name": f"{name}-worker@{worker['name']}",
+        "description": f"Celery worker {worker['name']} of {name}",
+        "type": worker["readiness"],
+        "command": [
+            program,
+            f"--app={app}",
+            "worker",
+            f"--hostname={worker['name']}@%h",
+            f"--queues={','.join(worker['queues'])}",
+            f"--pool={worker['pool']}",
+            f"--concurrency={worker['concurrency']}",
+            f"--prefetch-multiplier={worker['prefetch_multiplier']}",
+            f"--time-limit={worker['time_limit']}",
+            *soft_limit,
+            f"--max-tasks-per-child={worker['max_tasks_per_child']}",
+            "--without-gossip",
+            "--without-mingle",
+            "--task-events",
+            f"--loglevel={log_level}",
+        ],
+        "stop_timeout": worker["time_limit"] + STOP_SECONDS,
+        **{option: worker[option] for option in ("memory_max", "watchdog") if option in worker},
+    }
+
+
+def celery_workers_soft_limit_too_high(workers):
+    """Names of the workers whose soft time limit is not below the time limit."""
+    return [worker["name"] for worker in workers if worker.get("soft_time_limit", 0) >= worker["time_limit"]]
+
+
+def django_processes_as_services(processes, name, bin_directory):
+    """A service per process. A program without an absolute path is one of `bin_directory`, that of the virtual environment."""
+    return [_process_as_service(process, name, bin_directory) for process in processes]
+
+
+def _process_as_service(process, name, bin_directory):
+    program, *arguments = process["command"]
+    return {
+        **process,
+        "name": f"{name}-{process['name']}",
+        "description": f"{process['name']} of {name}",
+        "type": process["readiness"],
+        "command": [program if program.startswith("/") else f"{bin_directory}/{program}", *arguments],
+    }
+
+
+class FilterModule:
+    def filters(self):
+        return {
+            "celery_workers_as_services": celery_workers_as_services,
+            "celery_workers_soft_limit_too_high": celery_workers_soft_limit_too_high,
+            "django_processes_as_services": django_processes_as_services,
+        }

@@ -1,0 +1,54 @@
+"""Applies the defaults that a role's argument specs give for the entries of a list or mapping.
+
+Ansible validates such entries against the specs, but passes them on without the defaults.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from pathlib import Path
+
+import yaml
+from ansible.errors import AnsibleFilterError
+
+ROLES = Path(__file__).resolve().parents[2] / "roles"
+
+
+@functools.cache
+def _options(role):
+    """The options of a role of this collection, from its meta/argument_specs.yml."""
+    file = ROLES / role / "meta" / "argument_specs.yml"
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise AnsibleFilterError(f"with_defaults: the collection has no {file}.") from None
+    return yaml.safe_load(text)["argument_specs"]["main"]["options"]
+
+
+def _complete(value, spec):
+    """A copy of the value in which every mapping has the defaults of its options."""
+    options = spec.get("options")
+    if not options or value is None:
+        return value
+    if spec["type"] == "list":
+        return [_complete(entry, {**spec, "type": spec["elements"]}) for entry in value]
+    defaults = {name: copy.deepcopy(option["default"]) for name, option in options.items() if "default" in option}
+    # items() also templates values that Ansible has not templated yet; {**value} would not.
+    return defaults | {name: _complete(entry, options.get(name, {})) for name, entry in value.items()}
+
+
+def with_defaults(value, role, variable):
+    """The value of a role's variable, with the defaults of nested options; unknown keys are kept.
+
+    The role is named, because role_path is that of the role whose task evaluates the expression, which can be another one.
+    """
+    options = _options(role)
+    if variable not in options:
+        raise AnsibleFilterError(f"with_defaults: the argument specs of the role {role} have no option {variable}.")
+    return _complete(value, options[variable])
+
+
+class FilterModule:
+    def filters(self):
+        return {"with_defaults": with_defaults}

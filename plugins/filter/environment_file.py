@@ -1,0 +1,37 @@
+"""Environment files that both systemd and sh can read."""
+
+from __future__ import annotations
+
+import re
+
+from ansible.errors import AnsibleFilterError
+
+NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+def environment_file(variables):
+    """The text of an environment file, one line per variable.
+
+    Values stand in single quotes, which systemd's EnvironmentFile= and sh read alike. True and false are written in
+    lower case, lists with commas.
+    """
+    lines = []
+    for name, value in sorted(variables.items()):
+        if not NAME.fullmatch(str(name)):
+            raise AnsibleFilterError(f"'{name}' is not a valid name of an environment variable.")
+        if isinstance(value, bool):
+            value = str(value).lower()
+        elif isinstance(value, (list, tuple)):
+            value = ",".join(str(item) for item in value)
+        elif value is None:
+            value = ""
+        text = str(value)
+        if "\n" in text or "\0" in text:
+            raise AnsibleFilterError(f"The value of the environment variable {name} contains a line break or a NUL byte.")
+        lines.append("{}='{}'\n".format(name, text.replace("'", "'\\''")))
+    return "".join(lines)
+
+
+class FilterModule:
+    def filters(self):
+        return {"environment_file": environment_file}

@@ -1,0 +1,152 @@
+"""Unit files of systemd, from the role services' list of services."""
+
+from __future__ import annotations
+
+import re
+
+# Directives that remove what a Python network service does not need: systemd.exec(5).
+SANDBOX = [
+    ("NoNewPrivileges", "yes"),
+    ("CapabilityBoundingSet", ""),
+    ("ProtectSystem", "strict"),
+    ("ProtectHome", "yes"),
+    ("ProtectProc", "invisible"),
+    ("ProcSubset", "pid"),
+    ("ProtectClock", "yes"),
+    ("ProtectControlGroups", "yes"),
+    ("ProtectHostname", "yes"),
+    ("ProtectKernelLogs", "yes"),
+    ("ProtectKernelModules", "yes"),
+    ("ProtectKernelTunables", "yes"),
+    ("PrivateDevices", "yes"),
+    ("PrivateIPC", "yes"),
+    ("PrivateTmp", "yes"),
+    ("PrivateUsers", "yes"),
+    ("RemoveIPC", "yes"),
+    ("RestrictAddressFamilies", "AF_INET AF_INET6 AF_UNIX"),
+    ("RestrictNamespaces", "yes"),
+    ("RestrictRealtime", "yes"),
+    ("RestrictSUIDSGID", "yes"),
+    ("LockPersonality", "yes"),
+    ("MemoryDenyWriteExecute", "yes"),
+    ("KeyringMode", "private"),
+    ("SystemCallArchitectures", "native"),
+    ("SystemCallFilter", "@system-service"),
+    ("SystemCallFilter", "~@privileged @resources"),
+    # gunicorn calls chown on files that it creates, even when the owner does not change.
+    ("SystemCallFilter", "@chown"),
+    ("SystemCallErrorNumber", "EPERM"),
+]
+
+
+def quote(value):
+    """A value as one word of a unit file: systemd.syntax(7). Specifiers (%) are escaped."""
+    text = str(value).replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
+    text = text.replace("\n", "\\n").replace("\t", "\\t")
+    if text and re.fullmatch(r"[A-Za-z0-9_@%+=:,./$-]+", text):
+        return text
+    return f'"{text}"'
+
+
+def command_line(words):
+    """A command line of a unit file: systemd.service(5). Variables ($) are escaped too."""
+    return " ".join(quote(word).replace("$", "$$") for word in words)
+
+
+def _lines(directives):
+    """Pairs of name and value as lines, without those whose value is None."""
+    return [f"{name}={value}" for name, value in directives if value is not None]
+
+
+def _file(sections):
+    """The text of a unit file, from a mapping of sections to their lines."""
+    return "\n".join("\n".join([f"[{name}]", *lines]) + "\n" for name, lines in sections.items())
+
+
+def _target(app):
+    return _file({"Unit": [f"Description=All services of {app}"], "Install": ["WantedBy=multi-user.target"]})
+
+
+def _socket(service, app):
+    unit = [("Description", f"Socket of {service['description']}"), ("PartOf", f"{app}.target")]
+    listeners = [
+        *(("ListenStream", address) for address in service["listen"]),
+        # A socket on [::] accepts no IPv4 connections, whatever the kernel's default is.
+        ("BindIPv6Only", "ipv6-only"),
+        ("Backlog", 2048),
+    ]
+    return _file({"Unit": _lines(unit), "Socket": _lines(listeners), "Install": [f"WantedBy={app}.target"]})
+
+
+def _service(service, app, user, after):
+    socket = f"{service['name']}.socket" if "listen" in service else None
+    state_directory = service.get("state_directory")
+    unit = [
+        ("Description", service["description"]),
+        ("PartOf", f"{app}.target"),
+        # Only the order: none of these units is required, since it can be on another host.
+        ("After", " ".join(["network-online.target", *after])),
+        ("Wants", "network-online.target"),
+        ("Requires", socket),
+        ("After", socket),
+        # No limit: the broker can be unavailable for hours, and systemd must keep restarting the service.
+        ("StartLimitIntervalSec", 0),
+    ]
+    process = [
+        ("Type", service["type"]),
+        ("User", user),
+        ("Group", user),
+        ("WorkingDirectory", service["directory"]),
+        ("EnvironmentFile", service.get("environment_file")),
+        *(("Environment", quote(f"{name}={value}")) for name, value in service["environment"].items()),
+        ("ExecStart", command_line(service["command"])),
+        ("Restart", "always"),
+        ("RestartSec", 2),
+        # TERM goes only to the main process, so its children finish their work. At the timeout all are killed.
+        ("KillMode", "mixed"),
+        ("TimeoutStopSec", service["stop_timeout"]),
+        ("WatchdogSec", service.get("watchdog")),
+        # When the kernel kills a child that uses too much memory, the service goes on and replaces the child.
+        ("OOMPolicy", "continue"),
+        ("MemoryMax", service.get("memory_max")),
+        ("LimitNOFILE", service["open_files"]),
+        ("UMask", "0027"),
+        ("StateDirectory", state_directory),
+        ("StateDirectoryMode", "0750" if state_directory else None),
+        ("ReadWritePaths", " ".join(service["writable"]) or None),
+    ]
+    lines = [*_lines(process), "", *_lines(SANDBOX), *service["directives"]]
+    return _file({"Unit": _lines(unit), "Service": lines, "Install": [f"WantedBy={app}.target"]})
+
+
+def _packaged_unit(service):
+    """The drop-in of a unit that a package installs."""
+    if "listen" in service:
+        listeners = _lines(("ListenStream", address) for address in service["listen"])
+        content = _file({"Socket": ["# The package's own addresses are forgotten first.", "ListenStream=", *listeners]})
+        return {"name": f"{service['name']}.socket", "content": content, "packaged": True}
+    content = _file({"Service": service["directives"]})
+    return {"name": f"{service['name']}.service", "content": content, "packaged": True, "restart_on": service["restart_on"]}
+
+
+def systemd_units(services, app, user, after):
+    """The units of services, as the module systemd_units takes them.
+
+    `services` have the defaults of services_list. `app` is empty where all services are packaged. `user` is the user and the
+    group of the services; `after` are units that start before them.
+    """
+    units = [{"name": f"{app}.target", "content": _target(app), "shared": True}] if app else []
+    for service in services:
+        if service["packaged"]:
+            units.append(_packaged_unit(service))
+            continue
+        if "listen" in service:
+            units.append({"name": f"{service['name']}.socket", "content": _socket(service, app)})
+        content = _service(service, app, user, after)
+        units.append({"name": f"{service['name']}.service", "content": content, "restart_on": service["restart_on"], "settle": 3})
+    return units
+
+
+class FilterModule:
+    def filters(self):
+        return {"systemd_units": systemd_units}
