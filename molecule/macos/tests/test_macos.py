@@ -9,7 +9,7 @@ import pytest
 import requests
 
 RECOVERY = "database system was not properly shut down"
-JOBS = ["services : Jobs of mailroom/celery"]
+JOBS = ["django_celery.stack.services : Manage the jobs of mailroom/celery"]
 
 
 @pytest.fixture
@@ -190,7 +190,7 @@ def test_what_hands_did_to_jobs_is_repaired_and_the_others_are_left_alone(host, 
 
 def test_worker_that_is_no_longer_listed_is_booted_out(playbook, process, launchctl):
     kept = [{"name": "mail", "queues": ["mail.v1", "maintenance.v1"], "time_limit": 120}]
-    assert playbook(celery_workers=kept) == [*JOBS, "services : When logs are turned over"][::-1]
+    assert playbook(celery_workers=kept) == [*JOBS, "django_celery.stack.services : Configure log rotation"][::-1]
     gone = launchctl("print", "mailroom-worker@maintenance")
     assert (gone.rc, "Could not find service" in gone.stderr) == (113, True)
     playbook()

@@ -8,7 +8,7 @@ import uuid
 import pytest
 import requests
 
-WORKERS = ["services : Units of mailroom/celery"]
+WORKERS = ["django_celery.stack.services : Manage the units of mailroom/celery"]
 
 
 @pytest.fixture
@@ -150,7 +150,7 @@ def test_restart_that_a_killed_run_forgot_is_made_up_for(host, playbook, systemc
     before = [systemctl(f"show --property MainPID --value {unit}") for unit in units]
     with host.sudo():
         host.check_output("touch /etc/mailroom/environment")
-    assert playbook("--tags", "django,celery") == ["services : Units of mailroom/django", *WORKERS]
+    assert playbook("--tags", "django,celery") == ["django_celery.stack.services : Manage the units of mailroom/django", *WORKERS]
     after = [systemctl(f"show --property MainPID --value {unit}") for unit in units]
     assert all(old != new for old, new in zip(before, after, strict=True))
     assert playbook("--tags", "django,celery") == []
