@@ -11,7 +11,12 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from ansible_collections.django_celery.stack.plugins.filter import inventory_variables
-from ansible_collections.django_celery.stack.plugins.filter.inventory_variables import distance, group_errors, host_count_errors
+from ansible_collections.django_celery.stack.plugins.filter.inventory_variables import (
+    distance,
+    group_errors,
+    host_count_errors,
+    url_error,
+)
 from helpers import MARK, ROOT, common_variables, playbook, wiring
 
 GROUPS = {name: ["a"] for name in ("all", "ungrouped", "broker", "app", "web", "workers", "flower", "database")}
@@ -194,6 +199,43 @@ def test_an_encrypted_secret_is_a_text(tmp_path):
     code, _, output = playbook("-i", folder, "playbooks/validate.yml", ANSIBLE_VAULT_PASSWORD_FILE=str(password))
     assert code == 0, output
     assert MARK not in output
+
+
+# URLs
+
+SCHEMES = ["smtp", "smtp+tls", "smtp+ssl", "consolemail"]
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["smtp://mail_server", "smtp+tls://u:p%40ss@mail.example.org:587", "smtp+ssl://u:p@[::1]:465", "consolemail://"],
+)
+def test_urls_that_are_right(url):
+    assert url_error("app_email_url", url, SCHEMES) is None
+
+
+@pytest.mark.parametrize(
+    ("url", "error"),
+    [
+        (f"smpt://u:{MARK}@mail.example.org:25", "another scheme or none"),
+        ("mail.example.org:25", "another scheme or none"),
+        ("smtp:mail.example.org", "another scheme or none"),
+        ("", "another scheme or none"),
+        (f"smtp://u:{MARK}@mail.example.org:smtp", "a port or a host that is malformed"),
+        (f"smtp://u:{MARK}/x@mail.example.org:25", "a port or a host that is malformed"),
+        ("smtp://mail.example.org:70000", "a port or a host that is malformed"),
+        ("smtp://[::1:25", "a port or a host that is malformed"),
+        ("smtp://mail.example.org:0", "the port 0"),
+        (f"smtp+tls://u:{MARK}@:587", "no host"),
+        ("smtp://mail example.org:25", "no host"),
+    ],
+)
+def test_a_malformed_url_is_not_shown(url, error):
+    sentence = url_error("app_email_url", url, SCHEMES)
+    assert sentence.startswith(
+        f"app_email_url has {error}; allowed is a URL such as smtp://host:port, with the scheme smtp, smtp+tls"
+    )
+    assert MARK not in sentence
 
 
 # What inventories/common says of the application

@@ -229,5 +229,6 @@ def test_the_playbook_adds_to_an_encrypted_file_and_shows_no_secret(tmp_path):
 
     done = create_secrets(inventory)
     assert done.returncode != 0
-    assert "no vault" in done.stderr + done.stdout
+    sentence = f"{file} is encrypted, and Ansible was given no vault password: add --ask-vault-pass or --vault-password-file."
+    assert sentence in done.stderr + done.stdout
     assert file.read_bytes() == encrypted
