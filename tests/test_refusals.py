@@ -275,8 +275,8 @@ REFUSED = {
     "common email": [
         (
             {"app_email_url": f"smtp://u:{MARK}@mail.example.org:smtp"},
-            "app_email_url has a port or a host that is malformed; allowed is a URL such as smtp://host:port, with the scheme smtp, "
-            "smtp+tls, smtp+ssl or consolemail. What is special in a password is written as urlencode does.",
+            "app_email_url has a port or a host that is malformed; allowed is a URL such as smtp://host:port, with the scheme "
+            "smtp, smtp+tls, smtp+ssl or consolemail. What is special in a password is written as urlencode does.",
         ),
     ],
     "rabbitmq sources": [
