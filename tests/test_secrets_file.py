@@ -155,6 +155,12 @@ def test_a_run_that_is_killed_loses_nothing_and_the_next_one_repairs(file, monke
     assert file.read_text().startswith(OWN)
 
 
+@pytest.mark.parametrize("name", ["91-secrets.yml", ".91-secrets.yml.new"])
+def test_git_ignores_the_file_and_what_a_killed_run_left(name):
+    command = ["git", "check-ignore", "--quiet", f"inventories/staging/group_vars/all/{name}"]
+    assert subprocess.run(command, cwd=ROOT, check=False).returncode == 0
+
+
 def test_the_new_file_is_never_open_to_others(file, monkeypatch):
     write(file, OWN)
     modes = []
