@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jinja2
+
 ROOT = Path(__file__).resolve().parents[1]
 ROLES = sorted(path.name for path in (ROOT / "roles").iterdir() if path.is_dir())
 
@@ -67,3 +69,21 @@ def playbook(*arguments: str | Path, **environment: str) -> tuple[int, dict, str
     begin = done.stdout.find("{\n")
     assert begin >= 0, output
     return done.returncode, json.JSONDecoder().raw_decode(done.stdout[begin:])[0], output
+
+
+ENVIRONMENT = jinja2.Environment(extensions=["jinja2.ext.do"], autoescape=False)  # noqa: S701 - nothing is rendered
+# Keys of tasks whose values are expressions without braces.
+BARE = {"when", "that", "changed_when", "failed_when", "until", "loop_condition"}
+
+
+def names_in(value, bare=False):
+    """Names of variables that a value of YAML, or a template, reads."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from names_in(item, key in BARE)
+    elif isinstance(value, list):
+        for item in value:
+            yield from names_in(item, bare)
+    elif isinstance(value, str):
+        tree = ENVIRONMENT.parse(f"{{{{ {value} }}}}" if bare and "{{" not in value else value)
+        yield from (node.name for node in tree.find_all(jinja2.nodes.Name) if node.ctx == "load")

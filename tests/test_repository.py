@@ -9,10 +9,9 @@ import sys
 from pathlib import Path
 
 import ansible
-import jinja2
 import pytest
 import yaml
-from helpers import ROLES, ROOT, load
+from helpers import ROLES, ROOT, load, names_in
 
 # Also what is not committed yet, and what is not to be committed left out.
 LISTED = subprocess.run(
@@ -68,24 +67,6 @@ def test_what_is_validated_first_is_what_the_role_takes(role):
 def test_every_role_has_a_scenario_with_tests(role):
     assert (ROOT / f"molecule/{role}/molecule.yml").exists()
     assert list((ROOT / f"molecule/{role}/tests").glob("test_*.py"))
-
-
-ENVIRONMENT = jinja2.Environment(extensions=["jinja2.ext.do"], autoescape=False)  # noqa: S701 - nothing is rendered
-# Keys of tasks whose values are expressions without braces.
-BARE = {"when", "that", "changed_when", "failed_when", "until", "loop_condition"}
-
-
-def names_in(value, bare=False):
-    """Names of variables that a value of YAML, or a template, reads."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from names_in(item, key in BARE)
-    elif isinstance(value, list):
-        for item in value:
-            yield from names_in(item, bare)
-    elif isinstance(value, str):
-        tree = ENVIRONMENT.parse(f"{{{{ {value} }}}}" if bare and "{{" not in value else value)
-        yield from (node.name for node in tree.find_all(jinja2.nodes.Name) if node.ctx == "load")
 
 
 @pytest.mark.parametrize("role", ROLES)

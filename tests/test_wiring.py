@@ -71,6 +71,14 @@ def test_several_hosts_reach_broker_and_database(many):
     assert many["worker3"]["wiring_broker_url"] == f"amqp://mailroom:{MARK}secretrabbitmqapppassword@mq1:5672/mailroom"
 
 
+def test_ports_for_others_are_opened_on_web_hosts_only(tmp_path):
+    rules = [{"ports": [80, 443]}]
+    hosts = wired(tmp_path, MANY, app_firewall_rules=rules)
+    assert {host for host, values in hosts.items() if values["firewall_rules"][-1:] == rules} == {"web1"}
+    assert hosts["web1"]["firewall_rules"] == rules
+    assert [rule["ports"] for rule in hosts["mq1"]["firewall_rules"]] == [[5672], [5432]]
+
+
 def test_what_there_is_one_of_is_on_one_host(many):
     assert [host for host in MANY["workers"] if many[host]["celery_beat"]] == ["worker1"]
     assert [host for host in MANY["app"] if many[host]["django_migrate"]] == ["web1"]

@@ -1,0 +1,287 @@
+"""Finds mistakes of an inventory that no role sees: its groups, its secrets, and the variables of inventories/common.
+
+All sentences are for the person who runs the playbook. None shows a secret.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Mapping
+from itertools import combinations
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import yaml
+from ansible_collections.django_celery.stack.plugins.filter.role_variables import LOADER, misnamed, mistyped, role_options
+from jinja2 import UndefinedError, pass_context
+
+COLLECTION = Path(__file__).resolve().parents[2]
+REQUIRED_GROUPS = ("broker", "app", "web", "workers")
+OPTIONAL_GROUPS = ("database", "flower")
+# The roles that validate.yml checks, by the groups whose hosts have them.
+ROLES = {
+    "all": ("ca_certificates", "firewall"),
+    "broker": ("erlang", "rabbitmq"),
+    "database": ("postgresql",),
+    "app": ("django",),
+    "workers": ("celery",),
+    "flower": ("flower",),
+}
+# What the names of inventories/common begin with, beside those of the roles' variables.
+PREFIXES = ("app_", "backup_", "homebrew_", "host_", "service_", "wiring_")
+SPECIFICATIONS = ("app_variable_specs", "wiring_variable_specs")
+
+
+def distance(one, other):
+    """How many letters are to be added, removed, replaced or swapped with the next to make one word the other."""
+    before, row = [], list(range(len(other) + 1))
+    for i, letter in enumerate(one, 1):
+        last, before, row = before, row, [i]
+        for j, wanted in enumerate(other, 1):
+            row.append(min(before[j] + 1, row[j - 1] + 1, before[j - 1] + (letter != wanted)))
+            if i > 1 and j > 1 and letter == other[j - 2] and one[i - 2] == wanted:
+                row[j] = min(row[j], last[j - 2] + 1)
+    return row[-1]
+
+
+def misspelt(name, known, mistakes):
+    """The first of the known names that this one is by so few mistakes in typing."""
+    return next((word for word in known if word != name and distance(name, word) <= mistakes), None)
+
+
+def did_you_mean(name, known):
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"; did you mean {near[0]}?" if near else None
+
+
+# Groups
+
+
+def group_errors(groups):
+    """Sentences about groups that the plays need and the inventory lacks, and about hosts that are in one without the other."""
+    own = [name for name in groups if name not in ("all", "ungrouped")]
+    expected = REQUIRED_GROUPS + OPTIONAL_GROUPS
+    others = [name for name in own if name not in expected]
+    sentences = []
+    for name in expected:
+        if name in own:
+            continue
+        if near := misspelt(name, others, max(1, len(name) // 4)):
+            sentences.append(f"The inventory has no group {name}, but a group {near}; did you mean {name}?")
+        elif name in REQUIRED_GROUPS:
+            sentences.append(f"The inventory has no group {name}.")
+    if sentences:
+        sentences.append(
+            f"Its groups are {', '.join(own) or 'none'}. Expected are broker, and app with web and workers in it; database and "
+            "flower where they are used."
+        )
+        return sentences
+    for name in ("web", "workers"):
+        if outside := [host for host in groups[name] if host not in groups["app"]]:
+            sentences.append(
+                f"The group {name} has {', '.join(outside)}, which the group app lacks: put {name} into app, as its child."
+            )
+    return sentences
+
+
+def host_count_errors(host, groups, values):
+    """Sentences about groups of which there can be one host, unless each host is an environment of its own, as this one may be."""
+    sentences = []
+    for name, variable in (("broker", "wiring_broker"), ("database", "wiring_database")):
+        hosts = groups.get(name, [])
+        if host in hosts and len(hosts) > 1 and values.get(variable) != host:
+            sentences.append(
+                f"The group {name} has the hosts {', '.join(hosts)}; allowed is one. There may be more only where each host is an "
+                f"environment of its own, with {variable} set to its own name."
+            )
+    return sentences
+
+
+# Variables
+
+
+def common_names(inventory_dir):
+    """The names of all variables in an inventory's link to inventories/common, or None where it has no link."""
+    folder = Path(inventory_dir or "", "group_vars", "all", "00-common")
+    if not inventory_dir or not folder.is_dir():
+        return None
+    names = set()
+    for file in (path for path in sorted(folder.rglob("*")) if path.suffix in (".yml", ".yaml", ".json")):
+        # Composed, not loaded: a value may have a tag of Ansible's.
+        node = yaml.compose(file.read_text(encoding="utf-8"), Loader=LOADER)
+        names |= {key.value for key, _ in node.value} if isinstance(node, yaml.MappingNode) else set()
+    return names
+
+
+def url_error(name, url, schemes):
+    """The sentence about a URL that is malformed. It leaves the URL out, which may hold a password."""
+    wanted = f"allowed is a URL such as {schemes[0]}://host:port, with the scheme {', '.join(schemes[:-1])} or {schemes[-1]}"
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        return (
+            f"{name} has a port or a host that is malformed; {wanted}. What is special in a password is written as urlencode does."
+        )
+    if parts.scheme not in schemes or not url.startswith(f"{parts.scheme}://"):
+        return f"{name} has another scheme or none; {wanted}."
+    if parts.scheme != "consolemail" and not re.fullmatch(r"[\w.:%-]+", parts.hostname or ""):
+        return f"{name} has no host; {wanted}."
+    return f"{name} has the port 0; {wanted}." if port == 0 else None
+
+
+class Values:
+    """A host's variables. Those that can't be evaluated are told apart by the reason."""
+
+    def __init__(self, context, names):
+        self.context, self.names, self.failed = context, names, {}
+
+    def __contains__(self, name):
+        return name in self.names
+
+    def get(self, name, default=None):
+        return self.context.resolve(name) if name in self.names else default
+
+    def errors_of(self, name, find):
+        """The sentences that `find` gives of the value, or one that says why there is no value."""
+        try:
+            return list(find(self.context.resolve(name)))
+        except UndefinedError as error:
+            self.failed.setdefault(str(error).removeprefix("A captured exception marker was tripped: "), []).append(name)
+            return []
+
+    def failures(self):
+        return [f"{', '.join(names)} can't be evaluated: {reason}" for reason, names in self.failed.items()]
+
+
+def secret_errors(values, inventory):
+    known = list(values.get("secret_names", []))
+    given = sorted(name for name in values.names if name.startswith("secret_") and name != "secret_names")
+    missing = [name for name in known if name not in values]
+    sentences, texts = [], {}
+    for name in given:
+        if name not in known and (near := misspelt(name, missing, 2)):
+            sentences.append(f"{name} is not a secret of inventories/common; did you mean {near}, which is missing?")
+        if wrong := values.errors_of(name, lambda value, name=name: mistyped(name, {"type": "str", "no_log": True}, value)):
+            sentences += wrong
+        elif name in known and not any(name in names for names in values.failed.values()):
+            texts[name] = values.get(name)
+    for one, other in combinations(texts, 2):
+        if texts[one] == texts[other]:
+            sentences.append(f"{one} and {other} are the same; each secret must be another.")
+    if missing:
+        playbook = shortest(COLLECTION / "playbooks" / "ops" / "create_secrets.yml")
+        sentences.append(f"Secrets are missing: {', '.join(missing)}. Generate them: ansible-playbook -i {inventory} {playbook}")
+    return sentences
+
+
+def shortest(path):
+    """A path as the person would type it: relative to the present folder where it is below that."""
+    path = Path(path)
+    return path.relative_to(os.getcwd()) if path.is_relative_to(os.getcwd()) else path
+
+
+def specified(name, spec, value):
+    """The sentences about a value by its specification; `url_schemes` are those of a URL."""
+    wrong = list(mistyped(name, spec, value))
+    if not wrong and "url_schemes" in spec:
+        wrong = [error for error in [url_error(name, value, spec["url_schemes"])] if error]
+    return wrong
+
+
+def environment_errors(values):
+    """Sentences about names in app_environment that the application does not read."""
+    known = values.get("app_environment_names") or []
+    given = values.get("app_environment") or {}
+    for name in sorted(given) if known and isinstance(given, Mapping) else ():
+        if name not in known:
+            hint = did_you_mean(name, known) or "; known are those of app_environment_names."
+            yield f"app_environment has {name}, which the application does not read{hint}"
+
+
+def common_variable_errors(values, inventory_dir, sources):
+    """Sentences about a host's variables that inventories/common knows: names, secrets, types.
+
+    A team that replaces application.yml has its own names in it.
+    """
+    known = common_names(inventory_dir)
+    if known is None:
+        return [
+            "The inventory has no folder group_vars/all/00-common: link inventories/common there, as docs/new-environment.md shows."
+        ]
+    sentences = []
+    for name in sorted(name for name in values.names if name.startswith(PREFIXES) and name not in known):
+        hint = did_you_mean(name, sorted(known)) or ". One of your own is declared in inventories/common/application.yml."
+        sentences.append(f"{name} is not a variable of inventories/common{hint}")
+    sentences += secret_errors(values, " -i ".join(str(shortest(source)) for source in sources))
+    # Without its secrets most of an environment can't be evaluated.
+    if sentences := sentences + values.failures():
+        return sentences
+    for specs in (values.get(name) or {} for name in SPECIFICATIONS):
+        for name, spec in specs.items():
+            if name in values:
+                sentences += values.errors_of(name, lambda value, name=name, spec=spec: specified(name, spec, value))
+    if not sentences and "app_environment" in values:
+        sentences += values.errors_of("app_environment", lambda _: environment_errors(values))
+    return sentences + values.failures()
+
+
+def layer_variable_errors(values, group_names):
+    """Sentences about names and types of the variables of all roles that a host has, before any expression uses them."""
+    sentences = []
+    for role in (role for group in ("all", *group_names) for role in ROLES.get(group, ())):
+        options = role_options(COLLECTION / "roles" / role)
+        for name in sorted(name for name in values.names if name.startswith(f"{role}_")):
+            if name in options:
+                sentences += values.errors_of(name, lambda value, name=name, option=options[name]: mistyped(name, option, value))
+            else:
+                sentences.append(misnamed(name, role, options))
+    return sentences + values.failures()
+
+
+# Versions
+
+
+def distribution_errors(values):
+    """Sentences about versions that a broker's distribution does not have, where it is the source."""
+    platform = values.get("host_platform")
+    row = values.get("wiring_versions", {}).get(platform, {})
+    if row.get("source") != "distribution":
+        return []
+    sentences = []
+    for program, title, otherwise in (
+        ("rabbitmq", "RabbitMQ", "set rabbitmq_source: team_rabbitmq for another"),
+        ("erlang", "Erlang", "allowed is that"),
+    ):
+        version, source = values.get(f"{program}_version"), values.get(f"{program}_source", "automatic")
+        parts, shipped = version.split("."), row[program].split(".")
+        length = min(len(parts), len(shipped))
+        if source in ("automatic", "distribution") and all(map(str.isdigit, parts)) and parts[:length] != shipped[:length]:
+            sentences.append(
+                f"{program}_version is {version}, and {platform} (host_platform) has {title} {row[program]}: {otherwise}, or set "
+                "host_platform to what the host runs."
+            )
+    return sentences
+
+
+@pass_context
+def inventory_errors(context, names):
+    """All sentences about a host of an inventory. `names` are those of the host's variables.
+
+    Later checks count on what earlier ones found in order, so the first that finds something is the last.
+    """
+    host, groups, group_names = (context.resolve(name) for name in ("inventory_hostname", "groups", "group_names"))
+    values = Values(context, names)
+    return (
+        group_errors(groups)
+        or common_variable_errors(values, context.resolve("inventory_dir"), context.resolve("ansible_inventory_sources"))
+        or layer_variable_errors(values, group_names)
+        or host_count_errors(host, groups, values) + (distribution_errors(values) if "broker" in group_names else [])
+    )
+
+
+class FilterModule:
+    def filters(self):
+        return {"inventory_errors": inventory_errors}

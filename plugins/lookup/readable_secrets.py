@@ -1,0 +1,39 @@
+"""Hosts of a play, once the inventory's file of secrets can be read.
+
+A play's hosts are evaluated before Ansible loads variables, which fails on an encrypted file without naming it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ansible import context
+from ansible.errors import AnsibleLookupError
+from ansible.parsing.vault import is_encrypted_file
+from ansible.plugins.lookup import LookupBase
+
+DOCUMENTATION = r"""
+name: readable_secrets
+short_description: Names hosts, unless a file of secrets is encrypted and Ansible has no vault password
+description:
+  - Gives what it is given. It fails where C(group_vars/all/91-secrets.yml) of an inventory is encrypted and Ansible was given no
+    vault password, with a sentence that names the file and the option to add.
+options:
+  _terms: {description: The pattern of the hosts., required: true}
+author: The maintainers of this bundle
+"""
+
+
+class LookupModule(LookupBase):
+    def run(self, terms, variables=None, **kwargs):
+        for source in map(Path, context.CLIARGS.get("inventory") or ()):
+            file = (source if source.is_dir() else source.parent) / "group_vars" / "all" / "91-secrets.yml"
+            if not self._loader._vault.secrets and file.is_file():
+                with file.open("rb") as content:
+                    encrypted = is_encrypted_file(content)
+                if encrypted:
+                    raise AnsibleLookupError(
+                        f"{file} is encrypted, and Ansible was given no vault password: add --ask-vault-pass or "
+                        "--vault-password-file."
+                    )
+        return terms

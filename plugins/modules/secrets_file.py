@@ -1,0 +1,26 @@
+"""Documentation of the action plugin secrets_file, which does the work on the controller."""
+
+DOCUMENTATION = r"""
+module: secrets_file
+short_description: Adds generated secrets to a file of variables
+description:
+  - Adds each of I(names) that the file does not have, with 40 random letters and digits. All else in the file stays as it is.
+  - A file that ansible-vault encrypted stays encrypted, with the same vault password and vault ID.
+  - The file is replaced at once by one of mode 0600, so a run that is killed leaves the old file or the new one.
+  - It works on the controller, whatever host it runs for. No secret is in what it returns.
+options:
+  path: {description: The file., type: path, required: true}
+  names: {description: Names of the secrets., type: list, elements: str, required: true}
+author: The maintainers of this bundle
+"""
+
+EXAMPLES = r"""
+- name: Generate missing secrets
+  django_celery.stack.secrets_file:
+    path: group_vars/all/91-secrets.yml
+    names: [secret_django_key, secret_postgresql_app_password]
+"""
+
+RETURN = r"""
+added: {description: Names of the secrets that were generated., type: list, returned: always}
+"""
