@@ -36,7 +36,8 @@ SPECIFICATIONS = ("app_variable_specs", "wiring_variable_specs")
 
 def distance(one, other):
     """How many letters are to be added, removed, replaced or swapped with the next to make one word the other."""
-    before, row = [], list(range(len(other) + 1))
+    before: list[int] = []
+    row = list(range(len(other) + 1))
     for i, letter in enumerate(one, 1):
         last, before, row = before, row, [i]
         for j, wanted in enumerate(other, 1):

@@ -6,6 +6,7 @@ A play's hosts are evaluated before Ansible loads variables, which fails on an e
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ansible import context
 from ansible.errors import AnsibleLookupError
@@ -25,7 +26,7 @@ author: The maintainers of this bundle
 
 
 class LookupModule(LookupBase):
-    def run(self, terms, variables=None, **kwargs):
+    def run(self, terms: list[Any], variables: dict[str, Any] | None = None, **kwargs: Any) -> list[Any]:
         for source in map(Path, context.CLIARGS.get("inventory") or ()):
             file = (source if source.is_dir() else source.parent) / "group_vars" / "all" / "91-secrets.yml"
             if not self._loader._vault.secrets and file.is_file():

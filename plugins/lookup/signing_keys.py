@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ansible.errors import AnsibleLookupError
 from ansible.plugins.loader import lookup_loader
@@ -38,11 +39,11 @@ _raw: {description: The text of each key., type: list, elements: str}
 
 
 class LookupModule(LookupBase):
-    def run(self, terms, variables=None, **kwargs):
+    def run(self, terms: list[dict[str, str]], variables: dict[str, Any] | None = None, **kwargs: Any) -> list[str]:
         self.set_options(var_options=variables, direct=kwargs)
         return [self.checked(term, variables) for term in terms]
 
-    def checked(self, term, variables):
+    def checked(self, term: dict[str, str], variables: dict[str, Any] | None) -> str:
         text = self.text(term["key"], variables)
         found = openpgp_fingerprints(text)
         if found != [term["fingerprint"].upper().replace(" ", "")]:
@@ -52,10 +53,10 @@ class LookupModule(LookupBase):
             )
         return text
 
-    def text(self, key, variables):
+    def text(self, key: str, variables: dict[str, Any] | None) -> str:
         if "://" in key:
             lookup = lookup_loader.get("ansible.builtin.url", loader=self._loader, templar=self._templar)
-            return lookup.run([key], variables, split_lines=False)[0]
+            return str(lookup.run([key], variables, split_lines=False)[0])
         try:
             return Path(key).expanduser().read_text(encoding="utf-8")
         except OSError as error:

@@ -6,6 +6,7 @@ import base64
 import binascii
 import hashlib
 import re
+from collections.abc import Iterator
 
 from ansible.errors import AnsibleFilterError
 
@@ -13,7 +14,7 @@ PUBLIC_KEY = 6
 ARMOUR = re.compile(r"^-----BEGIN PGP PUBLIC KEY BLOCK-----$(.*?)^-----END PGP PUBLIC KEY BLOCK-----$", re.MULTILINE | re.DOTALL)
 
 
-def _blocks(text):
+def _blocks(text: str) -> Iterator[bytes]:
     """The bytes inside each ASCII armour of a text (RFC 9580, section 6)."""
     found = ARMOUR.findall("\n".join(line.strip() for line in text.splitlines()))
     if not found:
@@ -29,7 +30,7 @@ def _blocks(text):
             raise AnsibleFilterError(f"The OpenPGP key's armour is damaged: {error}") from None
 
 
-def _packets(data):
+def _packets(data: bytes) -> Iterator[tuple[int, bytes]]:
     """Pairs of tag and body (RFC 9580, section 4.2). Lengths that a key's packets can't have are refused."""
     at = 0
     while at < len(data):
@@ -58,7 +59,7 @@ def _packets(data):
         at += length
 
 
-def openpgp_fingerprints(text):
+def openpgp_fingerprints(text: str) -> list[str]:
     """Fingerprints of all primary keys in an armoured text: upper case hexadecimal, 40 digits each.
 
     What it can't tell the fingerprint of is refused, never passed over: the host would trust it unseen.
