@@ -14,7 +14,8 @@ from celery import Celery  # noqa: E402 - models need what is set up
 from django.conf import settings  # noqa: E402 - as above
 from django.core.mail import send_mail  # noqa: E402 - as above
 from django.core.mail.backends.smtp import EmailBackend  # noqa: E402 - as above
-from emails.api import EmailIn, api  # noqa: E402 - as above
+from emails.api import api  # noqa: E402 - as above
+from emails.api_schemas import EmailIn  # noqa: E402 - as above
 from ninja import Status  # noqa: E402 - as above
 
 # As in baselines.py: Celery's own settings, not those of app/.

@@ -44,6 +44,8 @@ WORKER_OPTIONS = (
     "--prefetch-multiplier=4",
     "--loglevel=INFO",
 )
+# The web server closes a connection that is idle for two.
+IDLE_SECONDS = 1
 INVENTORY = "inventories/app-tests"
 # States that a delivery does not leave by itself.
 FINAL = "('sent', 'failed', 'skipped', 'cancelled')"
@@ -261,12 +263,15 @@ class Client:
 
     def __init__(self, port: int, key: str, timeout: float = 10) -> None:
         self.port, self.key, self.timeout = port, key, timeout
-        self.connection = None
+        self.connection, self.used = None, 0.0
 
     def post(self, path: str, body: dict, headers: dict | None = None) -> tuple[int, dict]:
         return self.request("POST", path, json.dumps(body), headers)
 
     def request(self, method: str, path: str, body: str | None = None, headers: dict | None = None) -> tuple[int, dict]:
+        if self.connection is not None and time.monotonic() - self.used > IDLE_SECONDS:
+            self.connection.close()
+            self.connection = None
         if self.connection is None:
             self.connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=self.timeout)
         headers = {"Authorization": f"Bearer {self.key}", "Content-Type": "application/json"} | (headers or {})
@@ -278,6 +283,7 @@ class Client:
             self.connection.close()
             self.connection = None
             raise ConnectionError(str(error)) from error
+        self.used = time.monotonic()
         is_json = response.headers.get_content_type() == "application/json"
         return response.status, json.loads(text) if is_json else {}
 
