@@ -181,7 +181,8 @@ def test_the_default_source_follows_the_platform(values, host, source):
 )
 def test_python_follows_the_platform(values, host, python, package):
     assert values[host]["__django_python"] == python
-    assert values[host]["__flower_python"] == values[host]["__python_environment_interpreter"] == python
+    assert values[host]["__flower_python"] == python
+    assert values[host]["__python_environment_interpreter"] == f"/usr/bin/{python}"
     assert values[host]["__python_environment_packages"] == [package]
 
 
