@@ -78,7 +78,7 @@ def test_a_layer_s_port_is_open_to_the_layers_that_need_it(on, source, port, is_
 @pytest.mark.parametrize(
     ("role", "variables", "fault"),
     [
-        ("firewall", {"app_firewall_rules": [{"ports": [80], "sources": ["web9"]}]}, "firewall_rules has the sources web9"),
+        ("firewall", {"firewall_rules": [{"ports": [80], "sources": ["web9"]}]}, "firewall_rules has the sources web9"),
         (
             "postgresql",
             {"postgresql_clients": [{"address": "web9", "database": "mailroom", "user": "mailroom"}]},
