@@ -39,6 +39,33 @@ def newest(paths: Iterable[str], packages: tuple[str, ...] = ()) -> float:
     return max(times)
 
 
+def replace_file(
+    module: AnsibleModule, path: str, text: str, mode: int, uid: Optional[int] = None, gid: Optional[int] = None
+) -> None:
+    """Replace a file at once by one with this text and mode, whatever the umask.
+
+    Readers see the old text or the new one, and nobody else can read it before it has its owner. Without `uid` or `gid` a file that
+    is there keeps its own.
+    """
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        before = (-1, -1)
+    else:
+        before = (status.st_uid, status.st_gid)
+    handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path), prefix=".ansible-")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            os.fchown(file.fileno(), before[0] if uid is None else uid, before[1] if gid is None else gid)
+            os.fchmod(file.fileno(), mode)
+            file.write(text)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    module.set_default_selinux_context(path, False)
+
+
 @dataclass(frozen=True)
 class FirstLineMarker:
     """A comment in the first line, for formats in which `#` begins one."""
@@ -97,9 +124,4 @@ class ManagedFiles:
         if not os.path.isdir(directory):
             os.makedirs(directory)
             os.chmod(directory, DIRECTORY_MODE)
-        handle, temporary = tempfile.mkstemp(dir=directory, prefix=".ansible-")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        self.module.atomic_move(temporary, path)
-        # The move gives the file the mode of the one that it replaces, or one by the umask.
-        os.chmod(path, FILE_MODE)
+        replace_file(self.module, path, text, FILE_MODE)

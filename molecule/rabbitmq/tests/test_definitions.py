@@ -71,7 +71,7 @@ def role(tmp_path, own, api, variables):
     """Imports the role's definitions with what the scenario has and more; gives the module's answer. Ends as the scenario was."""
     task = {
         "include_role": {"name": "django_celery.stack.rabbitmq", "tasks_from": "definitions"},
-        "vars": {"__rabbitmq_bare": False, "__rabbitmq_conf_dir": "/etc/rabbitmq"},
+        "vars": {"__rabbitmq_not_installed": False, "__rabbitmq_conf_dir": "/etc/rabbitmq"},
     }
     play = {"hosts": "broker", "become": True, "gather_facts": False, "tasks": [task]}
     (tmp_path / "play.json").write_text(json.dumps([play]))

@@ -1,0 +1,187 @@
+"""Users, directories and files of a host: compared with what a role lists, and changed where they differ."""
+
+from __future__ import annotations
+
+import grp
+import os
+import pwd
+import re
+import subprocess
+from typing import Any, Optional
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.django_celery.stack.plugins.module_utils.errors import Failure
+from ansible_collections.django_celery.stack.plugins.module_utils.managed_files import read, replace_file
+
+# A staged file is this beside its path until a role moves it.
+STAGED_SUFFIX = ".new"
+
+NO_LOGIN = "/usr/sbin/nologin"
+DPKG_QUERY = ["dpkg-query", "--show", "--showformat=${Package}\t${db:Status-Status}\t${Version}\n"]
+RPM_QUERY = ["rpm", "--query", "--queryformat=%{NAME}\tinstalled\t%{VERSION}\n"]
+DEBIAN = "/etc/debian_version"
+
+# An entry of one of the module's lists.
+Entry = dict[str, Any]
+
+
+def run_command(*command: str) -> str:
+    """Return what a command printed. Raises Failure with what it printed as errors."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise Failure(f"`{' '.join(command)}` failed: {done.stderr.strip() or done.stdout.strip()}")
+    return done.stdout
+
+
+def installed_versions(names: list[str]) -> dict[str, str]:
+    """Return the version of each of the packages that is installed, as dpkg or rpm has it."""
+    if not names:
+        return {}
+    query = DPKG_QUERY if os.path.exists(DEBIAN) else RPM_QUERY
+    # Both return an error where a package is not installed, and print the others.
+    text = subprocess.run([*query, *names], capture_output=True, text=True, check=False).stdout
+    rows = [line.split("\t") for line in text.splitlines()]
+    return {row[0]: row[2] for row in rows if len(row) == 3 and row[1] == "installed"}
+
+
+def user_id(name: str) -> Optional[int]:
+    """Return the number of a user, given by its name or its number; None where there is no such user."""
+    try:
+        return int(name) if name.isdigit() else pwd.getpwnam(name).pw_uid
+    except KeyError:
+        return None
+
+
+def group_id(name: str) -> Optional[int]:
+    """Return the number of a group, given by its name or its number; None where there is no such group."""
+    try:
+        return int(name) if name.isdigit() else grp.getgrnam(name).gr_gid
+    except KeyError:
+        return None
+
+
+class HostState:
+    """What one role lists of a host. `run` does everything; `result` is the module's result, also after a Failure."""
+
+    def __init__(self, module: AnsibleModule) -> None:
+        self.module = module
+        self.check: bool = module.check_mode
+        self.diff: list[dict[str, Any]] = []
+        self.staged: list[str] = []
+        self.result: dict[str, Any] = {"changed": False, "diff": self.diff, "staged": self.staged}
+
+    def run(self) -> None:
+        """Bring the host to what is listed, or in check mode tell what would change. Raises Failure."""
+        wanted = self.module.params
+        versions = installed_versions(list(wanted["packages"]))
+        self.result["packages"] = versions
+        self.result["packages_missing"] = [
+            name for name, pattern in wanted["packages"].items() if not re.match(pattern, versions.get(name, "\n"))
+        ]
+        paths = {path: os.path.exists(path) for path in [*wanted["look_at"], *wanted["requires"]]}
+        self.result["exists"] = paths
+        self.result["links"] = {path: os.readlink(path) for path in paths if os.path.islink(path)}
+        self.result["applied"] = all(paths[path] for path in wanted["requires"])
+        if not self.result["applied"]:
+            return
+        for user in wanted["users"]:
+            self.user(user["name"], user["home"])
+        for directory in wanted["directories"]:
+            self.directory(directory)
+        for file in wanted["files"]:
+            self.file(file)
+
+    def changes(self, path: str, before: object, after: object) -> None:
+        """Add a diff entry: texts as they are, other values as Ansible prints them."""
+        self.result["changed"] = True
+        self.diff.append({"before_header": path, "after_header": path, "before": before, "after": after})
+
+    def user(self, name: str, home: str) -> None:
+        """Create or mend a system user that can't log in. Its home is not created here."""
+        try:
+            found = pwd.getpwnam(name)
+        except KeyError:
+            command = ["useradd", "--system", "--no-create-home", "--home-dir", home, "--shell", NO_LOGIN]
+            if group_id(name) is not None:
+                command += ["--gid", name]
+            before = {}
+        else:
+            before = {"home": found.pw_dir, "shell": found.pw_shell}
+            command = ["usermod", "--home", home, "--shell", NO_LOGIN]
+        after = {"home": home, "shell": NO_LOGIN}
+        if before == after:
+            return
+        self.changes(f"user {name}", before, after)
+        if not self.check:
+            run_command(*command, name)
+
+    def identity(self, entry: Entry) -> tuple[Optional[int], Optional[int]]:
+        """Return the numbers of an entry's owner and group; None: it names none, or in check mode one that is not there yet."""
+        found = []
+        for key, look_up in (("owner", user_id), ("group", group_id)):
+            name = entry[key]
+            number = None if name is None else look_up(name)
+            if name is not None and number is None and not self.check:
+                raise Failure(f"{entry['path']}: the {key} {name} does not exist.")
+            found.append(number)
+        return found[0], found[1]
+
+    def attributes(self, entry: Entry, status: os.stat_result) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return owner, group and mode of a path as they are and as they are wanted."""
+        uid, gid = self.identity(entry)
+        before = {"uid": status.st_uid, "gid": status.st_gid, "mode": f"{status.st_mode & 0o7777:04o}"}
+        after = {
+            "uid": status.st_uid if uid is None else uid,
+            "gid": status.st_gid if gid is None else gid,
+            "mode": f"{int(entry['mode'], 8):04o}",
+        }
+        return before, after
+
+    def set_attributes(self, entry: Entry) -> None:
+        """Give a path its owner, group and mode where it has others. A change of the owner clears bits of the mode."""
+        before, after = self.attributes(entry, os.stat(entry["path"]))
+        if before == after:
+            return
+        self.changes(entry["path"], before, after)
+        if not self.check:
+            os.chown(entry["path"], after["uid"], after["gid"])
+            os.chmod(entry["path"], int(after["mode"], 8))
+
+    def directory(self, entry: Entry) -> None:
+        path = entry["path"]
+        if os.path.isdir(path):
+            self.set_attributes(entry)
+            return
+        if os.path.lexists(path):
+            raise Failure(f"{path} must be a directory and is none. Move it away.")
+        self.changes(path, {"state": "absent"}, {"state": "directory"})
+        if self.check:
+            return
+        os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
+        # Closed until it has its owner.
+        os.mkdir(path, 0o700)
+        uid, gid = self.identity(entry)
+        os.chown(path, -1 if uid is None else uid, -1 if gid is None else gid)
+        os.chmod(path, int(entry["mode"], 8))
+        self.module.set_default_selinux_context(path, False)
+
+    def file(self, entry: Entry) -> None:
+        """Bring a file to its text. One that is staged keeps its old text; the new one is written beside it."""
+        path, secret = entry["path"], entry["content"] is None
+        staged = path + STAGED_SUFFIX
+        text: str = entry["secret_content"] if secret else entry["content"]
+        before = read(path)
+        if before == text:
+            self.set_attributes(entry)
+            if entry["staged"] and os.path.exists(staged) and not self.check:
+                os.unlink(staged)
+            return
+        if secret:
+            self.changes(path, "(a secret)" if before else "", "(another secret)")
+        else:
+            self.changes(path, before or "", text)
+        if entry["staged"]:
+            self.staged.append(path)
+        if not self.check:
+            uid, gid = self.identity(entry)
+            replace_file(self.module, staged if entry["staged"] else path, text, int(entry["mode"], 8), uid, gid)
