@@ -76,7 +76,7 @@ class HostState:
         versions = installed_versions(list(wanted["packages"]))
         self.result["packages"] = versions
         self.result["packages_missing"] = [
-            name for name, pattern in wanted["packages"].items() if not re.match(pattern, versions.get(name, "\n"))
+            name for name, pattern in wanted["packages"].items() if name not in versions or not re.match(pattern, versions[name])
         ]
         paths = {path: os.path.exists(path) for path in [*wanted["look_at"], *wanted["requires"]]}
         self.result["exists"] = paths

@@ -114,12 +114,6 @@ EXAMPLES = r"""
       - {path: /etc/mailroom/environment, secret_content: "KEY=secret\n", owner: root, group: mailroom, mode: "0640"}
     packages:
       python3-venv: "3[.]"
-  register: found
-
-- name: Install the package
-  ansible.builtin.apt:
-    name: "{{ found.packages_missing }}"
-  when: found.packages_missing | length > 0
 """
 
 RETURN = r"""

@@ -51,8 +51,6 @@ EXAMPLES = r"""
     commands:
       - {command: check --deploy, unchanged: ""}
       - {command: migrate --noinput, unchanged: No migrations to apply}
-  become: true
-  become_user: mailroom
 """
 
 RETURN = r"""
@@ -76,9 +74,12 @@ def main() -> None:
             "directory": {"type": "path", "required": True},
             "environment_file": {"type": "path", "required": True},
             "commands": {"type": "list", "elements": "dict", "required": True, "options": command},
-        }
+        },
+        supports_check_mode=True,
     )
     options = module.params
+    if module.check_mode:
+        module.exit_json(changed=False, commands=[])
     try:
         commands = run(options["environment_file"], options["directory"], options["commands"])
     except Failure as failure:

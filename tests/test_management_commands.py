@@ -1,0 +1,109 @@
+"""Management commands of a project that run in one process."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+from ansible_collections.django_celery.stack.plugins.module_utils.errors import Failure
+from ansible_collections.django_celery.stack.plugins.module_utils.management_commands import run
+from helpers import executable
+
+MANAGE = """
+import os, sys
+import project
+
+print(f"{sys.argv[1]} process {os.getpid()} import {project.IMPORTED} key {os.environ['KEY']}")
+if sys.argv[1] == "read":
+    print("read:", sys.stdin.read())
+if sys.argv[1] == "ask":
+    input("Are you sure? ")
+if sys.argv[1] == "child":
+    os.system("echo from a child")
+if sys.argv[1] == "fail":
+    print("the reason", file=sys.stderr)
+    sys.exit(3)
+if sys.argv[1] == "say":
+    sys.exit("the message")
+if sys.argv[1] == "write":
+    open("written", "w").close()
+if sys.argv[1] == "arguments":
+    print(sys.argv[2:])
+"""
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A project with a manage.py, whose virtual environment is the Python of these tests; a function that runs its commands."""
+    (tmp_path / "release").mkdir()
+    (tmp_path / "release" / "manage.py").write_text(MANAGE)
+    (tmp_path / "release" / "project.py").write_text("import os\nIMPORTED = os.urandom(4).hex()\n")
+    python = f"import os, sys\nos.execv({sys.executable!r}, ['python', *sys.argv[1:]])\n"
+    executable(tmp_path / "release" / "venv" / "bin" / "python", python)
+    (tmp_path / "environment").write_text("KEY='it'\\''s a $ecret'\n")
+
+    def commands(*asked):
+        full = [{"stdin": None, "unchanged": None, **each} for each in asked]
+        return run(str(tmp_path / "environment"), str(tmp_path / "release"), full)
+
+    return commands
+
+
+def test_commands_share_a_process_and_its_modules(project):
+    one, two = project({"command": "one"}, {"command": "two"})
+    assert one["stdout"].split()[1:] == two["stdout"].split()[1:]
+    assert one["stdout"].startswith("one process")
+    assert one["stdout"].rstrip().endswith("key it's a $ecret")
+
+
+def test_arguments_are_split_as_a_shell_does(project):
+    (result,) = project({"command": "arguments --name 'two words'"})
+    assert "['--name', 'two words']" in result["stdout"]
+
+
+def test_standard_input_reaches_its_command_only(project):
+    one, two = project({"command": "read", "stdin": "a secret"}, {"command": "read"})
+    assert one["stdout"].endswith("read: a secret\n")
+    assert two["stdout"].endswith("read: \n")
+
+
+def test_question_fails_and_does_not_wait(project):
+    with pytest.raises(Failure, match="EOFError"):
+        project({"command": "ask"})
+
+
+def test_output_of_a_child_does_not_disturb_the_results(project):
+    one, two = project({"command": "child"}, {"command": "two"})
+    assert (one["command"], two["command"]) == ("child", "two")
+
+
+@pytest.mark.parametrize(("command", "reason"), [("fail", "the reason"), ("say", "the message")])
+def test_failure_names_the_command_and_ends_the_run(project, tmp_path, command, reason):
+    with pytest.raises(Failure, match=reason) as failure:
+        project({"command": "one"}, {"command": command}, {"command": "write"})
+    assert str(failure.value).startswith(f"`manage.py {command}` failed in ")
+    assert "one process" not in str(failure.value)
+    assert not (tmp_path / "release" / "written").exists()
+
+
+def test_project_that_does_not_import_shows_its_traceback(project, tmp_path):
+    (tmp_path / "release" / "project.py").write_text("import nothing_of_this_name\n")
+    with pytest.raises(Failure, match="No module named 'nothing_of_this_name'"):
+        project({"command": "one"})
+
+
+def test_virtual_environment_that_is_missing_is_named(project, tmp_path):
+    (tmp_path / "release" / "venv" / "bin" / "python").unlink()
+    with pytest.raises(Failure, match="did not start"):
+        project({"command": "one"})
+
+
+@pytest.mark.parametrize(("unchanged", "changed"), [(None, True), ("^one process", False), ("^two", True), ("", False)])
+def test_change_is_told_by_the_output(project, unchanged, changed):
+    (result,) = project({"command": "one", "unchanged": unchanged})
+    assert result["changed"] is changed
+
+
+def test_no_commands_start_no_process(project, tmp_path):
+    (tmp_path / "release" / "venv" / "bin" / "python").unlink()
+    assert project() == []
