@@ -183,6 +183,8 @@ def main() -> None:
             "requires": {"type": "list", "elements": "path", "default": []},
         },
         supports_check_mode=True,
+        # Ansible masks secrets in its log of the arguments only while they have no line breaks.
+        no_log=True,
     )
     state = HostState(module)
     try:

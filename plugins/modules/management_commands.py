@@ -76,6 +76,8 @@ def main() -> None:
             "commands": {"type": "list", "elements": "dict", "required": True, "options": command},
         },
         supports_check_mode=True,
+        # Ansible masks secrets in its log of the arguments only while they have no line breaks.
+        no_log=True,
     )
     options = module.params
     if module.check_mode:
