@@ -183,7 +183,7 @@ def main() -> None:
             "requires": {"type": "list", "elements": "path", "default": []},
         },
         supports_check_mode=True,
-        # Ansible masks secrets in its log of the arguments only while they have no line breaks.
+        # Ansible masks nested secrets in its log of the arguments only while they have no line breaks, backslashes or quotes.
         no_log=True,
     )
     state = HostState(module)

@@ -76,7 +76,7 @@ def main() -> None:
             "commands": {"type": "list", "elements": "dict", "required": True, "options": command},
         },
         supports_check_mode=True,
-        # Ansible masks secrets in its log of the arguments only while they have no line breaks.
+        # Ansible masks nested secrets in its log of the arguments only while they have no line breaks, backslashes or quotes.
         no_log=True,
     )
     options = module.params

@@ -211,6 +211,8 @@ def main() -> None:
             "timeout": {"type": "int", "default": 60},
         },
         supports_check_mode=True,
+        # Ansible masks nested secrets in its log of the arguments only while they have no line breaks, backslashes or quotes.
+        no_log=True,
     )
     # Ansible prints the arguments at -vvv.
     module.no_log_values.update(uri_passwords([module.params["parameters"], module.params["global_parameters"]]))
