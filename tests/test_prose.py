@@ -411,6 +411,19 @@ def test_prose_is_plain_english(path):
         assert report(path) == []
 
 
+@pytest.mark.parametrize("path", sorted(ROOT.glob("roles/*/meta/argument_specs.yml")), ids=lambda path: path.parts[-3])
+def test_no_description_ends_at_a_comma(path):
+    """In a flow mapping, YAML reads the words after an unquoted comma as another key."""
+    keys = {"choices", "default", "description", "elements", "no_log", "options", "required", "type"}
+
+    def unknown(options):
+        for name, option in options.items():
+            yield from (f"{name}: {key}" for key in set(option) - keys)
+            yield from unknown(option.get("options", {}))
+
+    assert list(unknown(yaml.safe_load(path.read_text())["argument_specs"]["main"]["options"])) == []
+
+
 def test_files_that_are_not_yet_held_exist():
     assert NOT_YET_HELD - {str(path.relative_to(ROOT)) for path in FILES} == set()
 
