@@ -78,8 +78,9 @@ test: lint test-unit $(APP_VENV)/.complete ## Everything
 test-fast: $(VENV)/.complete $(APP_VENV)/.complete ## What takes less than two minutes and needs no host
 	@$(SIDE_BY_SIDE) test-unit test-app-fast lint
 
-lint: $(VENV)/.complete $(APP_VENV)/.complete ## Lint roles, playbooks, Python and the workflow; check types
+lint: $(VENV)/.complete $(APP_VENV)/.complete ## Lint roles, playbooks, Python and the workflow; check types and spelling
 	yamllint .
+	codespell
 	ansible-lint
 	ruff check .
 	ruff format --check .

@@ -1,4 +1,4 @@
-"""Writes each role's README.md from its argument_specs, and its meta/main.yml: python docs/generate_roles.py."""
+"""Write each role's README.md and meta/main.yml from its argument specs: python docs/generate_roles.py."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import jinja2
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
-# Galaxy's names of the versions in plugins/filter/platform.py. Galaxy has no name for a macOS after 14.
+# Galaxy's names for the versions in plugins/filter/platform.py. Galaxy has no name for a macOS version after 14.
 GALAXY = {
     "Debian": ("Debian", {"13": "trixie", "forky/sid": "forky"}),
     "Ubuntu": ("Ubuntu", {"24.04": "noble", "26.04": "resolute"}),
     "RedHat": ("EL", {"9": "9", "10": "10"}),
     "MacOSX": ("macOS", {"14": "all", "15": "all", "26": "all", "27": "all"}),
 }
-# Roles that not all platforms have.
+# Roles that don't support macOS.
 WITHOUT_MACOS = ("firewall",)
 BY_HAND = re.compile(r"<!-- By hand -->\n(.*?)\n<!-- End of what is by hand -->", re.DOTALL)
 
 
 def plain(text: str | list[str]) -> str:
-    """Ansible's markup as Markdown, in one line."""
+    """Convert Ansible's markup to one line of Markdown."""
     joined = text if isinstance(text, str) else " ".join(text)
     return re.sub(r"[CI]\((.*?)\)", r"`\1`", " ".join(joined.split())).replace("|", "\\|")
 
@@ -39,7 +39,7 @@ def default_of(option: dict) -> str:
     if "default" not in option:
         return ""
     value = option["default"]
-    # As it is written in YAML: a text is quoted where it would else be something else, such as 4.0; the rest is JSON.
+    # YAML: quote a string only if YAML would read it as another type, such as 4.0. Write other types as JSON.
     text = value if isinstance(value, str) and "{" not in value and yaml.safe_load(value) == value else json.dumps(value)
     return f"`{text}`".replace("|", "\\|")
 
@@ -47,12 +47,12 @@ def default_of(option: dict) -> str:
 def description_of(option: dict) -> str:
     choices = ", ".join(f"`{choice}`" for choice in option.get("choices", []))
     one = "Each is one of" if option["type"] == "list" else "One of"
-    notes = [f"{one} {choices}." if choices else "", "Never shown." if option.get("no_log") else ""]
+    notes = [f"{one} {choices}." if choices else "", "Never logged." if option.get("no_log") else ""]
     return " ".join([plain(option["description"]), *filter(None, notes)])
 
 
 def tables(options: dict, path: str = ""):
-    """Pairs of a path and its options: the role's variables, then each list or mapping with options of its own."""
+    """Yield a path and its options: the role's variables, then each list or dictionary with suboptions."""
     yield path, options
     for name, option in options.items():
         if "options" in option:
@@ -60,7 +60,7 @@ def tables(options: dict, path: str = ""):
 
 
 def readme(role: Path) -> str:
-    """The text of a role's README.md, with what is by hand in the present one."""
+    """Return the text of a role's README.md, with the section "By hand" of the current file."""
     spec = yaml.safe_load((role / "meta/argument_specs.yml").read_text())["argument_specs"]["main"]
     file = role / "README.md"
     found = BY_HAND.search(file.read_text()) if file.exists() else None
@@ -78,7 +78,7 @@ def supported_versions() -> dict[str, tuple[str, ...]]:
 
 
 def meta(role: Path) -> str:
-    """The text of a role's meta/main.yml."""
+    """Return the text of a role's meta/main.yml."""
     spec = yaml.safe_load((role / "meta/argument_specs.yml").read_text())["argument_specs"]["main"]
     galaxy = yaml.safe_load((ROOT / "galaxy.yml").read_text())
     runtime = yaml.safe_load((ROOT / "meta/runtime.yml").read_text())
@@ -100,7 +100,7 @@ def meta(role: Path) -> str:
 
 
 class Indented(yaml.SafeDumper):
-    """Indents lists, as yamllint wants them."""
+    """Indent lists, as yamllint requires."""
 
     def increase_indent(self, flow=False, indentless=False):
         return super().increase_indent(flow, False)
