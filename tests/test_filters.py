@@ -45,7 +45,7 @@ def faults(tmp_path):
 
     def find(**variables):
         context = SimpleNamespace(resolve=variables.__getitem__)
-        return role_variables.role_variable_faults(context, variables.keys(), str(tmp_path / "broker"))
+        return role_variables.role_variable_errors(context, variables.keys(), str(tmp_path / "broker"))
 
     return find
 

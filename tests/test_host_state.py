@@ -1,4 +1,4 @@
-"""Users, directories and files of a role, compared and mended by one module."""
+"""Users, directories and files of a role, compared and corrected by one module."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_directory_is_created_with_its_mode(tmp_path, any_umask):
     assert not state(directories=[entry(path, "2750")]).result["changed"]
 
 
-def test_mode_of_a_directory_is_mended(tmp_path):
+def test_mode_of_a_directory_is_corrected(tmp_path):
     path = tmp_path / "a"
     path.mkdir()
     path.chmod(0o777)
@@ -96,7 +96,7 @@ def test_file_is_written_once(tmp_path, any_umask):
     assert path.stat().st_mtime_ns == before.st_mtime_ns
 
 
-def test_mode_of_a_file_is_mended_without_writing_it(tmp_path):
+def test_mode_of_a_file_is_corrected_without_writing_it(tmp_path):
     path = tmp_path / "a"
     path.write_text("text\n")
     path.chmod(0o666)
@@ -195,7 +195,7 @@ def test_group_of_that_name_becomes_the_users_group(monkeypatch, programs):
 
 
 @pytest.mark.parametrize("found", [("/root", "/usr/sbin/nologin"), ("/var/lib/app", "/bin/bash")])
-def test_user_with_another_home_or_shell_is_mended(monkeypatch, programs, found):
+def test_user_with_another_home_or_shell_is_corrected(monkeypatch, programs, found):
     passwd(monkeypatch, app=found)
     assert state(users=[APP]).result["changed"]
     assert programs() == ["usermod --home /var/lib/app --shell /usr/sbin/nologin app"]
@@ -244,7 +244,7 @@ def test_check_mode_tells_of_attributes(tmp_path):
 
 @pytest.fixture
 def dpkg(tmp_path, monkeypatch):
-    """dpkg-query of a host that has three packages, one of which was removed and left its configuration."""
+    """dpkg-query of a host that has two packages, and the configuration of a package that was removed."""
     text = "rabbitmq-server\\tinstalled\\t4.0.5-6\\nerlang-base\\tinstalled\\t1:27.3.4-1\\nold\\tconfig-files\\t1.0-1\\n"
     executable(
         tmp_path / "bin" / "dpkg-query", f"import sys\nprint({text!r}.encode().decode('unicode_escape'), end='')\nsys.exit(1)\n"

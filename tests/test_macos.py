@@ -115,15 +115,15 @@ def answers(tmp_path_factory):
         said = {"stdout": json.dumps({"formulae": [formula]})}
         value = [
             "{{ __rabbitmq_formula_level }}",
-            "{{ __rabbitmq_formula_rules | rejectattr('holds') | map(attribute='otherwise') | join }}",
+            "{{ __rabbitmq_formula_rules | rejectattr('that') | map(attribute='fail_msg') | join }}",
         ]
         there = looked_for()
         show(case, value, __rabbitmq_info=said, rabbitmq_erlang_version=erlang, __rabbitmq_brew_services=there)
     show("brew jobs", "{{ __rabbitmq_brew_jobs }}")
     for label in BREW_LABELS:
-        value = ["{{ (__rabbitmq_formula_rules | first).holds }}", "{{ (__rabbitmq_formula_rules | first).otherwise }}"]
+        value = ["{{ (__rabbitmq_formula_rules | first).that }}", "{{ (__rabbitmq_formula_rules | first).fail_msg }}"]
         show(label, value, __rabbitmq_brew_services=looked_for(label))
-    rules = "{{ __postgresql_mac_rules | rejectattr('holds') | map(attribute='otherwise') }}"
+    rules = "{{ __postgresql_mac_rules | rejectattr('that') | map(attribute='fail_msg') }}"
     for case, (homebrew, jobs, clients, _) in SERVERS.items():
         found = {
             "__postgresql_brew": {"stat": {"exists": homebrew}},

@@ -261,6 +261,10 @@ REFUSED = {
             {"secret_django_key": f"{MARK}same", "secret_app_api_key": "{{ secret_django_key }}"},
             "secret_app_api_key and secret_django_key are the same; each secret must be another.",
         ),
+        (
+            {"secret_app_api_key": f"{MARK}same", "app_environment": {"SECRET_KEY": "{{ secret_app_api_key }}"}},
+            "SECRET_KEY of app_environment and secret_app_api_key are the same; each secret must be another.",
+        ),
     ],
     "common environment": [
         (

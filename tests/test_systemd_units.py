@@ -239,6 +239,24 @@ def test_a_start_that_fails_gives_the_journal_of_the_units_that_are_down(host, t
     assert result["changed"]
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "OSError: [Errno 98] Address already in use",
+        "app.socket: Failed to create listening socket (127.0.0.1:8000): Address already in use",
+        "Failed to start Ranch listener in ranch_tcp:listen([]) for reason eaddrinuse (address already in use)",
+    ],
+)
+def test_start_that_fails_for_a_port_in_use_shows_who_listens(host, tmp_path, line):
+    executable(tmp_path / "bin/journalctl", f"print({line!r})")
+    executable(tmp_path / "bin/ss", "import sys; assert '--processes' in sys.argv; print('127.0.0.1:8000 users:((\"other\",pid=7))')")
+    host.state = {**host.state, "mortal": ["a.service"]}
+    message = host.run(service("a", settle=0.2))["msg"]
+    assert "An address that a.service listens on is in use by another program." in message
+    assert 'users:(("other",pid=7))' in message
+    assert line in message
+
+
 def test_a_unit_that_died_and_came_back_is_not_up(host):
     host.state = {**host.state, "revived": ["a.service"]}
     # The first look is before the start.

@@ -172,6 +172,13 @@ def secret_errors(values, inventory):
     for one, other in combinations(texts, 2):
         if texts[one] == texts[other]:
             sentences.append(f"{one} and {other} are the same; each secret must be another.")
+    # The application reads this name, so a value here replaces secret_django_key.
+    own_key = (values.get("app_environment") or {}).get("SECRET_KEY") if "app_environment" in values else None
+    sentences += [
+        f"SECRET_KEY of app_environment and {name} are the same; each secret must be another."
+        for name, text in texts.items()
+        if text == own_key and name != "secret_django_key"
+    ]
     if missing:
         playbook = shortest(COLLECTION / "playbooks" / "ops" / "create_secrets.yml")
         sentences.append(f"Secrets are missing: {', '.join(missing)}. Generate them: ansible-playbook -i {inventory} {playbook}")

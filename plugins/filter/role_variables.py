@@ -61,7 +61,7 @@ def misnamed(name, role, options):
 
 
 @pass_context
-def role_variable_faults(context, names, role_path):
+def role_variable_errors(context, names, role_path):
     """Sentences about the variables that begin with the role's name and that its argument_specs do not have so.
 
     `names` are those of a host's variables, `role_path` is the role's directory. Names of registers and internal values
@@ -80,4 +80,4 @@ def role_variable_faults(context, names, role_path):
 
 class FilterModule:
     def filters(self):
-        return {"role_variable_faults": role_variable_faults}
+        return {"role_variable_errors": role_variable_errors}

@@ -71,7 +71,7 @@ class HostState:
         self.result: dict[str, Any] = {"changed": False, "diff": self.diff, "staged": self.staged}
 
     def run(self) -> None:
-        """Bring the host to what is listed, or in check mode tell what would change. Raises Failure."""
+        """Change the host where it differs from the lists, or in check mode tell what would change. Raises Failure."""
         wanted = self.module.params
         versions = installed_versions(list(wanted["packages"]))
         self.result["packages"] = versions
@@ -97,7 +97,7 @@ class HostState:
         self.diff.append({"before_header": path, "after_header": path, "before": before, "after": after})
 
     def user(self, name: str, home: str) -> None:
-        """Create or mend a system user that can't log in. Its home is not created here."""
+        """Create or correct a system user that can't log in. Its home is not created here."""
         try:
             found = pwd.getpwnam(name)
         except KeyError:
@@ -166,7 +166,7 @@ class HostState:
         self.module.set_default_selinux_context(path, False)
 
     def file(self, entry: Entry) -> None:
-        """Bring a file to its text. One that is staged keeps its old text; the new one is written beside it."""
+        """Write a file whose text differs. A staged file keeps its old text, and the new text goes into a file beside it."""
         path, secret = entry["path"], entry["content"] is None
         staged = path + STAGED_SUFFIX
         text: str = entry["secret_content"] if secret else entry["content"]

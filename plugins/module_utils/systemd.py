@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 import subprocess
 import time
 from collections.abc import Iterable
@@ -28,6 +29,9 @@ PROPERTIES = (
 )
 # What lies here comes from packages.
 PACKAGES = ("/usr/",)
+# What Linux, Python and Erlang call an address on which another program listens.
+TAKEN = re.compile("address (is )?already in use|eaddrinuse", re.IGNORECASE)
+LISTENERS = ["ss", "--no-header", "--listening", "--tcp", "--numeric", "--processes"]
 # The owner in the marker of a shared unit.
 SEVERAL = "several owners"
 
@@ -223,6 +227,11 @@ class Units:
             time.sleep(0.3)
 
     def journal(self, name: str) -> str:
+        """Return the last lines that a unit logged, after the cause if they tell of a port that another program has."""
         command = ["journalctl", "--no-pager", "--lines=40", "--output=cat", "--unit", name]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-        return f"The end of the journal of {name}:\n{done.stdout.strip()}"
+        text = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False).stdout.strip()
+        cause = ""
+        if TAKEN.search(text):
+            listeners = subprocess.run(LISTENERS, capture_output=True, text=True, check=False).stdout.strip()
+            cause = f"An address that {name} listens on is in use by another program. The listeners of this host:\n{listeners}\n"
+        return f"{cause}The end of the journal of {name}:\n{text}"

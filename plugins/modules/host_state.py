@@ -12,7 +12,7 @@ module: host_state
 short_description: Compare users, directories, files and packages of a host with a list, in one call
 version_added: 0.1.0
 description:
-  - Creates and mends system users, directories and files, in this order. Tells which packages are missing and which paths exist.
+  - Creates and corrects system users, directories and files, in this order. Tells which packages are missing and which paths exist.
   - Each call of a module costs Ansible a quarter of a second a host. A role lists here what M(ansible.builtin.user),
     M(ansible.builtin.file), M(ansible.builtin.copy) and M(ansible.builtin.stat) would look at one by one. So a run that changes
     nothing needs one call a role.
@@ -91,7 +91,7 @@ options:
     type: dict
     default: {}
   look_at:
-    description: Paths of which RV(exists) and RV(links) tell.
+    description: Paths that RV(exists) and RV(links) tell about.
     type: list
     elements: path
     default: []

@@ -109,3 +109,35 @@ def test_management_commands_run_as_the_application(host):
     with host.sudo():
         assert host.check_output("/usr/local/bin/mailroom-manage shell -c 'import os; print(os.geteuid())' | tail -1") != "0"
         assert "[ ]" not in host.check_output("/usr/local/bin/mailroom-manage showmigrations")
+
+
+def running(host):
+    """What the services run with: the environment file, the release, and when each unit started."""
+    units = "mailroom-web.service mailroom-relay.service"
+    with host.sudo():
+        environment = host.check_output("sha256sum /etc/mailroom/environment")
+        release = host.check_output("readlink /opt/mailroom/current")
+        return environment, release, host.check_output(f"systemctl show --property ExecMainStartTimestampMonotonic --value {units}")
+
+
+def test_environment_that_the_application_rejects_changes_nothing(host, run_playbook, variables):
+    """The value passes the first play: only the application knows what is allowed."""
+    before = running(host)
+    done = run_playbook("site.yml", "--tags", "django", app_environment={"LOG_LEVEL": "LOUD"})
+    assert done.returncode != 0
+    assert "`manage.py check --deploy --fail-level ERROR` failed" in done.stdout
+    assert "LOG_LEVEL" in done.stdout
+    assert "DEBUG, INFO, WARNING, ERROR or CRITICAL" in done.stdout
+    assert variables["secret_django_key"] not in done.stdout
+    assert running(host) == before
+    done = run_playbook("site.yml", "--tags", "django")
+    assert done.returncode == 0, done.stdout
+    assert running(host) == before
+    with host.sudo():
+        assert not host.file("/etc/mailroom/environment.new").exists
+
+
+def test_run_fails_when_the_web_service_is_not_healthy(run_playbook):
+    done = run_playbook("site.yml", "--tags", "django", django_health_path="/no-such-path")
+    assert done.returncode != 0
+    assert "is not healthy: /no-such-path at 127.0.0.1:8000 answers 404" in done.stdout

@@ -221,3 +221,18 @@ def test_broker_on_an_older_erlang_than_the_disk_has_is_restarted_by_the_next_ru
     assert process() not in ("0", before)
     assert installed(host) != newest, "a run takes no newer release by itself"
     dnf("upgrade erlang")
+
+
+def test_changed_erlang_cookie_restarts_the_broker(host, run_playbook):
+    """The broker reads the cookie when it starts, and rabbitmqctl reads it each time."""
+    with host.sudo():
+        before = host.check_output("systemctl show --property MainPID --value rabbitmq-server.service")
+    done = run_playbook("playbooks/broker.yml", rabbitmq_erlang_cookie="AnotherCookieOfThisTest")
+    assert done.returncode == 0, done.stdout
+    with host.sudo():
+        assert host.check_output("systemctl show --property MainPID --value rabbitmq-server.service") != before
+        host.check_output("rabbitmqctl --quiet await_startup")
+    done = run_playbook("playbooks/broker.yml")
+    assert done.returncode == 0, done.stdout
+    with host.sudo():
+        host.check_output("rabbitmqctl --quiet await_startup")
