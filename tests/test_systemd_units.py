@@ -249,7 +249,8 @@ def test_a_start_that_fails_gives_the_journal_of_the_units_that_are_down(host, t
 )
 def test_start_that_fails_for_a_port_in_use_shows_who_listens(host, tmp_path, line):
     executable(tmp_path / "bin/journalctl", f"print({line!r})")
-    executable(tmp_path / "bin/ss", "import sys; assert '--processes' in sys.argv; print('127.0.0.1:8000 users:((\"other\",pid=7))')")
+    ss = "import sys\nassert '--processes' in sys.argv\nprint('127.0.0.1:8000 users:((\"other\",pid=7))')"
+    executable(tmp_path / "bin/ss", ss)
     host.state = {**host.state, "mortal": ["a.service"]}
     message = host.run(service("a", settle=0.2))["msg"]
     assert "An address that a.service listens on is in use by another program." in message
