@@ -6,6 +6,8 @@ import grp
 import os
 import pwd
 import stat
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -268,6 +270,20 @@ def test_packages_of_rpm(tmp_path, monkeypatch):
     monkeypatch.setattr(host_state, "DEBIAN", "/nowhere")
     assert state(packages={"erlang": "27([.]|$)", "never": ""}).result["packages_missing"] == ["never"]
     assert state(packages={"erlang": "2([.]|$)"}).result["packages_missing"] == ["erlang"]
+
+
+def test_program_that_holds_the_lock_of_dpkg_is_named(dpkg, tmp_path, monkeypatch):
+    lock = tmp_path / "lock"
+    lock.write_text("")
+    monkeypatch.setattr(host_state, "DPKG_LOCK", str(lock))
+    assert state(packages={"never": ""}).result["packages_locked_by"] == ""
+    held = "import fcntl, sys\nfile = open(sys.argv[1], 'w')\nfcntl.lockf(file, fcntl.LOCK_EX)\nprint('held', flush=True)\ninput()"
+    with subprocess.Popen([sys.executable, "-c", held, lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        assert state(packages={"never": ""}).result["packages_locked_by"].endswith(f" (process {process.pid})")
+        # Nothing is installed, so nothing waits.
+        assert state(packages={"erlang-base": "1:27"}).result["packages_locked_by"] == ""
+        process.communicate("\n")
 
 
 def test_paths_and_links(tmp_path):

@@ -30,9 +30,9 @@ WIRED = {
     "django_web_listen": ["[::1]:8001", "/run/other.sock"],
     "rabbitmq_version": "4.2",
     "erlang_version": "27",
-    "homebrew_user": "brewer",
+    "host_homebrew_user": "brewer",
     "postgresql_listen_addresses": ["localhost"],
-    "wiring_prefix": "{{ (ansible_facts['effective_user_id'] == 0) | ternary('', '/Users/me/.local') }}",
+    "host_prefix": "{{ (ansible_facts['effective_user_id'] == 0) | ternary('', '/Users/me/.local') }}",
 }
 ROLES = ("rabbitmq", "postgresql", "django", "celery", "flower")
 # Per case: the version that Homebrew would install, those installed, the Erlang; the expected level and error.
@@ -106,7 +106,7 @@ def answers(tmp_path_factory):
         show(role, "{{ __services_jobs }}", **services_of(role))
     show("logs", "{{ lookup('template', 'newsyslog.conf.j2') }}", **services_of("celery"))
     show("domain", "{{ [__services_job_dir, __services_user] }}", **services_of("django"))
-    python = {"python_environment_python": ""}
+    python = {"host_python": ""}
     names = ("interpreter", "ca_bundle", "packages[0]")
     paths = [f"__python_environment_{name}" for name in names] + ["__django_manage", "__rabbitmq_program"]
     show("paths", f"{{{{ [{', '.join(paths)}] }}}}", **python)
@@ -131,7 +131,7 @@ def answers(tmp_path_factory):
         }
         addresses = [{"database": "mailroom", "user": "mailroom", "address": address} for address in clients]
         show(f"server: {case}", rules, **found, postgresql_clients=addresses)
-        show(f"server of nobody: {case}", rules, **found, postgresql_clients=addresses, postgresql_homebrew_user="")
+        show(f"server of nobody: {case}", rules, **found, postgresql_clients=addresses, host_homebrew_user="")
     show(
         "postgresql files",
         ["{{ __postgresql_settings }}", "{{ lookup('template', pg_hba) }}", "{{ lookup('template', pg_ident) }}"],
@@ -336,7 +336,7 @@ def test_a_mac_that_cannot_run_the_database_is_rejected(answers, case):
 def test_root_must_be_told_the_owner_of_homebrew(answers):
     assert answers["agents"]["server of nobody: right"] == answers["daemons"]["server: right"] == []
     (refusal,) = answers["daemons"]["server of nobody: right"]
-    assert refusal.startswith("postgresql_homebrew_user is empty and Ansible works as root")
+    assert refusal.startswith("host_homebrew_user is empty and Ansible works as root")
 
 
 SERVER = """

@@ -304,8 +304,8 @@ REFUSED = {
     ],
     "django": [
         (
-            {"django_prefix": "~/.local"},
-            "django_prefix is '~/.local'; allowed is an absolute path without spaces or a last slash, or none.",
+            {"host_prefix": "~/.local"},
+            "host_prefix is '~/.local'; allowed is an absolute path without spaces or a last slash, or none.",
         ),
         (
             {"django_name": "Mail Room"},
@@ -337,8 +337,8 @@ REFUSED = {
     ],
     "celery": [
         (
-            {"celery_prefix": "/Users/me/My Apps"},
-            "celery_prefix is '/Users/me/My Apps'; allowed is an absolute path without spaces or a last slash, or none.",
+            {"host_prefix": "/Users/me/My Apps"},
+            "host_prefix is '/Users/me/My Apps'; allowed is an absolute path without spaces or a last slash, or none.",
         ),
         (
             {"celery_requirements": "/nowhere"},
@@ -365,8 +365,8 @@ REFUSED = {
     ],
     "flower": [
         (
-            {"flower_prefix": "/Users/me/"},
-            "flower_prefix is '/Users/me/'; allowed is an absolute path without spaces or a last slash, or none.",
+            {"host_prefix": "/Users/me/"},
+            "host_prefix is '/Users/me/'; allowed is an absolute path without spaces or a last slash, or none.",
         ),
         ({"flower_name": "x" * 30}, f"flower_name is '{'x' * 30}'; allowed is a lower-case word of at most 24 letters,"),
         ({"flower_port": 70000}, "flower_port is 70000; allowed is 1 to 65535."),

@@ -30,7 +30,7 @@ ROLES = {
     "flower": ("flower",),
 }
 # What the names of inventories/common begin with, beside those of the roles' variables.
-PREFIXES = ("app_", "backup_", "homebrew_", "host_", "service_", "wiring_")
+PREFIXES = ("app_", "backup_", "host_", "service_", "wiring_")
 SPECIFICATIONS = ("app_variable_specs", "wiring_variable_specs")
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import grp
 import os
 import pwd
 import re
+import struct
 import subprocess
 from typing import Any, Optional
 
@@ -19,6 +21,7 @@ STAGED_SUFFIX = ".new"
 NO_LOGIN = "/usr/sbin/nologin"
 DPKG_QUERY = ["dpkg-query", "--show", "--showformat=${Package}\t${db:Status-Status}\t${Version}\n"]
 RPM_QUERY = ["rpm", "--query", "--queryformat=%{NAME}\tinstalled\t%{VERSION}\n"]
+DPKG_LOCK = "/var/lib/dpkg/lock-frontend"
 DEBIAN = "/etc/debian_version"
 
 # An entry of one of the module's lists.
@@ -42,6 +45,21 @@ def installed_versions(names: list[str]) -> dict[str, str]:
     text = subprocess.run([*query, *names], capture_output=True, text=True, check=False).stdout
     rows = [line.split("\t") for line in text.splitlines()]
     return {row[0]: row[2] for row in rows if len(row) == 3 and row[1] == "installed"}
+
+
+def lock_holder(path: str) -> str:
+    """Return the program that holds a lock of fcntl on a file, with its process ID; an empty string where none does."""
+    # Of struct flock on Linux: the type, the meaning of the start, start, length, process ID.
+    layout = "hhqqi4x"
+    asked = struct.pack(layout, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+    try:
+        with open(path, "rb") as file:
+            kind, _, _, _, pid = struct.unpack(layout, fcntl.fcntl(file, fcntl.F_GETLK, asked))
+    except FileNotFoundError:
+        return ""
+    if kind == fcntl.F_UNLCK:
+        return ""
+    return f"{(read(f'/proc/{pid}/comm') or 'a program').strip()} (process {pid})"
 
 
 def user_id(name: str) -> Optional[int]:
@@ -78,6 +96,7 @@ class HostState:
         self.result["packages_missing"] = [
             name for name, pattern in wanted["packages"].items() if name not in versions or not re.match(pattern, versions[name])
         ]
+        self.result["packages_locked_by"] = lock_holder(DPKG_LOCK) if self.result["packages_missing"] else ""
         paths = {path: os.path.exists(path) for path in [*wanted["look_at"], *wanted["requires"]]}
         self.result["exists"] = paths
         self.result["links"] = {path: os.readlink(path) for path in paths if os.path.islink(path)}

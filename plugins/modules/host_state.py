@@ -128,6 +128,11 @@ packages_missing:
   elements: str
   returned: always
   sample: []
+packages_locked_by:
+  description: If a package is missing, the program that holds the lock of dpkg, with its process ID. Else an empty string.
+  type: str
+  returned: always
+  sample: unattended-upgr (process 812)
 exists:
   description: Whether each path of O(look_at) and O(requires) exists. A link counts when its target exists.
   type: dict
