@@ -12,8 +12,8 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # Frames around each line would hide pytest's closing counts.
 export MOLECULE_COMMAND_BORDERS := 0
 
-# The longest first, so that the last ones end together. All but site, macos, rabbitmq43 and any-project have a host of each platform.
-SCENARIOS := site site-hosts site-el9 macos rabbitmq rabbitmq43 celery django erlang postgresql any-project flower firewall services ca_certificates
+# The longest first, so that the last ones end together. Those of roles have a host of each platform.
+SCENARIOS := site site-hosts site-el9 macos rabbitmq rabbitmq43 celery django erlang postgresql any-project flower firewall services ca_certificates built-collection
 # Scenarios that run at a time; each waits for its hosts more than it computes.
 JOBS ?= 2
 SIDE_BY_SIDE = $(VENV)/bin/python tests/parts.py --jobs $(JOBS)

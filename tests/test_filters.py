@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
+import re
 import subprocess
 import tempfile
 from types import SimpleNamespace
@@ -12,10 +13,28 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from ansible.errors import AnsibleFilterError
+from ansible.plugins.loader import filter_loader
 from ansible_collections.django_celery.stack.plugins.filter import celery_lock, environment_file, rabbitmq, role_variables
-from helpers import ROOT
+from helpers import ROOT, load
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+# Names
+
+
+def test_roles_and_playbooks_use_each_filter_by_the_name_that_ansible_finds():
+    files = [path for folder in ("roles", "playbooks", "inventories") for path in (ROOT / folder).rglob("*")]
+    text = "".join(path.read_text() for path in files if path.suffix in (".yml", ".j2"))
+    used = set(re.findall(r"\|\s*(django_celery\.stack\.\w+)", text))
+    assert len(used) > 10
+    assert [name for name in sorted(used) if filter_loader.get(name) is None] == []
+    provided = {f"django_celery.stack.{name}" for path in (ROOT / "plugins/filter").glob("*.py") for name in names_of_filters(path)}
+    assert used == provided
+
+
+def names_of_filters(path):
+    return load(str(path.relative_to(ROOT))).FilterModule().filters()
+
 
 # Variables of roles
 

@@ -18,6 +18,7 @@ from ansible_collections.django_celery.stack.plugins.filter.inventory_variables 
     url_error,
 )
 from helpers import MARK, ROOT, common_variables, playbook, wiring
+from jinja2 import UndefinedError
 
 GROUPS = {name: ["a"] for name in ("all", "ungrouped", "broker", "app", "web", "workers", "flower", "database")}
 EXPECTED = "Expected are broker, and app with web and workers in it; database and flower where they are used."
@@ -271,11 +272,265 @@ def test_paths_in_sentences_are_short():
 
 
 def test_values_that_fail_for_one_reason_are_one_sentence():
-    from jinja2 import UndefinedError
-
     def resolve(name):
         raise UndefinedError("'x' is undefined")
 
     values = inventory_variables.Values(SimpleNamespace(resolve=resolve), ["a", "b"])
     assert values.errors_of("a", lambda value: [value]) == values.errors_of("b", lambda value: [value]) == []
     assert values.failures() == ["a, b can't be evaluated: 'x' is undefined"]
+
+
+# The filter itself, on the variables of one host
+
+
+COMMON = """\
+app_name: shop
+app_token: !vault |
+  $ANSIBLE_VAULT;1.1;AES256
+  3030
+app_environment: {}
+wiring_port: 1
+"""
+HOST = {
+    "app_name": "shop",
+    "app_environment": {},
+    "app_environment_names": ["DEBUG", "EMAIL_URL"],
+    "app_variable_specs": {
+        "app_name": {"type": "str"},
+        "app_database_url": {"type": "str", "no_log": True, "url_schemes": ["postgresql", "postgres"]},
+    },
+    "wiring_variable_specs": {"wiring_port": {"type": "int"}},
+    "secret_names": ["secret_one", "secret_two"],
+    "secret_one": f"{MARK}1",
+    "secret_two": f"{MARK}2",
+}
+
+
+class Failing:
+    """A value whose expression can't be evaluated."""
+
+    def __init__(self, reason):
+        self.reason = reason
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """The folder of an inventory that has its own inventories/common."""
+    common = tmp_path / "group_vars/all/00-common"
+    common.mkdir(parents=True)
+    (common / "application.yml").write_text(COMMON)
+    names = [name for name in HOST if not name.startswith("secret_o")]
+    (common / "wiring.yml").write_text("".join(f"{name}:\n" for name in [*names, "app_database_url"]))
+    (common / "notes.txt").write_text("app_note: not read\n")
+    (common / "empty.yml").touch()
+    return tmp_path
+
+
+@pytest.fixture
+def errors(folder):
+    """Gives the filter's errors for a host, some of whose variables are replaced; one whose value is None is removed."""
+
+    def find(groups=GROUPS, group_names=(), inventory_dir=folder, **changes):
+        variables = {name: value for name, value in {**HOST, **changes}.items() if value is not None}
+        magic = {
+            "inventory_hostname": "a",
+            "groups": groups,
+            "group_names": list(group_names),
+            "inventory_dir": inventory_dir and str(inventory_dir),
+            "ansible_inventory_sources": [str(folder), "/elsewhere/hosts.yml"],
+        }
+
+        def resolve(name):
+            value = {**magic, **variables}[name]
+            if isinstance(value, Failing):
+                raise UndefinedError(f"A captured exception marker was tripped: {value.reason}")
+            return value
+
+        found = inventory_variables.inventory_errors(SimpleNamespace(resolve=resolve), variables.keys())
+        assert MARK not in " ".join(found)
+        return found
+
+    return find
+
+
+def test_a_sound_host_has_no_errors(errors):
+    assert errors() == []
+    assert errors(app_database_url=f"postgresql://u:{MARK}@db/shop", wiring_port=5, app_environment={"DEBUG": True}) == []
+
+
+def test_group_errors_hide_all_others(errors):
+    found = errors(groups=without("web"), app_nmae="shop")
+    assert found[0] == "The inventory has no group web."
+    assert not any("app_nmae" in sentence for sentence in found)
+
+
+@pytest.mark.parametrize("inventory_dir", [None, "", "/nowhere"])
+def test_an_inventory_without_the_common_variables_is_refused(errors, folder, monkeypatch, inventory_dir):
+    # An inventory that is a list of hosts has no folder; the present one is not taken for it.
+    monkeypatch.chdir(folder)
+    assert errors(inventory_dir=inventory_dir) == [
+        "The inventory has no folder group_vars/all/00-common: link inventories/common there, as docs/new-environment.md shows."
+    ]
+
+
+def test_common_names_come_from_every_file_of_variables(folder):
+    names = inventory_variables.common_names(str(folder))
+    assert {"app_name", "app_token", "app_database_url"} <= names
+    assert "app_note" not in names
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("app_nmae", "; did you mean app_name?"),
+        ("service_zzzzzzzzzzzz", ". One of your own is declared in inventories/common/application.yml."),
+    ],
+)
+def test_an_unknown_variable_is_refused(errors, name, hint):
+    assert errors(**{name: "x"}) == [f"{name} is not a variable of inventories/common{hint}"]
+
+
+def test_an_unknown_variable_with_another_prefix_is_accepted(errors):
+    assert errors(shop_colour="blue", ansible_user="root") == []
+
+
+def test_missing_secrets_are_listed_with_the_command_for_all_sources(errors, folder, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    (sentence,) = errors(secret_one=None, secret_two=None)
+    playbook = ROOT / "playbooks/ops/create_secrets.yml"
+    sources = f"-i {folder.name} -i /elsewhere/hosts.yml"
+    assert sentence == f"Secrets are missing: secret_one, secret_two. Generate them: ansible-playbook {sources} {playbook}"
+
+
+def test_a_misspelt_secret_is_named_only_while_the_right_one_is_missing(errors):
+    found = errors(secret_one=None, secret_onne=f"{MARK}1")
+    assert found[0] == "secret_onne is not a secret of inventories/common; did you mean secret_one, which is missing?"
+    assert errors(secret_onne=f"{MARK}1", secret_payment=f"{MARK}2") == []
+
+
+def test_equal_secrets_are_refused(errors):
+    assert errors(secret_two=f"{MARK}1") == ["secret_one and secret_two are the same; each secret must be another."]
+
+
+def test_a_secret_that_is_not_text_is_refused_and_not_compared(errors):
+    assert errors(secret_one=5, secret_two=5) == ["secret_one is not a text in quotes.", "secret_two is not a text in quotes."]
+
+
+def test_secrets_that_fail_are_one_error_and_hide_the_types(errors):
+    vault = Failing("no vault password opens it")
+    assert errors(secret_one=vault, secret_two=vault, wiring_port="5") == [
+        "secret_one, secret_two can't be evaluated: no vault password opens it"
+    ]
+
+
+def test_a_value_that_contradicts_its_specification_is_refused(errors):
+    assert errors(app_name=5, wiring_port="5") == [
+        "app_name is 5, not a text in quotes.",
+        "wiring_port is '5', not a whole number.",
+    ]
+    (sentence,) = errors(app_database_url=f"mysql://u:{MARK}@db/shop")
+    assert sentence.startswith("app_database_url has another scheme or none; allowed is a URL such as postgresql://host:port")
+    # The type's error is enough.
+    assert errors(app_database_url=5) == ["app_database_url is not a text in quotes."]
+
+
+def test_a_value_that_fails_is_an_error(errors):
+    assert errors(wiring_port=Failing("'x' is undefined"), app_name=5) == [
+        "app_name is 5, not a text in quotes.",
+        "wiring_port can't be evaluated: 'x' is undefined",
+    ]
+
+
+def test_a_team_need_not_specify_its_variables(errors):
+    assert errors(app_variable_specs=None, wiring_variable_specs=None, app_name=5) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("EMAIL_ULR", "; did you mean EMAIL_URL?"), ("ZZZZ", "; known are those of app_environment_names.")],
+)
+def test_an_environment_variable_that_the_application_does_not_read_is_refused(errors, name, hint):
+    assert errors(app_environment={name: "x", "DEBUG": True}) == [
+        f"app_environment has {name}, which the application does not read{hint}"
+    ]
+
+
+def test_any_environment_variable_is_accepted_where_the_known_ones_are_not_listed(errors):
+    assert errors(app_environment={"EMAIL_ULR": "x"}, app_environment_names=None) == []
+    assert errors(app_environment=None) == []
+
+
+def test_variables_of_roles_are_checked_on_the_hosts_that_have_the_roles(errors):
+    wrong = {"rabbitmq_verison": "4.2", "rabbitmq_plugins": "a,b", "firewall_enabled": "yes", "celery_beat": Failing("no group")}
+    firewall = "firewall_enabled is 'yes', not true or false."
+    assert errors(**wrong) == [firewall]
+    assert errors(group_names=["broker", "strangers"], **wrong) == [
+        firewall,
+        "rabbitmq_plugins is 'a,b', not a list.",
+        "rabbitmq_verison is no variable of the role rabbitmq, did you mean rabbitmq_version?",
+    ]
+    assert errors(group_names=["workers"], **wrong) == [firewall, "celery_beat can't be evaluated: no group"]
+
+
+VERSIONS = {
+    "debian13": {"source": "distribution", "erlang": "27", "rabbitmq": "4.0"},
+    "el9": {"source": "team_rabbitmq", "erlang": "27", "rabbitmq": "4.2"},
+}
+SHIPPED = {"wiring_versions": VERSIONS, "host_platform": "debian13", "rabbitmq_version": "4.0", "erlang_version": "27"}
+
+
+@pytest.fixture
+def broker_errors(errors, folder):
+    """Gives the errors for a broker, without those of names."""
+    (folder / "group_vars/all/00-common/versions.yml").write_text("wiring_versions:\nhost_platform:\n")
+    return lambda **changes: errors(group_names=["broker"], **SHIPPED | changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"rabbitmq_version": "4.0.5", "erlang_version": "27.3"},
+        {"rabbitmq_version": "4"},
+        {"rabbitmq_version": "4.2", "rabbitmq_source": "team_rabbitmq"},
+        # What a version may look like is a rule of the role.
+        {"rabbitmq_version": "4.x"},
+        {"rabbitmq_version": "4.3", "host_platform": "el9"},
+        {"rabbitmq_version": "4.2", "host_platform": "ubuntu2604"},
+    ],
+)
+def test_versions_that_the_distribution_has_or_does_not_matter(broker_errors, changes):
+    assert broker_errors(**changes) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"rabbitmq_version": "4.2"},
+            ("rabbitmq_version is 4.2", "has RabbitMQ 4.0: set rabbitmq_source: team_rabbitmq for another"),
+        ),
+        (
+            {"erlang_version": "26.2.5", "erlang_source": "distribution"},
+            ("erlang_version is 26.2.5", "has Erlang 27: allowed is that"),
+        ),
+    ],
+)
+def test_a_version_that_the_distribution_lacks_is_refused(broker_errors, changes, words):
+    given, shipped = words
+    assert broker_errors(**changes) == [
+        f"{given}, and debian13 (host_platform) {shipped}, or set host_platform to what the host runs."
+    ]
+
+
+def test_versions_are_compared_on_brokers_only(errors, broker_errors):
+    assert errors(group_names=["app"], **SHIPPED | {"rabbitmq_version": "4.2"}) == []
+
+
+def test_host_counts_and_versions_are_reported_together(broker_errors, folder):
+    (folder / "group_vars/all/00-common/broker.yml").write_text("wiring_broker:\n")
+    found = broker_errors(groups=without("broker", broker=["a", "b"]), wiring_broker="b", rabbitmq_version="4.2")
+    assert [sentence.split(maxsplit=4)[:4] for sentence in found] == [
+        ["The", "group", "broker", "has"],
+        ["rabbitmq_version", "is", "4.2,", "and"],
+    ]

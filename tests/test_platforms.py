@@ -8,7 +8,7 @@ import json
 import pytest
 import yaml
 from ansible.errors import AnsibleFilterError
-from ansible_collections.django_celery.stack.plugins.filter.platform import platform_family
+from ansible_collections.django_celery.stack.plugins.filter.platform import platform_family, platform_python
 from helpers import ROOT, playbook
 
 
@@ -187,6 +187,20 @@ def test_python_follows_the_platform(values, host, python, package):
 
 
 # Platforms
+
+
+@pytest.mark.parametrize(
+    ("found", "python"),
+    [
+        (HOSTS["debian13"], "python3"),
+        (HOSTS["el9"], "python3.12"),
+        (HOSTS["el10"], "python3"),
+        (facts("Debian", "9", "Debian"), "python3"),
+        (facts("MacOSX", "26.1", "Darwin"), "python3.13"),
+    ],
+)
+def test_python_is_one_that_the_locks_have_packages_for(found, python):
+    assert platform_python(found) == python
 
 
 @pytest.mark.parametrize("host", HOSTS)

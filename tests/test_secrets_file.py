@@ -6,11 +6,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import yaml
+from ansible.errors import AnsibleActionFail, AnsibleError
 from ansible.parsing.vault import VaultLib, VaultSecret
 from ansible_collections.django_celery.stack.plugins.action import secrets_file
+from ansible_collections.django_celery.stack.plugins.modules import secrets_file as documentation
 from helpers import MARK, ROOT
 
 SECRET = VaultSecret(b"the team's password")
@@ -195,6 +199,71 @@ def test_a_link_to_the_file_stays_a_link(file, tmp_path):
 def test_check_mode_writes_nothing(file):
     assert secrets_file.add_secrets(file, ["secret_one"], NO_VAULT, check=True) == (["secret_one"], True)
     assert not file.parent.exists()
+
+
+# The action, without a playbook
+
+
+def run(options, vault=NO_VAULT, check_mode=False):
+    """What the action returns for these options."""
+    task = SimpleNamespace(args=options, action="secrets_file", check_mode=check_mode, async_val=0, environment=[], diff=False)
+    loader = SimpleNamespace(_vault=vault)
+    action = secrets_file.ActionModule(task, mock.Mock(), mock.Mock(), loader, mock.Mock(), mock.Mock())
+    return action.run(task_vars={})
+
+
+def test_the_action_returns_the_names_without_the_secrets(file):
+    options = {"path": str(file), "names": ["secret_one", "secret_two"]}
+    assert run(options, check_mode=True) == {"changed": True, "added": ["secret_one", "secret_two"]}
+    assert not file.exists()
+    assert run(options) == {"changed": True, "added": ["secret_one", "secret_two"]}
+    assert list(yaml.safe_load(file.read_text())) == ["secret_one", "secret_two"]
+    assert run(options) == {"changed": False, "added": []}
+
+
+def test_the_action_uses_the_vault_passwords_that_ansible_was_given(file):
+    write(file, VAULT.encrypt(OWN, secret=SECRET))
+    assert run({"path": str(file), "names": ["secret_two"]}, VAULT) == {"changed": True, "added": ["secret_two"]}
+    assert VAULT.decrypt(file.read_bytes()).decode().startswith(OWN)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("- a\n", "holds no mapping of names to values"),
+        (f"a: {MARK}".encode() + b"\xff", "can't be read or written: it is not UTF-8"),
+        (None, "can't be read or written: Is a directory"),
+    ],
+)
+def test_the_action_names_the_file_and_the_reason(file, content, reason):
+    if content is None:
+        file.mkdir(parents=True)
+    else:
+        write(file, content)
+    with pytest.raises(AnsibleActionFail) as caught:
+        run({"path": str(file), "names": ["secret_two"]})
+    assert str(caught.value) == f"{file} {reason}. Nothing was changed."
+
+
+def test_the_action_takes_the_options_that_its_module_documents():
+    documented = yaml.safe_load(documentation.DOCUMENTATION)["options"]
+    with (
+        mock.patch.object(secrets_file.ActionModule, "validate_argument_spec", side_effect=KeyboardInterrupt) as validate,
+        pytest.raises(KeyboardInterrupt),
+    ):
+        run({})
+    for option in documented.values():
+        del option["description"]
+    assert validate.call_args.args == (documented,)
+
+
+@pytest.mark.parametrize("options", [{}, {"path": "x"}, {"path": "x", "names": ["a"], "length": 8}])
+def test_the_action_refuses_other_options(options):
+    with pytest.raises(AnsibleError):
+        run(options)
+
+
+# The playbook
 
 
 def create_secrets(inventory, *arguments):

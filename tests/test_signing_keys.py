@@ -116,6 +116,13 @@ def test_a_key_with_the_expected_fingerprint_is_given(tmp_path):
     assert read(file, " ".join(expected[at : at + 4] for at in range(0, 40, 4))) == [file.read_text()]
 
 
+def test_a_key_is_loaded_from_a_url(tmp_path):
+    # With an empty line and one that ends in CR LF, as a server may send it: the text stays as it is.
+    text = armour(packet(KEY)) + "\n\r\n"
+    (tmp_path / "key.asc").write_bytes(text.encode())
+    assert read((tmp_path / "key.asc").as_uri(), fingerprint(KEY)) == [text]
+
+
 @pytest.mark.parametrize("text", [armour(packet(LONG_KEY)), armour(packet(KEY)) + armour(packet(LONG_KEY))])
 def test_another_key_is_refused(tmp_path, text):
     (tmp_path / "key.asc").write_text(text)

@@ -56,9 +56,7 @@ def added(text: str, new: dict[str, str]) -> str:
     longer = text if text.strip() else HEADER
     longer += "" if longer.endswith("\n") else "\n"
     longer += "".join(f"{indent}{name}: {value}\n" for name, value in new.items())
-    expected = entries(text) + [
-        (name, yaml.serialize(yaml.ScalarNode("tag:yaml.org,2002:str", value))) for name, value in new.items()
-    ]
+    expected = entries(text) + [(name, yaml.serialize(text_node(value))) for name, value in new.items()]
     try:
         if entries(longer) == expected:
             return longer
