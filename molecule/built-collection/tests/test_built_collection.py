@@ -28,11 +28,11 @@ PLAYBOOK = f"""\
 
 
 class Project:
-    """A folder with a playbook, an inventory of one host, and a home of its own in which the collection is installed."""
+    """A folder with a playbook, an inventory of one host, and a separate home, in which the collection is installed."""
 
     def __init__(self, folder, connection):
         self.folder = folder
-        # Without ANSIBLE_ variables, of which Molecule sets some; ~/.ansible/collections is the default path of collections.
+        # Without ANSIBLE_ variables, because Molecule sets some; ~/.ansible/collections is the default path of collections.
         self.environment = {name: value for name, value in os.environ.items() if not name.startswith("ANSIBLE_")}
         self.environment["HOME"] = str(folder / "home")
         (folder / "playbook.yml").write_text(PLAYBOOK)
