@@ -120,7 +120,7 @@ def test_backup_is_restored_and_nothing_else_remains(connect, ops, tmp_path):
     assert (tmp_path / "mailroom.pgc").stat().st_mode & 0o077 == 0
     connect().execute("DELETE FROM kept WHERE id = 1; CREATE TABLE later (id int)")
 
-    assert "Confirm it" in ops("restore_postgresql").stdout
+    assert "-e confirm=yes" in ops("restore_postgresql").stdout
     assert rows(connect()) == before[1:], "nothing is touched before it is confirmed"
 
     done = ops("restore_postgresql", "--extra-vars", "confirm=yes")

@@ -133,4 +133,4 @@ def test_restore_says_what_is_not_as_in_the_backup(api, play, tmp_path):
     code, output = play("playbooks/ops/restore_rabbitmq.yml", "--extra-vars", "confirm=yes")
     api("queues/mailroom/mail.q", "DELETE")
     assert code != 0
-    assert "does not have as the backup has it: queues mail.q in mailroom." in output
+    assert "still differs from the backup: queues mail.q in mailroom." in output
