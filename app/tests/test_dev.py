@@ -156,7 +156,7 @@ def test_without_a_broker_it_says_so_before_anything_starts():
     with running(BROKER_URL="amqp://guest:guest@127.0.0.1:1//") as run:
         assert run.process.wait(timeout=10) == 1
         (line,) = run.log.read_text().splitlines()
-        assert line == "No broker answers at the host and port of BROKER_URL."
+        assert line == "No broker responds at the host and port of BROKER_URL."
         assert run.folders() == []
 
 
