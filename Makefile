@@ -1,4 +1,4 @@
-# `make` lists the targets. The README's two commands are `make sandbox` and `make test`.
+# `make` lists the targets.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -9,15 +9,15 @@ APP_VENV := app/.venv
 TESTBED := $(VENV)/bin/python -m testbed
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-# Frames around each line would hide pytest's closing counts.
+# Molecule's frames would hide pytest's summary line from tests/parts.py.
 export MOLECULE_COMMAND_BORDERS := 0
 
-# The longest first, so that the last ones end together. Those of roles have a host of each platform.
+# The slowest first, so that the last ones end at about the same time.
 SCENARIOS := site site-hosts site-el9 macos rabbitmq rabbitmq43 celery django erlang postgresql any-project flower firewall services ca_certificates built-collection
-# Scenarios that run at a time; each waits for its hosts more than it computes.
+# How many scenarios run in parallel. A scenario mostly waits for its hosts.
 JOBS ?= 2
 SIDE_BY_SIDE = $(VENV)/bin/python tests/parts.py --jobs $(JOBS)
-# make sandbox PLATFORM=el9: the same on another platform of testbed/images.
+# make sandbox PLATFORM=el9: on another platform of testbed/images.
 ifdef PLATFORM
 export TESTBED_PLATFORM := $(PLATFORM)
 endif
@@ -30,10 +30,10 @@ help: ## List the targets
 
 $(VENV)/.complete: requirements/controller.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "$(PYTHON) is older than 3.11. Name a newer one: make PYTHON=python3.12"; exit 1; }
+		{ echo "$(PYTHON) is older than 3.11. Use a newer one: make PYTHON=python3.12"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || \
-		{ echo "$(PYTHON) can't make virtual environments. Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
-	@echo "Installing Ansible and its tools into $(VENV) from requirements/controller.txt (a minute the first time)"
+		{ echo "$(PYTHON) can't create virtual environments. On Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
+	@echo "Installing Ansible and its tools into $(VENV) from requirements/controller.txt (about a minute)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(VENV)/bin/python -m pip install --quiet --quiet --require-hashes --requirement $<
 	@touch $@
@@ -47,14 +47,14 @@ $(APP_VENV)/.complete: app/requirements-dev.txt
 # ---- Sandbox ----
 
 .PHONY: sandbox sandbox-info sandbox-down
-sandbox: $(VENV)/.complete ## The whole stack on a host of this machine, ready to use
+sandbox: $(VENV)/.complete ## Start the whole stack in a container on this machine
 	@testbed/install
 	@$(TESTBED) up --inventory inventories/sandbox
 	@ansible-playbook -i inventories/sandbox playbooks/ops/create_secrets.yml
 	@ansible-playbook -i inventories/sandbox site.yml
 	@$(TESTBED) info --inventory inventories/sandbox
 
-sandbox-info: $(VENV)/.complete ## Where the sandbox's services are and how to log in, as JSON
+sandbox-info: $(VENV)/.complete ## Print the addresses and logins of the sandbox's services as JSON
 	@$(TESTBED) info --inventory inventories/sandbox --json
 
 sandbox-down: $(VENV)/.complete ## Remove the sandbox
@@ -64,21 +64,21 @@ sandbox-down: $(VENV)/.complete ## Remove the sandbox
 # ---- The application without Ansible ----
 
 .PHONY: app
-app: $(APP_VENV)/.complete ## The application with a database and an inbox of its own, for development; Ctrl-C ends it
+app: $(APP_VENV)/.complete ## Run the application with its own database and mail catcher, for development; Ctrl-C stops it
 	@cd app && exec .venv/bin/python -m dev
 
 # ---- Tests ----
 
 .PHONY: test test-fast lint test-unit test-app-fast test-app broker-up broker-down test-scenarios
-test: lint test-unit $(APP_VENV)/.complete ## Everything
+test: lint test-unit $(APP_VENV)/.complete ## Run all tests
 	@testbed/install
 	@tests/install
 	@$(SIDE_BY_SIDE) test-app $(addprefix molecule-,$(SCENARIOS))
 
-test-fast: $(VENV)/.complete $(APP_VENV)/.complete ## What takes less than two minutes and needs no host
+test-fast: $(VENV)/.complete $(APP_VENV)/.complete ## Run the tests that need no host (less than two minutes)
 	@$(SIDE_BY_SIDE) test-unit test-app-fast lint
 
-lint: $(VENV)/.complete $(APP_VENV)/.complete ## Lint roles, playbooks, Python and the workflow; check types and spelling
+lint: $(VENV)/.complete $(APP_VENV)/.complete ## Lint roles, playbooks, Python and workflows; check types and spelling
 	yamllint .
 	codespell
 	ansible-lint
@@ -89,19 +89,19 @@ lint: $(VENV)/.complete $(APP_VENV)/.complete ## Lint roles, playbooks, Python a
 	cd app && DEBUG=true DATABASE_URL=postgresql:///types .venv/bin/mypy
 	check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
-test-unit: $(VENV)/.complete ## Modules, filters, templates and the repository itself; coverage of plugins/
+test-unit: $(VENV)/.complete ## Run the unit tests, with the coverage of plugins/
 	pytest --cov=plugins --cov-report=term
 
-test-app-fast: $(APP_VENV)/.complete ## The application's tests that need no broker and no browser
+test-app-fast: $(APP_VENV)/.complete ## Run the application's tests that need no broker and no browser
 	cd app && .venv/bin/pytest -m "not browser and not broker"
 
-test-app: $(VENV)/.complete $(APP_VENV)/.complete ## The application's tests: a real RabbitMQ, a real PostgreSQL, a browser
+test-app: $(VENV)/.complete $(APP_VENV)/.complete ## Run the application's tests with RabbitMQ, PostgreSQL and a browser
 	@$(MAKE) --no-print-directory broker-up
 	url=$$($(TESTBED) info --inventory inventories/app-tests --value broker.url) && cd app && \
 		TEST_BROKER_URL=$$url .venv/bin/pytest --cov --cov-report=term:skip-covered
 	@$(MAKE) --no-print-directory broker-down
 
-broker-up: $(VENV)/.complete $(APP_VENV)/.complete ## The broker of the application's tests, which bench/mail_* use too
+broker-up: $(VENV)/.complete $(APP_VENV)/.complete ## Start the broker of the application's tests and of bench/mail_*
 	testbed/install
 	tests/install
 	$(TESTBED) up --inventory inventories/app-tests
@@ -111,7 +111,7 @@ broker-up: $(VENV)/.complete $(APP_VENV)/.complete ## The broker of the applicat
 broker-down: $(VENV)/.complete
 	$(TESTBED) down --inventory inventories/app-tests
 
-test-scenarios: $(VENV)/.complete ## All Molecule scenarios; one of them: make molecule-rabbitmq
+test-scenarios: $(VENV)/.complete ## Run all Molecule scenarios; for a single one: make molecule-rabbitmq
 	@testbed/install
 	@$(SIDE_BY_SIDE) $(addprefix molecule-,$(SCENARIOS))
 
@@ -122,11 +122,11 @@ molecule-%: $(VENV)/.complete
 # ---- Upkeep ----
 
 .PHONY: docs lock
-docs: $(VENV)/.complete ## Write the roles' READMEs from their argument specs
+docs: $(VENV)/.complete ## Generate the roles' READMEs from their argument specs
 	$(VENV)/bin/python docs/generate_roles.py
 
 LOCK := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header
-lock: ## Renew the locks with uv: newest versions that the requirements allow
+lock: ## Update the locks with uv to the newest versions that the requirements allow
 	$(LOCK) --upgrade requirements/controller.in --output-file requirements/controller.txt
 	$(LOCK) --upgrade roles/flower/files/requirements.in --output-file roles/flower/files/requirements.txt
 	$(LOCK) --upgrade roles/python_environment/files/uv.in --output-file roles/python_environment/files/uv.txt

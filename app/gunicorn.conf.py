@@ -1,4 +1,4 @@
-"""Read by gunicorn from its working directory. Its command line wins."""
+"""Gunicorn reads this file from its working directory. Its command line overrides it."""
 
 import logging
 from typing import Any
@@ -7,7 +7,7 @@ from gunicorn.glogging import Logger
 
 from emails.context import one_line
 
-# Without the query and the referrer: what somebody searched for may be an address.
+# Without query string and referrer, because search terms may be addresses.
 access_log_format = '%(h)s "%(m)s %(U)s" %(s)s %(B)s %(M)sms request=%({x-request-id}o)s'
 
 
@@ -17,7 +17,7 @@ class OneLine(logging.Formatter):
 
 
 class logger_class(Logger):  # noqa: N801 - the name of gunicorn's setting
-    """Escapes what a client put into a path, so that it can't make a log entry of its own."""
+    """Escapes the request's path, so that a client can't forge log entries."""
 
     def _set_handler(
         self, log: Any, output: Any, fmt: logging.Formatter, stream: Any = None

@@ -1,5 +1,5 @@
-"""The API of app/ with two more ways to send behind it. API key, checks of the body and web server are then the same for each way
-that bench/mail_compare measures, and only the way to send differs."""
+"""The API of app/ with two more ways to send. For each way that bench/mail_compare measures, API key, validation and web server are
+the same."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from django.core.wsgi import get_wsgi_application
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "mailroom.settings")
 application = get_wsgi_application()
 
-from celery import Celery  # noqa: E402 - models need what is set up
+from celery import Celery  # noqa: E402 - models need Django's setup
 from django.conf import settings  # noqa: E402 - as above
 from django.core.mail import send_mail  # noqa: E402 - as above
 from django.core.mail.backends.smtp import EmailBackend  # noqa: E402 - as above
@@ -18,7 +18,7 @@ from emails.api import api  # noqa: E402 - as above
 from emails.api_schemas import EmailIn  # noqa: E402 - as above
 from ninja import Status  # noqa: E402 - as above
 
-# As in baselines.py: Celery's own settings, not those of app/.
+# As in baselines.py: Celery's defaults, not the settings of app/.
 plain = Celery(
     "baselines",
     broker=os.environ["BROKER_URL"],

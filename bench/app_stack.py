@@ -1,7 +1,6 @@
-"""What the measurements of mail share: broker, database, mail servers and the processes of app/, all real.
+"""Shared by the mail benchmarks: broker, database, mail servers and the processes of app/, all real.
 
-The broker is a systemd host of testbed/ (inventories/app-tests). Everything else runs on this machine, as processes that are ended
-by their id.
+The broker is a systemd host of testbed/ (inventories/app-tests). Everything else runs as processes on this machine.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from urllib.parse import urlsplit
 PROJECT = Path(__file__).resolve().parents[1]
 APP = PROJECT / "app"
 BIN = APP / ".venv" / "bin"
-# As the roles start them.
+# With the options of the role django.
 GUNICORN = (
     BIN / "gunicorn",
     "--no-control-socket",
@@ -44,22 +43,22 @@ WORKER_OPTIONS = (
     "--prefetch-multiplier=4",
     "--loglevel=INFO",
 )
-# The web server closes a connection that is idle for two.
+# The web server closes connections after two idle seconds.
 IDLE_SECONDS = 1
 INVENTORY = "inventories/app-tests"
-# States that a delivery does not leave by itself.
+# States that a delivery never leaves on its own.
 FINAL = "('sent', 'failed', 'skipped', 'cancelled')"
-# Where smtp-sink is unpacked, if it is not installed.
+# smtp-sink is unpacked here if it is not installed.
 POSTFIX = PROJECT / ".ansible" / "postfix"
 
 
 def in_app_environment() -> None:
-    """Start the script again with the application's Python, which has the packages that it imports."""
+    """Restart the script with the application's Python, which has the imported packages."""
     if not (BIN / "python").exists():
-        sys.exit("app/.venv is missing: make test-app-fast makes it")
+        sys.exit("app/.venv is missing; create it with make test-app-fast")
     if Path(sys.prefix) != APP / ".venv":
         os.execv(BIN / "python", [str(BIN / "python"), *sys.argv])  # noqa: S606 - the same script
-    # An exception, so that clean-up runs.
+    # SystemExit, so that clean-up runs.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
 
 
@@ -82,7 +81,7 @@ def wait_until(check, seconds: float, pause: float = 0.2) -> bool:
 
 
 class Process:
-    """A command and all its children. `restart` does what systemd does after a crash."""
+    """A command and its children. `restart` acts as systemd does after a crash."""
 
     def __init__(self, command: list, environment: dict, log: Path, directory: Path = APP) -> None:
         self.command = [str(part) for part in command]
@@ -97,7 +96,7 @@ class Process:
             )
 
     def kill(self) -> None:
-        """As a power cut does it: the process can do nothing before it ends."""
+        """Kill with SIGKILL, as in a power failure."""
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
@@ -120,7 +119,7 @@ class Broker:
         )
         self.url = status.stdout.strip()
         if status.returncode or not self.url:
-            sys.exit("no broker: make broker-up starts the one of inventories/app-tests")
+            sys.exit("no broker; start the one of inventories/app-tests with make broker-up")
 
     def run(self, *command: str) -> None:
         subprocess.run(
@@ -156,12 +155,12 @@ class Broker:
                 channel = connection.channel()
                 try:
                     channel.queue_purge(name)
-                except Exception:  # noqa: S112 - there is no such queue yet
+                except Exception:  # noqa: S112 - the queue does not exist yet
                     continue
 
 
 class Sink:
-    """A mail server that keeps nothing. `written` is the file that it writes to at each message."""
+    """A mail server that discards messages. It writes to the file `written` for each one."""
 
     def __init__(self, command: list, environment: dict, written: Path, log: Path) -> None:
         self.written = written
@@ -171,15 +170,15 @@ class Sink:
 
     def wait(self) -> None:
         if not wait_until(lambda: connects(self.port), 20):
-            sys.exit(f"the mail server does not start: {self.process.log.read_text()}")
+            sys.exit(f"the mail server did not start: {self.process.log.read_text()}")
 
     def count(self) -> int:
-        """How many messages it has taken since it was started."""
+        """How many messages it has accepted since its start."""
         raise NotImplementedError
 
 
 class PythonSink(Sink):
-    """bench/smtp_sink.py, which logs every message and can be faulty."""
+    """bench/smtp_sink.py, which logs every message and can simulate faults."""
 
     def __init__(self, directory: Path, delay: float = 0, connections: int | None = None) -> None:
         self.port = free_port()
@@ -206,17 +205,17 @@ class PythonSink(Sink):
         return self.process.log.read_text().count("421 too many connections")
 
     def copies(self) -> Counter:
-        """How often a message was taken, by recipient."""
+        """How often a message was accepted, by recipient."""
         return Counter(address for _, _, address in self.taken())
 
 
 class CSink(Sink):
-    """Postfix's smtp-sink, which costs the machine far less than a server in Python. It keeps a running count of its messages."""
+    """Postfix's smtp-sink, which needs much less processor time than a server in Python. It prints a running count of messages."""
 
     def __init__(self, directory: Path) -> None:
         self.port = free_port()
         program, libraries = smtp_sink()
-        # As root it insists on another user.
+        # smtp-sink refuses to run as root.
         user = ["-u", "nobody"] if os.geteuid() == 0 else []
         command = [program, "-4", "-c", *user, f"127.0.0.1:{self.port}", "128"]
         environment = {"PATH": os.environ["PATH"], "LD_LIBRARY_PATH": str(libraries)}
@@ -231,25 +230,25 @@ class CSink(Sink):
 
 
 def smtp_sink() -> tuple[Path, Path]:
-    """The program and its libraries. Only unpacked, so that no mail service is installed or started."""
+    """The program and its libraries. The package is only unpacked, so that no mail service is installed or started."""
     if installed := shutil.which("smtp-sink", path=f"{os.environ['PATH']}:/usr/sbin"):
         return Path(installed), Path("/usr/lib/postfix")
     program, libraries = POSTFIX / "usr/sbin/smtp-sink", POSTFIX / "usr/lib/postfix"
     if not program.exists():
         if not shutil.which("apt-get"):
-            sys.exit("no smtp-sink here, and no apt-get to download it: it is a part of Postfix")
-        say(f"downloading Debian's package postfix for smtp-sink; it is unpacked in {POSTFIX.relative_to(PROJECT)}, not installed")
+            sys.exit("smtp-sink not found, and no apt-get to download it; install Postfix")
+        say(f"downloading Debian's package postfix for smtp-sink and unpacking it in {POSTFIX.relative_to(PROJECT)}")
         with tempfile.TemporaryDirectory() as directory:
             command = ["apt-get", "-qq", "download", "postfix"]
             done = subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False)
             packages = list(Path(directory).glob("postfix_*.deb"))
             if not packages:
-                sys.exit(f"the package postfix can't be downloaded: {done.stderr}")
+                sys.exit(f"downloading the package postfix failed: {done.stderr}")
             subprocess.run(["dpkg-deb", "-x", packages[0], POSTFIX], check=True)
     environment = {"PATH": os.environ["PATH"], "LD_LIBRARY_PATH": str(libraries)}
     linked = subprocess.run(["ldd", program], env=environment, capture_output=True, text=True, check=True).stdout
     if missing := re.findall(r"(\S+) => not found", linked):
-        sys.exit(f"smtp-sink needs the libraries {', '.join(missing)}; they are in packages that postfix depends on")
+        sys.exit(f"smtp-sink needs the libraries {', '.join(missing)}; install the packages that postfix depends on")
     return program, libraries
 
 
@@ -259,7 +258,7 @@ def connects(port: int) -> bool:
 
 
 class Client:
-    """Sends requests over one connection that stays open, as another service's client does."""
+    """Sends requests over a persistent connection, as the client of another service does."""
 
     def __init__(self, port: int, key: str, timeout: float = 10) -> None:
         self.port, self.key, self.timeout = port, key, timeout
@@ -289,7 +288,7 @@ class Client:
 
 
 class AppStack:
-    """app/ as it is deployed: web, relay and workers."""
+    """app/ as deployed: web, relay and workers."""
 
     QUEUES = ("mail.v1", "mail.dead.v1", "maintenance.v1")
 
@@ -346,19 +345,19 @@ class AppStack:
         for name in names:
             self.processes[name] = Process(commands[name], self.environment, self.log(name))
         if "web" in names and not wait_until(lambda: connects(self.port), 60):
-            sys.exit(f"the web server does not start: {self.log('web').read_text()[-3000:]}")
+            sys.exit(f"the web server did not start: {self.log('web').read_text()[-3000:]}")
 
     def wait_for_workers(self, *names: str) -> None:
-        """Until they take tasks."""
+        """Wait until the workers are ready."""
         for name in names:
             if not wait_until(lambda name=name: re.search(r" ready\.$", self.log(name).read_text(), re.MULTILINE), 60):
-                sys.exit(f"the worker does not start: {self.log(name).read_text()[-3000:]}")
+                sys.exit(f"the worker did not start: {self.log(name).read_text()[-3000:]}")
 
     def log(self, name: str) -> Path:
         return self.directory / f"{name}.log"
 
     def unfinished(self) -> int:
-        """Deliveries that are not in a final state; -1 if the database does not answer."""
+        """The number of deliveries that are not in a final state; -1 if the database does not respond."""
         import psycopg
 
         try:
@@ -396,7 +395,7 @@ def running(
             if stack:
                 stack.end()
             sink.process.kill()
-            if keep := os.environ.get("BENCH_KEEP"):  # to look at the logs afterwards
+            if keep := os.environ.get("BENCH_KEEP"):  # keeps the logs
                 subprocess.run(["cp", "-r", directory, keep], check=False)
 
 

@@ -1,4 +1,4 @@
-"""A Django project in one file: the ways to send email that bench/mail_compare compares with app/, as their documents show them."""
+"""A Django project in one file: the ways to send email that bench/mail_compare compares with app/, as in their documentation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from django.conf import settings
 
 database = urlsplit(os.environ["DATABASE_URL"])
 settings.configure(
-    SECRET_KEY="only-for-measurements",  # noqa: S106 - it guards nothing
+    SECRET_KEY="only-for-measurements",  # noqa: S106 - protects nothing
     ALLOWED_HOSTS=["127.0.0.1"],
     ROOT_URLCONF=__name__,
     USE_TZ=True,
@@ -39,13 +39,13 @@ settings.configure(
 )
 django.setup()
 
-from django.core.handlers.wsgi import WSGIHandler  # noqa: E402 - the settings come first
+from django.core.handlers.wsgi import WSGIHandler  # noqa: E402 - imports need the settings
 from django.core.mail import send_mail  # noqa: E402 - as above
 from django.http import JsonResponse  # noqa: E402 - as above
 from django.urls import path  # noqa: E402 - as above
 
-# All of Celery's own settings, but for names that the broker's user may use. To a direct exchange Celery would publish by the
-# nameless one, which that user may not.
+# Celery's defaults, except for the names that the broker's user may use and the exchange type: for a direct exchange, Celery would
+# publish to the default exchange, which that user may not.
 names = {"task_default_queue": "mail.baselines", "task_default_exchange_type": "topic"}
 app = Celery("baselines", broker=os.environ["BROKER_URL"], **names)
 app.set_default()

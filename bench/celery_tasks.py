@@ -1,4 +1,4 @@
-"""The tasks of bench/broker_celery, on the settings of app/ that concern the broker."""
+"""The tasks of bench/broker_celery, with the broker settings of app/."""
 
 from __future__ import annotations
 
@@ -30,6 +30,6 @@ app.conf.update(
 
 @app.task
 def note(number):
-    """Writes its number; a line of this length is written in one piece, whoever else writes."""
+    """Append the number to the file; a line of this length is written atomically."""
     with open(os.environ["BENCH_FILE"], "a") as file:
         file.write(f"{number}\n")

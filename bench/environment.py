@@ -1,4 +1,4 @@
-"""The broker's host of the measurements: made, converged, reached and removed."""
+"""Creates, converges, accesses and removes the broker's host of the benchmarks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def say(text: str) -> None:
 
 
 def run(*words: object, check: bool = True, **more) -> subprocess.CompletedProcess[str]:
-    """Run a command on this machine; where it must succeed and does not, show what it said and end."""
+    """Run a command on this machine; if `check` and it fails, print its output and exit."""
     done = subprocess.run([*map(str, words)], cwd=PROJECT, capture_output=True, text=True, check=False, **more)
     if check and done.returncode:
         sys.exit(f"{' '.join(map(str, words))} failed\n{done.stdout[-3000:]}{done.stderr[-2000:]}")
@@ -38,12 +38,12 @@ def testbed(*words: object, check: bool = True) -> subprocess.CompletedProcess[s
 
 
 def on_host(script: str, check: bool = True) -> str:
-    """What a shell of the host says to a script, as root."""
+    """Run a shell script on the host as root; return its output."""
     return testbed("exec", HOST, "--", "sh", "-c", script, check=check).stdout.strip()
 
 
 def playbook(path: str, *words: object, **variables: object) -> dict:
-    """Run a playbook; give seconds, tasks and changes."""
+    """Run a playbook; return seconds, tasks and changes."""
     extra = ["--extra-vars", json.dumps(variables)] if variables else []
     begin = time.monotonic()
     environment = {**os.environ, "ANSIBLE_FORCE_COLOR": "false"}
@@ -55,8 +55,8 @@ def playbook(path: str, *words: object, **variables: object) -> dict:
 
 @contextlib.contextmanager
 def broker(keep: bool) -> Iterator[None]:
-    """A host with the broker as the role leaves it."""
-    say("making a host and a broker on it")
+    """A host on which the role has installed the broker."""
+    say("creating a host with a broker")
     testbed("up")
     try:
         run(BIN / "ansible-playbook", "-i", INVENTORY, "playbooks/ops/create_secrets.yml")

@@ -1,10 +1,9 @@
-"""An SMTP server with faults, for the measurements: python bench/smtp_sink.py PORT LOG [--delay SECONDS] [--connections MOST]
+"""An SMTP server that simulates faults: python bench/smtp_sink.py PORT LOG [--delay SECONDS] [--connections MOST]
 
-The first word of the recipient's address decides what happens to a message: slow- (the answer takes a second), later- (451 the
-first time), refused- (550), before- (the connection ends before DATA, the first time), after- (the message is taken and the
-connection ends without an answer, the first time); all others are taken. Each message taken is one line of LOG: time, Message-ID,
-recipient. With --connections, one connection more than MOST is answered by 421 and closed,
-and is one line of the output.
+The first word of the recipient's address selects the fault: slow- (the reply takes a second), later- (451 the first time),
+refused- (550), before- (the connection is closed before DATA, the first time), after- (the message is accepted and the connection
+is closed without a reply, the first time). All other messages are accepted. LOG gets a line per accepted message: time,
+Message-ID, recipient. With --connections, a connection beyond MOST gets 421 and is closed, and a line is printed.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ class Handler:
     async def handle_EHLO(self, server, session, envelope, hostname, responses):
         session.host_name = hostname
         greeting, *offers = responses
-        # Most mail servers offer it; Python's own client does not use it.
+        # Most mail servers offer PIPELINING; Python's client does not use it.
         return [greeting, "250-PIPELINING", *offers]
 
     async def handle_RCPT(self, server, session, envelope, address, options):
@@ -60,7 +59,7 @@ class Handler:
 
 
 class LimitedSMTP(SMTP):
-    """Refuses a connection while `most` others are open."""
+    """Refuses connections while `most` others are open."""
 
     open = 0
     most: int | None = None
@@ -100,8 +99,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("port", type=int)
     parser.add_argument("log")
-    parser.add_argument("--delay", type=float, default=0, help="seconds before a message is answered")
-    parser.add_argument("--connections", type=int, help="the most that are open at a time")
+    parser.add_argument("--delay", type=float, default=0, help="seconds before the reply to a message")
+    parser.add_argument("--connections", type=int, help="maximum of open connections")
     options = parser.parse_args()
     LimitedSMTP.most = options.connections
     asyncio.run(serve(options.port, options.log, options.delay))

@@ -1,4 +1,4 @@
-"""What the scenarios' tests share: how to reach a host's services from here, and its journal when a test fails."""
+"""Fixtures of the scenarios' tests, and the host's journal when a test fails."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ UNITS = "--unit='rabbitmq-server*' --unit='postgresql*' --unit='mailroom*' --uni
 
 @pytest.fixture(scope="module")
 def variables(host):
-    """The host's inventory variables, as they stand there; only literal values, such as secrets, are of use."""
+    """The host's inventory variables, without templating. Only literal values, such as secrets, can be used."""
     return host.ansible.get_variables()
 
 
 @pytest.fixture(scope="module")
 def published(variables):
-    """Gives for a port of the host the port of this machine's loopback on which it is published."""
+    """Returns the loopback port on which a port of the host is published."""
     return lambda port: variables["testbed_published"][str(port)]
 
 
 @pytest.fixture(scope="module")
 def url(published):
-    """Gives for a port of the host the base URL on this machine."""
+    """Returns the base URL of a port of the host."""
     return lambda port: f"http://127.0.0.1:{published(port)}"
 
 
@@ -42,7 +42,7 @@ def site(url):
 
 @pytest.fixture(scope="module")
 def api(url, variables):
-    """Asks the broker's management API, by default as the administrator; gives the parsed answer."""
+    """Calls the broker's management API, by default as the administrator; returns the parsed response."""
     administrator = ("admin", variables["secret_rabbitmq_administrator_password"])
 
     def ask(path, method="GET", auth=administrator, **more):
@@ -55,7 +55,7 @@ def api(url, variables):
 
 @pytest.fixture(scope="module")
 def inbox(variables):
-    """The subjects of all mails in the mail catcher."""
+    """Returns the subjects of all mails in the mail catcher."""
     port = variables["testbed_mail_published"]["1080"]
 
     def subjects():
@@ -67,13 +67,13 @@ def inbox(variables):
 
 @pytest.fixture(scope="session")
 def inventory(request):
-    """The scenario's inventory; scenarios may share their tests."""
+    """The scenario's inventory. Scenarios can share tests."""
     return Path(request.config.getoption("ansible_inventory")).resolve()
 
 
 @pytest.fixture
 def reboot(inventory, host):
-    """Reboots the host; returns when it answers again."""
+    """Reboots the host and waits until it responds."""
 
     def restart():
         words = ["restart", "--inventory", inventory, host.backend.get_hostname()]
@@ -84,7 +84,7 @@ def reboot(inventory, host):
 
 @pytest.fixture(scope="module")
 def run_playbook(inventory, host):
-    """Runs a playbook on the scenario's host, with further variables; gives the finished process."""
+    """Runs a playbook on the scenario's host with extra variables; returns the finished process."""
 
     def run(playbook, *arguments, **variables):
         words = [playbook, "--limit", host.backend.get_hostname(), "--extra-vars", json.dumps(variables), *arguments]
@@ -108,7 +108,7 @@ def is_el(host):
 
 @pytest.fixture
 def eventually():
-    """Calls a check again and again until it neither raises nor is false; gives up after `seconds` with its last failure."""
+    """Repeats a check until it neither raises nor returns a false value; after `seconds`, fails with its last error."""
 
     def check_until(check, seconds=30):
         until = time.monotonic() + seconds
@@ -127,7 +127,7 @@ def eventually():
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item, call):
-    """On a failure, show what the host's services said."""
+    """Add the logs of the host's services to the report of a failed test."""
     report = (yield).get_result()
     if report.when == "call" and report.failed and "host" in item.funcargs:
         host = item.funcargs["host"]

@@ -1,4 +1,4 @@
-"""Disposable systemd hosts for the sandbox and for every Molecule scenario.
+"""Disposable systemd hosts for the sandbox and the Molecule scenarios. Production does not use them.
 
-Nothing in here is used in production; see README.md.
+See README.md.
 """

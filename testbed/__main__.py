@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"testbed: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("testbed: interrupted; `up` again goes on from here", file=sys.stderr)
+        print("testbed: interrupted; run `up` again to continue", file=sys.stderr)
         return 130
     return 0
 
@@ -38,21 +38,21 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    command("up", "make the hosts of an inventory be there", _up)
-    sub = command("down", "remove the hosts of an inventory (default: of this clone)", _down, False)
-    sub.add_argument("--all-of-clone", action="store_true", help="say so")
-    sub.add_argument("--images", action="store_true", help="also remove images nobody uses")
-    command("status", "list the hosts of an inventory (default: of this clone)", _status, False)
-    sub = command("info", "show where an inventory's services are and how to log in", _info)
+    command("up", "create, start or repair the hosts of an inventory", _up)
+    sub = command("down", "remove the hosts of an inventory (default: all hosts of this clone)", _down, False)
+    sub.add_argument("--all-of-clone", action="store_true", help="remove all hosts of this clone (the default)")
+    sub.add_argument("--images", action="store_true", help="also remove unused images")
+    command("status", "list the hosts of an inventory (default: all hosts of this clone)", _status, False)
+    sub = command("info", "show the addresses and logins of an inventory's services", _info)
     form = sub.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="all of it as JSON")
-    form.add_argument("--value", metavar="SERVICE.KEY", help="one value alone")
-    sub = command("restart", "reboot a host and wait until it answers", _restart)
+    form.add_argument("--json", action="store_true", help="print everything as JSON")
+    form.add_argument("--value", metavar="SERVICE.KEY", help="print one value only")
+    sub = command("restart", "reboot a host and wait until it responds", _restart)
     sub.add_argument("host")
-    sub = command("exec", "run a command in a host as root: exec … HOST -- COMMAND", _exec)
+    sub = command("exec", "run a command on a host as root: exec … HOST -- COMMAND", _exec)
     sub.add_argument("host")
     sub.add_argument("words", nargs="+", metavar="COMMAND")
-    sub = command("logs", "show the end of a host's journal", _logs)
+    sub = command("logs", "show the last lines of a host's journal", _logs)
     sub.add_argument("host")
     sub.add_argument("--lines", type=int, default=100)
     return parser
@@ -64,8 +64,8 @@ def _up(options: argparse.Namespace) -> None:
 
 def _down(options: argparse.Namespace) -> None:
     if options.inventory and options.all_of_clone:
-        raise TestbedError("either --inventory or --all-of-clone")
-    # The directory itself may be gone already.
+        raise TestbedError("give --inventory or --all-of-clone, not both")
+    # The directory may have been deleted already.
     stack.down(Path(options.inventory).resolve() if options.inventory else None)
     if options.images:
         build.remove_unused()
@@ -105,7 +105,7 @@ def _logs(options: argparse.Namespace) -> None:
 
 
 def _replace_by_podman(*words: str) -> None:
-    """Become a Podman command, so that its streams, signals and exit status are the caller's."""
+    """Replace this process with a Podman command, so that the caller gets its streams, signals and exit status."""
     command = [*podman_command(), *words]
     os.execvp(command[0], command)  # noqa: S606 - a list, no shell
 

@@ -1,7 +1,7 @@
-"""The images of the hosts and of the mail catcher, built once a machine and then shared.
+"""The images of the hosts and of the mail catcher, built once per machine.
 
-An image's tag is the hash of everything it is made of, so a change makes a new image, and clones
-with the same folder `images/` share theirs.
+An image's tag is the hash of all its inputs. A change therefore makes a new image, and clones with the same `images/` share
+their images.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from testbed.inventory import MAIL, PLATFORMS, Host
 from testbed.machine import TestbedError, podman
 from testbed.progress import run_long, say
 
-# Raise it when this file makes something else of the same inputs.
+# Increase it when this file builds a different image from the same inputs.
 RECIPE = 2
 
-# Files of apt in a host, as paths under its root.
+# Configuration files of apt on a host, relative to its root.
 SOURCES = "etc/apt/sources.list.d/debian.sources"
 SETTINGS = "etc/apt/apt.conf.d/90testbed"
 AUTHORITIES = "etc/apt/testbed-ca.pem"
 
-# Where a stand-in keeps the variables that its inventory needs, and the files they speak of.
+# A stand-in has the variables that its inventory needs here, and the files that they name.
 STAND_IN_FILES = "/etc/testbed"
 
 NPM = ("npm", "ci", "--omit=dev", "--ignore-scripts", "--no-audit", "--no-fund")
@@ -37,36 +37,36 @@ DEBIAN_SUITES = {"debian13": "trixie", "debian-testing": "testing"}
 
 @dataclass(frozen=True)
 class Image:
-    """An image to be: a folder of `images/`, files added to it, and what it starts from."""
+    """The inputs of an image: a folder of `images/`, further files, and the base image."""
 
     platform: str
-    published: str | None  # a reference to start from; None: from a root that mmdebstrap makes
+    published: str | None  # the base image; None: a root file system that mmdebstrap makes
     added: tuple[tuple[str, str], ...] = ()  # (path in the build directory, text)
 
     @property
     def folder(self) -> Path:
-        """Where what the image is made of lies."""
+        """The folder with the image's files."""
         return PLATFORMS / self.platform
 
     @property
     def root(self) -> str:
-        """The platform whose bare root the image stands on: its own, unless its folder names another."""
+        """The platform whose root file system is the base: the image's own, unless its folder names another."""
         named = self.folder / "root"
         return named.read_text().strip() if named.exists() else self.platform
 
     @property
     def stands_in(self) -> bool:
-        """Tell whether the image makes of another platform's root a host that is not the real one."""
+        """Tell whether the image imitates its platform on another platform's root file system."""
         return not self.published and (self.folder / "stand-in").is_dir()
 
     @property
     def packages(self) -> list[str]:
-        """The packages of that root."""
+        """The packages of the root file system."""
         return (PLATFORMS / self.root / "packages").read_text().split()
 
     @property
     def base(self) -> str:
-        """The reference that the image starts from."""
+        """The reference of the base image."""
         if self.published:
             return self.published
         inputs = json.dumps([RECIPE, self.root, self.packages, self.added])
@@ -87,24 +87,24 @@ def _reference(name: str, digest: hashlib._Hash) -> str:
 
 
 def image_of(host: Host) -> Image:
-    """Return the image that `host` runs, whether it is there yet or not."""
+    """Return the image of `host`, built or not."""
     image = Image(host.platform, host.base_image)
-    # A published image of what is no Debian has nothing to do with the machine's mirrors.
+    # The machine's mirrors are Debian's, so a published image of another distribution gets none of them.
     suite = None if host.base_image and (image.folder / "stand-in").is_dir() else DEBIAN_SUITES.get(image.root)
     return replace(image, added=_apt_files(suite) if suite else ())
 
 
 def ensure(images: set[Image]) -> None:
-    """Build `images` and what they stand on, at once, as far as they are not there.
+    """Build those of `images`, and of their bases, that do not exist. Builds run in parallel.
 
-    Raises TestbedError when a step of a build fails.
+    Raise TestbedError when a step of a build fails.
     """
     with ThreadPoolExecutor() as pool:
         list(pool.map(_ensure, images))
 
 
 def remove_unused() -> None:
-    """Remove the images, of all clones, that no container runs."""
+    """Remove the images that no container uses, of all clones."""
     names = ("--filter", "reference=localhost/testbed/*", "--format", "{{.Repository}}:{{.Tag}}")
     for name in podman("images", *names).stdout.split():
         if podman("rmi", name, check=False).returncode == 0:
@@ -135,7 +135,7 @@ def _build(image: Image, directory: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     if image.platform == MAIL and shutil.which("npm"):
-        run_long(MAIL, "fetching its packages with npm", NPM, directory)
+        run_long(MAIL, "downloading packages with npm", NPM, directory)
     if not image.published:
         _ensure_root(image)
     if image.platform == MAIL:
@@ -154,11 +154,11 @@ def _build(image: Image, directory: Path) -> None:
 
 
 def _ensure_root(image: Image) -> None:
-    """Make the bare root that `image` stands on with mmdebstrap, unless it is there."""
+    """Make the root file system of `image` with mmdebstrap, unless it exists."""
     root = image.root
     if root not in DEBIAN_SUITES:
-        raise TestbedError(f"{root}: set testbed_image, a bare root cannot be made here")
-    with machine.lock(f"root-{root}", f"waiting for the root of {root}, which is being made"):
+        raise TestbedError(f"{root}: set testbed_image; the testbed can't make a root file system of this platform")
+    with machine.lock(f"root-{root}", f"waiting for another process to make the root file system of {root}"):
         if _exists(image.base):
             return
         if not shutil.which("mmdebstrap"):
@@ -166,16 +166,16 @@ def _ensure_root(image: Image) -> None:
         with machine.scratch_directory() as directory:
             archive = directory / "root.tar"
             command = _mmdebstrap(image, directory, archive)
-            run_long(root, "making a bare root with mmdebstrap", command)
+            run_long(root, "making a root file system with mmdebstrap", command)
             podman("import", "--quiet", str(archive), image.base)
 
 
 def _mmdebstrap(image: Image, directory: Path, archive: Path) -> list[str]:
-    """Return the command that makes `archive`, having written its sources into `directory`."""
+    """Write the apt sources into `directory`; return the command that makes `archive`."""
     added = dict(image.added)
     settings = ["Acquire::Retries 3;", *added.get(SETTINGS, "").splitlines()]
     command = ["mmdebstrap", "--variant=minbase", f"--include={','.join(image.packages)}"]
-    # It runs on the machine, which trusts its own authorities anyway.
+    # mmdebstrap runs on the machine, which trusts its own certificate authorities anyway.
     command += [f"--aptopt={setting}" for setting in settings if "CaInfo" not in setting]
     command += [DEBIAN_SUITES[image.root], str(archive)]
     if SOURCES in added:
@@ -186,7 +186,7 @@ def _mmdebstrap(image: Image, directory: Path, archive: Path) -> list[str]:
 
 
 def _apt_files(suite: str) -> tuple[tuple[str, str], ...]:
-    """Return the files by which a host's apt reaches what this machine's apt reaches."""
+    """Return the apt configuration that gives a host this machine's mirrors."""
     mirrors = machine.debian_mirrors()
     if "debian" not in mirrors:
         return ()
@@ -200,16 +200,16 @@ def _apt_files(suite: str) -> tuple[tuple[str, str], ...]:
     settings = machine.apt_settings()
     files = [(SOURCES, sources)]
     if any(url.startswith("https:") for url, _ in wanted):
-        # The image must not trust the machine's own authorities; its apt has to.
+        # Only apt may trust the machine's certificate authorities: the roles have to add them to the host.
         settings += f'Acquire::https::CaInfo "/{AUTHORITIES}";\n'
         files.append((AUTHORITIES, machine.ca_bundle()))
     return (*files, (SETTINGS, settings))
 
 
 def _run_npm_in_a_container(directory: Path, base: str) -> None:
-    """Fetch the mail catcher's packages where the machine has no npm.
+    """Download the mail catcher's packages when the machine has no npm.
 
-    In a container that is thrown away, since Debian's npm is ten times what the catcher needs.
+    A temporary container does it, because Debian's npm is ten times as large as the mail catcher's packages.
     """
     authorities = "".join(path.read_text() for path in machine.extra_ca_certificates())
     (directory / "authorities.pem").write_text(authorities)
@@ -221,7 +221,7 @@ def _run_npm_in_a_container(directory: Path, base: str) -> None:
     )
     run_long(
         MAIL,
-        "fetching its packages with npm in a container",
+        "downloading packages with npm in a container",
         [
             *machine.podman_command(), "run", "--rm", "--network=host", "--user=0",
             *machine.limits(), "--volume", f"{directory}:/build:Z", base, "sh", "-c", script,
@@ -230,9 +230,9 @@ def _run_npm_in_a_container(directory: Path, base: str) -> None:
 
 
 def _pack_node_modules(directory: Path) -> None:
-    """Make one archive of the packages, since thousands of small files are slow to copy.
+    """Pack the packages into one archive, because thousands of small files are slow to copy.
 
-    It leaves out what only developers read, which is half of it.
+    Source maps and type declarations, half of the size, are left out.
     """
 
     def leave_out(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:

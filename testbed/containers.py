@@ -1,7 +1,6 @@
-"""One container, seen and changed through Podman.
+"""Reads and changes single containers through Podman.
 
-What belongs to whom is written on the containers themselves, as labels, so that it is still known
-when the inventory or the whole clone is gone.
+Labels name a container's clone and inventory, so that its owner is known even when the inventory or the clone has been deleted.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ LABEL = "testbed"  # labels are testbed.clone, testbed.inventory, testbed.host, 
 
 @dataclass(frozen=True)
 class Container:
-    """A container of the testbed as Podman describes it."""
+    """A container of the testbed, from Podman's description."""
 
     name: str
     host: str
@@ -34,12 +33,12 @@ class Container:
 
     @property
     def platform(self) -> str:
-        """What the host was made as, whatever its inventory says by now."""
+        """The platform that the host was created with; its inventory may name another one by now."""
         return str(self.definition["image"]).rpartition("/")[2].partition(":")[0]
 
 
 def containers() -> list[Container]:
-    """Return all containers of the testbed on this machine, of whichever clone."""
+    """Return all containers of the testbed on this machine, of all clones."""
     done = podman("ps", "--all", "--filter", f"label={LABEL}.host", "--format", "json")
     return [_container(entry) for entry in json.loads(done.stdout or "[]")]
 
@@ -64,7 +63,7 @@ def _container(entry: dict[str, Any]) -> Container:
 
 
 def definition(host: Host) -> dict[str, object]:
-    """Return what a container is made of; one with another definition has to be made anew."""
+    """Return the inputs of a container; a container whose definition differs has to be recreated."""
     return {
         "image": build.image_of(host).reference,
         "ports": {str(inside): outside for inside, outside in sorted(host.ports.items())},
@@ -80,7 +79,7 @@ def _options(host: Host) -> list[str]:
 
 
 def run_words(stack: str, inventory: Path, host: Host) -> list[str]:
-    """Return the words of the `podman run` that makes `host` of `inventory`."""
+    """Return the arguments of the `podman run` that creates `host` of `inventory`."""
     made_of = definition(host)
     labels = {
         "stack": stack,
@@ -100,7 +99,7 @@ def run_words(stack: str, inventory: Path, host: Host) -> list[str]:
 
 
 def create_network(stack: str, inventory: Path) -> None:
-    """Make the network of a stack, unless it is there; on it hosts find each other by name."""
+    """Create the network of a stack, unless it exists. It resolves the hosts' names."""
     if podman("network", "exists", stack, check=False).returncode == 0:
         return
     labels = {"stack": stack, "clone": CLONE, "inventory": inventory}
@@ -123,5 +122,5 @@ def networks() -> list[tuple[str, Path, Path]]:
 
 
 def remove(name: str) -> None:
-    """Remove a container whatever state it is in, without waiting for its services."""
+    """Remove a container in any state, without waiting for its services to stop."""
     podman("rm", "--force", "--ignore", "--time", "0", "--volumes", name)

@@ -1,4 +1,4 @@
-"""The variables that the testbed writes into an inventory: where its hosts are."""
+"""The variables that the testbed writes into an inventory: the addresses of its hosts."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ GROUP_FILE = "group_vars/all/90-testbed.yml"
 
 
 def host_file(inventory: Path, host: str) -> Path:
-    """Return the path of the variables of one host."""
+    """Return the path of one host's variables."""
     return inventory / "host_vars" / host / "testbed.yml"
 
 
 def host_variables(container: Container) -> dict[str, object]:
-    """Return how Ansible, testinfra and a person reach a host."""
+    """Return the variables by which Ansible, testinfra and users reach a host."""
     return {
         "ansible_host": "127.0.0.1",
         "ansible_port": container.published[22],
@@ -38,7 +38,7 @@ def host_variables(container: Container) -> dict[str, object]:
 
 
 def _said_by_the_host(container: Container) -> dict[str, object]:
-    """Return what a stand-in says of its local repositories, and where files that it speaks of are."""
+    """Return a stand-in's variables about its local repositories, and the folder with the files that they name."""
     files = ssh.host_files(container.stack, container.host)
     try:
         said = yaml.safe_load((files / "variables.yml").read_text())
@@ -48,7 +48,7 @@ def _said_by_the_host(container: Container) -> dict[str, object]:
 
 
 def group_variables(mail: Container | None) -> dict[str, object]:
-    """Return what holds for all hosts of an inventory."""
+    """Return the variables of all hosts of an inventory."""
     variables: dict[str, object] = {"testbed_ca_certificates": [str(path) for path in machine.extra_ca_certificates()]}
     if mail:
         variables["testbed_mail_host"] = MAIL
@@ -62,7 +62,7 @@ def _published(container: Container) -> dict[str, int]:
 
 
 def write(inventory: Path, containers: list[Container]) -> list[Path]:
-    """Write the variables (mode 0600); return the files that were not like that before."""
+    """Write the variables (mode 0600); return the files that changed."""
     mail = next((each for each in containers if each.host == MAIL), None)
     wanted = {inventory / GROUP_FILE: group_variables(mail)}
     for container in containers:
@@ -75,7 +75,7 @@ def write(inventory: Path, containers: list[Container]) -> list[Path]:
             if path.read_text() == text:
                 continue
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Replaced in one step, since Ansible may be reading it.
+        # Atomic, because Ansible may be reading the file.
         draft = path.with_name(f".{path.name}.{os.getpid()}~")
         draft.write_text(text)
         draft.chmod(0o600)
@@ -85,12 +85,12 @@ def write(inventory: Path, containers: list[Container]) -> list[Path]:
 
 
 def remove(inventory: Path, host: str | None = None) -> None:
-    """Remove the variables of `host`, or all that were written into `inventory`."""
+    """Remove the variables of `host`, or all that the testbed wrote into `inventory`."""
     files = [inventory / GROUP_FILE, *inventory.glob("host_vars/*/testbed.yml")]
     for path in files if host is None else [host_file(inventory, host)]:
         with contextlib.suppress(FileNotFoundError):
             path.unlink()
-        # Directories that were made for it go too, those with something else in them stay.
+        # Directories that are empty afterwards are removed too.
         for parent in (path.parent, path.parent.parent):
             with contextlib.suppress(OSError):
                 parent.rmdir()

@@ -1,4 +1,4 @@
-"""What an inventory says about itself in `testbed_info`: where its services are and how to log in."""
+"""The variable `testbed_info` of an inventory: the addresses and logins of its services."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ COLUMNS = ("url", "user", "password")
 
 
 def read(directory: Path) -> dict[str, dict[str, str]]:
-    """The inventory's `testbed_info`, templated: names of services, in the inventory's order, to mappings of texts."""
+    """Return the inventory's `testbed_info`, templated: a mapping of texts for each service, in the inventory's order."""
     ansible = Path(sys.executable).parent / "ansible"
     show = ("--module-name", "ansible.builtin.debug", "--args", "var=testbed_info")
     done = subprocess.run(
@@ -27,12 +27,12 @@ def read(directory: Path) -> dict[str, dict[str, str]]:
     _, arrow, answer = done.stdout.partition("=>")
     info = json.loads(answer).get("testbed_info") if arrow and done.returncode == 0 else None
     if not isinstance(info, list):
-        raise TestbedError(f"{directory} says nothing of itself yet; is it up? {done.stderr.strip()}")
+        raise TestbedError(f"testbed_info of {directory} can't be read; are its hosts up? {done.stderr.strip()}")
     return {service["name"]: {key: value for key, value in service.items() if key != "name"} for service in info}
 
 
 def table(info: dict[str, dict[str, str]]) -> str:
-    """The services as a table for people; what has no column of its own follows in a line below it."""
+    """Return the services as a table; values without a column follow below it, one per line."""
     rows = [("", *(column.upper() for column in COLUMNS))]
     rows += [(service.get("title", name), *(service.get(column, "") for column in COLUMNS)) for name, service in info.items()]
     widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]

@@ -1,8 +1,7 @@
-"""What is odd about the machine that the hosts run on, all of it in this one file.
+"""Adapts the testbed to the machine that runs the hosts.
 
-How Podman has to be called here, the limits it may hand out, and what the machine's own
-configuration says about package mirrors and certificates. Everything is read from the machine;
-nothing about a particular one is written down.
+How Podman has to be called, the limits that it may set, and the package mirrors and certificates of the machine's configuration.
+All of it is read from the machine; no particular machine is described here.
 """
 
 from __future__ import annotations
@@ -20,28 +19,27 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-# systemd inside a host only applies a unit's sandbox if it may mount and create namespaces.
-# Without these it skips most of ProtectSystem=, PrivateUsers= and the like without failing, and a
-# hardening test would pass for the wrong reason.
+# systemd on a host applies a unit's sandbox only if it may mount and create namespaces. Without these capabilities it silently
+# skips most of ProtectSystem=, PrivateUsers= and the like, and tests of the sandbox would test nothing.
 CAPABILITIES = ("SYS_ADMIN", "NET_ADMIN", "SYS_PTRACE")
 
 # A unit's LoadCredential= and private mounts propagate from a shared root mount only.
 INIT = ("/bin/sh", "-c", "mount --make-rshared / && exec /sbin/init")
 
-PODMAN_TIMEOUT = 180  # seconds; no single call but a build takes nearly that long
+PODMAN_TIMEOUT = 180  # seconds; only builds take longer
 
 
 class TestbedError(Exception):
-    """Something the person at the terminal can act on; printed without a traceback."""
+    """An error that the user can fix; printed without a traceback."""
 
-    __test__ = False  # not a test class, whatever its name suggests to pytest
+    __test__ = False  # pytest would collect the class by its name
 
 
 # State: keys, locks and the mount namespace, shared by all clones on the machine.
 
 
 def state_directory() -> Path:
-    """Return the directory of this user's state, created with mode 0700."""
+    """Return the directory of this user's state; create it with mode 0700."""
     if os.environ.get("TESTBED_STATE"):
         path = Path(os.environ["TESTBED_STATE"]).absolute()
     elif os.environ.get("XDG_STATE_HOME"):
@@ -56,7 +54,7 @@ def state_directory() -> Path:
 
 @contextlib.contextmanager
 def lock(name: str, waiting: str) -> Iterator[None]:
-    """Hold the machine-wide lock `name`; print `waiting` once if another process has it."""
+    """Hold the machine-wide lock `name`; print `waiting` if another process holds it."""
     directory = state_directory() / "locks"
     directory.mkdir(exist_ok=True)
     with open(directory / f"{name}.lock", "w") as handle:
@@ -72,7 +70,7 @@ def lock(name: str, waiting: str) -> Iterator[None]:
 
 
 def _mounts(pid: str = "self") -> dict[str, tuple[str, str]]:
-    """Return {mount point: (file system type, optional fields)} as process `pid` sees them."""
+    """Return {mount point: (file system type, optional fields)} of the process `pid`."""
     found = {}
     for line in Path(f"/proc/{pid}/mountinfo").read_text().splitlines():
         before, _, after = line.partition(" - ")
@@ -83,32 +81,31 @@ def _mounts(pid: str = "self") -> dict[str, tuple[str, str]]:
 
 @functools.cache
 def needs_namespace() -> bool:
-    """Tell whether /sys/fs/cgroup is something else than one pure cgroup2 tree.
+    """Tell whether /sys/fs/cgroup is anything but one pure cgroup2 tree.
 
-    crun and systemd refuse the hybrid layout; a private view of the machine with pure cgroup2
-    satisfies both without changing the machine.
+    crun and systemd reject the hybrid layout. A mount namespace with pure cgroup2 satisfies both and leaves the machine as it is.
     """
     return sys.platform == "linux" and _mounts().get("/sys/fs/cgroup", ("",))[0] != "cgroup2"
 
 
 def _is_pinned(path: Path) -> bool:
-    """Tell whether `path` is a bind-mounted namespace rather than the plain file under it."""
+    """Tell whether `path` is a bind-mounted namespace, not a plain file."""
     return path.exists() and path.stat().st_dev == os.stat("/proc/self/ns/mnt").st_dev
 
 
 def _guards() -> Iterator[tuple[Path, list[bytes]]]:
-    """Give (/proc/PID, command line) of the processes that guard Podman's running containers."""
+    """Yield (/proc/PID, command line) of the monitor processes of Podman's running containers."""
     for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # the process may end while we look
+        with contextlib.suppress(OSError):  # the process may have ended meanwhile
             words = (process / "cmdline").read_bytes().split(b"\0")
             if words[0].endswith(b"conmon"):
                 yield process, words
 
 
 def _namespace_of_running_hosts() -> str | None:
-    """Return /proc/PID/ns/mnt of a process that guards one of our running containers, if any.
+    """Return /proc/PID/ns/mnt of the monitor process of a running container of the testbed, if any.
 
-    Podman's mounts live in that namespace, so hosts that outlived its file stay usable.
+    That namespace has Podman's mounts. With it, running hosts stay usable after the namespace's file has been lost.
     """
     for process, words in _guards():
         with contextlib.suppress(OSError):
@@ -120,14 +117,14 @@ def _namespace_of_running_hosts() -> str | None:
 
 @functools.cache
 def _namespace() -> Path:
-    """Return the file of the machine-wide mount namespace, making it when missing or stale.
+    """Return the file of the machine-wide mount namespace; create the namespace when it is missing or stale.
 
-    It has to be the same one for every Podman call of every clone: Podman's overlay mounts live
-    in it. Raises TestbedError without root, which alone may mount.
+    All Podman calls of all clones have to use the same one, because it has Podman's overlay mounts. Raise TestbedError without
+    root, which is needed to mount.
     """
     if os.geteuid() != 0:
         raise TestbedError(
-            "this machine's /sys/fs/cgroup is not pure cgroup2 and only root can work around that: "
+            "this machine's /sys/fs/cgroup is not pure cgroup2, and only root can work around that: "
             "run as root, or boot with systemd.unified_cgroup_hierarchy=1"
         )
     directory = state_directory() / "namespace"
@@ -138,7 +135,7 @@ def _namespace() -> Path:
         if _is_pinned(path):
             return path
         directory.mkdir(exist_ok=True)
-        # A namespace can only be pinned on a mount that is not propagated into it.
+        # A namespace can't be pinned on a mount that propagates into it.
         kind, optional = _mounts().get(str(directory), ("", ""))
         if not kind:
             _run(["mount", "--bind", str(directory), str(directory)])
@@ -153,10 +150,10 @@ def _namespace() -> Path:
 
 
 def _pin_new_namespace(path: Path) -> None:
-    """Pin a namespace with pure cgroup2 to the file `path`.
+    """Pin a new namespace with pure cgroup2 to the file `path`.
 
-    Linux only pins one that it deems younger than the caller's, going by numbers which each
-    processor hands out from a range of its own. So one of the processors will do.
+    Linux pins a namespace only if its sequence number is higher than that of the caller's namespace. Each processor assigns
+    numbers from its own range, so the attempt succeeds on at least one processor.
     """
     command = ["unshare", f"--mount={path}", "--propagation", "private", "sh", "-ec"]
     command += ["umount -R /sys/fs/cgroup; mount -t cgroup2 none /sys/fs/cgroup"]
@@ -174,7 +171,7 @@ def _pin_new_namespace(path: Path) -> None:
 
 @functools.cache
 def podman_command() -> tuple[str, ...]:
-    """Return the words that every Podman command line starts with on this machine."""
+    """Return the beginning of every Podman command line on this machine."""
     needed = ["podman"]
     if needs_namespace():
         needed += ["nsenter", "unshare", "runc"]
@@ -183,7 +180,7 @@ def podman_command() -> tuple[str, ...]:
         raise TestbedError(f"{', '.join(missing)} not found: run testbed/install first")
     if not needs_namespace():
         return ("podman",)
-    # runc, because crun wants CAP_SYS_RESOURCE; cgroupfs, because no systemd answers in there.
+    # runc, because crun needs CAP_SYS_RESOURCE; cgroupfs, because systemd can't be reached in the namespace.
     return (
         "nsenter", f"--mount={_namespace()}",
         "podman", "--runtime", "runc", "--cgroup-manager", "cgroupfs",
@@ -193,10 +190,10 @@ def podman_command() -> tuple[str, ...]:
 def podman(
     *words: str, stdin: str | None = None, check: bool = True, timeout: float = PODMAN_TIMEOUT
 ) -> subprocess.CompletedProcess[str]:
-    """Run one Podman command and return it with its output captured.
+    """Run a Podman command and capture its output.
 
-    `timeout` is in seconds. Raises TestbedError when it fails (unless not `check`) or hangs.
-    Paths in `words` have to be absolute: the command does not run in this directory.
+    `timeout` is in seconds. Raise TestbedError when the command fails (if `check`) or times out. Paths in `words` have to be
+    absolute, because the command runs in another directory.
     """
     command = [*podman_command(), *words]
     done = _run(command, stdin=stdin, check=False, timeout=timeout)
@@ -208,11 +205,11 @@ def podman(
 
 
 def start(name: str) -> None:
-    """Start a container that has stopped; raises TestbedError when it cannot be started."""
+    """Start a stopped container; raise TestbedError when that fails."""
     done = podman("start", name, check=False)
     left_over = re.search(r'container "(\w+)": runc: .*ID already exists', done.stderr)
     if left_over:
-        # runc's notes too outlive a boot where /run is no tmpfs.
+        # runc's state also survives a boot when /run is not a tmpfs.
         _run(["runc", "delete", "--force", left_over[1]], check=False)
         done = podman("start", name, check=False)
     if done.returncode:
@@ -220,16 +217,15 @@ def start(name: str) -> None:
 
 
 def _forget_previous_boot(complaint: str) -> bool:
-    """Let Podman see that the machine was restarted, if `complaint` says that it did not notice.
+    """Remove Podman's boot marker if `complaint` shows that Podman missed a reboot; tell whether to retry the command.
 
-    Podman takes a file under /run as the sign that nothing was restarted. Where /run is no tmpfs
-    the file outlives a boot, and Podman looks for network namespaces and locks that are gone.
-    Tells whether the command is worth another try.
+    A file under /run tells Podman that the machine was not rebooted. When /run is not a tmpfs, the file survives a reboot, and
+    Podman looks for network namespaces and locks that no longer exist.
     """
     if not any(sign in complaint for sign in ("unknown FS magic", "libpod_lock", "netns")):
         return False
     if any(_guards()):
-        return False  # some container is alive, so it is no restart
+        return False  # a container is running, so there was no reboot
     runtime = os.environ.get("XDG_RUNTIME_DIR", f"/run/user/{os.geteuid()}")
     sign = Path("/run/libpod/alive" if os.geteuid() == 0 else f"{runtime}/libpod/tmp/alive")
     if not sign.exists():
@@ -239,36 +235,36 @@ def _forget_previous_boot(complaint: str) -> bool:
 
 
 def _run(command: list[str], stdin: str | None = None, check: bool = True, timeout: float = 60) -> subprocess.CompletedProcess[str]:
-    """Run `command`; raise TestbedError when it fails (unless not `check`) or takes too long."""
+    """Run `command`; raise TestbedError when it fails (if `check`) or times out."""
     feed = {"input": stdin} if stdin is not None else {"stdin": subprocess.DEVNULL}
     try:
         done = subprocess.run(command, text=True, capture_output=True, check=False, timeout=timeout, **feed)
     except subprocess.TimeoutExpired:
-        raise TestbedError(f"no answer within {timeout:.0f} s: {' '.join(command)}") from None
+        raise TestbedError(f"timed out after {timeout:.0f} s: {' '.join(command)}") from None
     if check and done.returncode:
         raise TestbedError(f"{command[0]} failed: {_last_words(done)}")
     return done
 
 
 def _last_words(done: subprocess.CompletedProcess[str]) -> str:
-    """Return the last line that `done` printed, errors first, without Podman's warnings."""
+    """Return the last line that `done` printed, preferably an error, without Podman's warnings."""
     lines = [line for line in (done.stdout + "\n" + done.stderr).splitlines() if line.strip() and "level=warning" not in line]
     return lines[-1] if lines else f"exit status {done.returncode}"
 
 
 def limits() -> list[str]:
-    """Return the options that keep a container within what this process may hand out."""
+    """Return the options that keep a container's limits within those of this process."""
 
     def hard(number: int) -> float:
         value = resource.getrlimit(number)[1]
         return float("inf") if value == resource.RLIM_INFINITY else value
 
     files = hard(resource.RLIMIT_NOFILE)
-    # Podman 4 lowers its own limit of processes to that of files where it may not raise it.
+    # Podman 4 lowers its process limit to its file limit when it may not raise it.
     processes = min(files, hard(resource.RLIMIT_NPROC))
-    options = ["--pids-limit=-1"]  # a bare cgroup2 tree has no controller to set one with
+    options = ["--pids-limit=-1"]  # the namespace's cgroup2 tree has no pids controller
     if sys.platform != "linux":
-        return options  # Podman's own virtual machine decides; its limits are not ours
+        return options  # the limits of Podman's virtual machine apply
     for name, value in (("nofile", files), ("nproc", processes)):
         text = "-1" if value == float("inf") else str(value)
         options += ["--ulimit", f"{name}={text}:{text}"]
@@ -276,7 +272,7 @@ def limits() -> list[str]:
 
 
 def host_options() -> list[str]:
-    """Return the `podman run` options with which systemd is at home in a container."""
+    """Return the `podman run` options that systemd needs in a container."""
     options = ["--systemd=always", "--security-opt", "unmask=ALL", *limits()]
     for capability in CAPABILITIES:
         options += ["--cap-add", capability]
@@ -284,18 +280,18 @@ def host_options() -> list[str]:
 
 
 def build_options() -> list[str]:
-    """Return the `podman build` options: in the hybrid layout RUN steps get no container."""
+    """Return the `podman build` options: in the hybrid layout, RUN steps run without a container."""
     return ["--isolation=chroot", "--network=host"] if needs_namespace() else []
 
 
-# The machine's surroundings.
+# The machine's mirrors and certificates.
 
 
 def extra_ca_certificates() -> list[Path]:
-    """Return the certificate files that were added to this machine's trust by hand.
+    """Return the certificate files that somebody added to this machine's trust store.
 
-    The network path of such a machine ends TLS, so hosts on it must trust them too.
-    TESTBED_CA_CERTIFICATES (colon-separated paths) replaces what is found.
+    A proxy of such a machine terminates TLS, so its hosts must trust the files too. TESTBED_CA_CERTIFICATES (colon-separated
+    paths) overrides them.
     """
     chosen = os.environ.get("TESTBED_CA_CERTIFICATES")
     if chosen is not None:
@@ -311,15 +307,15 @@ def extra_ca_certificates() -> list[Path]:
 
 @functools.cache
 def debian_mirrors() -> dict[str, str]:
-    """Return {"debian": URL, "security": URL} as far as this machine's apt knows them.
+    """Return {"debian": URL, "security": URL} from this machine's apt configuration.
 
-    Empty where apt is missing or takes its packages from another distribution.
-    TESTBED_DEBIAN_MIRROR (the URL that ends in /debian) replaces what is found.
+    It is empty when apt is missing or has the sources of another distribution. TESTBED_DEBIAN_MIRROR (the URL that ends in
+    /debian) overrides it.
     """
     chosen = os.environ.get("TESTBED_DEBIAN_MIRROR")
     if chosen:
         return {"debian": chosen}
-    # Read from its files: asking apt takes longer than all else that an idle `up` does.
+    # From apt's files, because running apt takes longer than the rest of an `up` that changes nothing.
     etc = Path("/etc/apt")
     texts = [
         path.read_text(errors="replace")
@@ -330,7 +326,7 @@ def debian_mirrors() -> dict[str, str]:
 
 
 def mirrors_in(sources: str) -> dict[str, str]:
-    """Pick Debian's mirrors out of the text of apt's source files; the first of a kind wins."""
+    """Return Debian's mirrors in the text of apt's source files; the first of each kind wins."""
     found: dict[str, str] = {}
     for line in sources.splitlines():
         if not line.lstrip().startswith("#"):
@@ -341,7 +337,7 @@ def mirrors_in(sources: str) -> dict[str, str]:
 
 @functools.cache
 def apt_settings() -> str:
-    """Return the apt.conf text by which hosts reach the mirrors in the way the machine does."""
+    """Return the apt.conf text that gives hosts the machine's proxies and Check-Valid-Until."""
     if not shutil.which("apt-config"):
         return ""
     dump = _run(["apt-config", "dump"]).stdout
@@ -351,7 +347,7 @@ def apt_settings() -> str:
 
 
 def ca_bundle() -> str:
-    """Return all certificates the machine trusts as one PEM text ("" where there is no bundle)."""
+    """Return all certificates that the machine trusts as one PEM text ("" without a bundle)."""
     for name in ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt"):
         if Path(name).exists():
             return Path(name).read_text()
@@ -360,7 +356,7 @@ def ca_bundle() -> str:
 
 @contextlib.contextmanager
 def scratch_directory() -> Iterator[Path]:
-    """Give a directory that Podman sees too, and remove it afterwards."""
+    """Yield a temporary directory that Podman can access."""
     parent = state_directory() / "build"
     parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=parent) as name:

@@ -1,4 +1,4 @@
-"""Loopback ports: which ones are wanted, who holds them, what to tell the person about it."""
+"""Loopback ports: conflicts between the declared ports and the ports in use."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def conflicts(
     held: Callable[[Host, int], bool],
     holder: Callable[[int], str | None],
 ) -> list[str]:
-    """Return one line for each wanted port that cannot be had.
+    """Return one line for each declared port that is not available.
 
-    `held(host, port)` tells whether that host's running container publishes the port already;
-    `holder(port)` names what listens on it, or is None where it is free.
+    `held(host, port)` tells whether the host's running container publishes the port already; `holder(port)` returns what listens
+    on it, or None.
     """
     lines = []
     promised: dict[int, str] = {}
@@ -32,21 +32,21 @@ def conflicts(
         for inside, outside in host.ports.items():
             if not outside:
                 continue
-            asked = f"{host.name}: {variable(host)} wants port {outside} for {inside}"
+            asked = f"{host.name}: {variable(host)} maps port {outside} to {inside}"
             if outside in promised:
-                lines.append(f"{asked}, which {promised[outside]} wants too")
+                lines.append(f"{asked}; {promised[outside]} has the same port")
             elif not held(host, outside):
                 user = holder(outside)
                 if user:
-                    lines.append(f"{asked}, but {user} uses it; free it or set another (0 = any)")
+                    lines.append(f"{asked}, but {user} uses it; free the port or set another one (0 = any)")
             promised.setdefault(outside, host.name)
     return lines
 
 
 def is_free(port: int) -> bool:
-    """Tell whether nothing listens on `port` of the machine's loopback."""
+    """Tell whether `port` of the machine's loopback is free."""
     with socket.socket() as probe:
-        # Connections that have just ended do not count.
+        # Connections in TIME_WAIT do not count.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))
@@ -56,7 +56,7 @@ def is_free(port: int) -> bool:
 
 
 def listener(port: int) -> str:
-    """Return what the machine says about the process that listens on `port`."""
+    """Describe the process that listens on `port`."""
     if shutil.which("ss"):
         command = ["ss", "-Hltnp", f"sport = :{port}"]
         pattern = r'\(\("([^"]+)",pid=(\d+)'
@@ -67,6 +67,6 @@ def listener(port: int) -> str:
         return "another program"
     found = re.search(pattern, subprocess.run(command, text=True, capture_output=True, check=False).stdout)
     if not found:
-        return "another program (of another user, it seems)"
+        return "another program, probably of another user"
     name = found.groupdict().get("name") or found[1]
     return f"the program {name} (process {found.groupdict().get('pid') or found[2]})"

@@ -1,4 +1,4 @@
-"""Lines that tell a waiting person what happens, with the seconds since the start."""
+"""Progress lines with the seconds since the start."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from testbed.machine import TestbedError
 
 _start = time.monotonic()
 
-SILENCE = 5  # seconds; the longest time a running step says nothing
+SILENCE = 5  # seconds between two lines of a running step
 
 
 def say(who: str, what: str) -> None:
     """Print one line about `who`."""
-    # In one write, because hosts are worked on at the same time.
+    # One write, because threads for several hosts print at the same time.
     sys.stdout.write(f"[{time.monotonic() - _start:6.1f} s] {who}: {what}\n")
     sys.stdout.flush()
 
 
 def run_long(who: str, what: str, command: Sequence[str], directory: Path | None = None) -> None:
-    """Run `command`, which takes a while, and show now and then how far its output is.
+    """Run a slow `command` and print its latest output every SILENCE seconds.
 
-    Raises TestbedError with the end of its output when it fails.
+    Raise TestbedError with the end of its output when it fails.
     """
     say(who, what)
     began = time.monotonic()

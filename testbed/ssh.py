@@ -1,4 +1,4 @@
-"""SSH to the hosts: one key pair for an inventory, host keys pinned before the first contact."""
+"""SSH to the hosts: one key pair per inventory, host keys pinned before the first connection."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from testbed.machine import podman, state_directory
 
 USER = "ansible"
 
-# Runs in the host as root. The private host key never leaves the host, and its public half comes
-# by way of Podman, which nobody else can answer for.
+# Runs on the host as root. The private host key never leaves the host. Podman returns the public key, so nobody on the network can
+# replace it.
 INTRODUCE = f"""
 umask 077
 cat >/home/{USER}/.ssh/authorized_keys
@@ -33,12 +33,12 @@ def directory(stack: str) -> Path:
 
 
 def host_files(stack: str, host: str) -> Path:
-    """Return where the files lie that a stand-in host gives to its inventory; only such a host has the directory."""
+    """Return the directory of the files that a stand-in gives to its inventory; other hosts have none."""
     return directory(stack) / "hosts" / host
 
 
 def private_key(stack: str) -> Path:
-    """Return the private key (mode 0600) that opens all hosts of a stack, making it if needed."""
+    """Return the private key (mode 0600) for all hosts of a stack; create it if needed."""
     path = directory(stack) / "id_ed25519"
     if not path.exists():
         subprocess.run(
@@ -50,12 +50,12 @@ def private_key(stack: str) -> Path:
 
 
 def known_hosts(stack: str) -> Path:
-    """Return the file in which the hosts of a stack are pinned."""
+    """Return the known_hosts file of a stack."""
     return directory(stack) / "known_hosts"
 
 
 def introduce(stack: str, container: str) -> str:
-    """Make our key known to a new host and return the host's public key."""
+    """Authorize the stack's key on a new host; return the host's public key."""
     public = private_key(stack).with_suffix(".pub").read_text()
     done = podman("exec", "--interactive", container, "sh", "-c", INTRODUCE, stdin=public)
     kind, key = done.stdout.split()[:2]
@@ -82,7 +82,7 @@ def pinned(stack: str) -> dict[int, str]:
 
 
 def common_arguments(stack: str) -> str:
-    """Return ansible_ssh_common_args: literal, because testinfra does not template them."""
+    """Return ansible_ssh_common_args: literal, because testinfra evaluates no templates."""
     path = str(known_hosts(stack))
     if " " in path:
         path = f'"{path}"'
@@ -90,16 +90,16 @@ def common_arguments(stack: str) -> str:
         "UserKnownHostsFile": path,
         "StrictHostKeyChecking": "yes",
         "IdentitiesOnly": "yes",
-        # A connection kept open to a host that is gone must not hang for minutes.
+        # A persistent connection to a removed host must not hang for minutes.
         "ServerAliveInterval": "5",
     }
     return " ".join(f"-o '{key}={value}'" if '"' in value else f"-o {key}={value}" for key, value in words.items())
 
 
 def answers(stack: str, port: int, command: str = "sudo -n true", seconds: int = 3) -> bool:
-    """Tell whether a host does `command` over SSH just as Ansible would have it done.
+    """Tell whether a host runs `command` over SSH, connected as Ansible connects.
 
-    The connection is given `seconds` to come about.
+    `seconds` is the timeout of the connection.
     """
     with contextlib.suppress(subprocess.TimeoutExpired):
         done = subprocess.run(

@@ -1,4 +1,4 @@
-"""All containers of one inventory together: brought up, repaired, restarted, taken down."""
+"""Creates, repairs, restarts and removes the hosts of an inventory."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from testbed.inventory import CLONE, MAIL, MAIL_WEB_PORT, Host, Inventory, stack
 from testbed.machine import TestbedError, podman
 from testbed.progress import say
 
-# Seconds that a host gets until it answers. Creation is generous: several may boot on two cores.
+# Seconds until a host has to respond. BOOT is long because several hosts may boot on two cores.
 BOOT = 60
 RESTART = 20
 RELOAD = 4
 
 
 def up(inventory: Inventory) -> None:
-    """Make everything that `inventory` wants be there, repairing what is broken.
+    """Create, start or repair the hosts of `inventory`.
 
-    Raises TestbedError when a wanted port is taken (before anything is made) or a step fails.
+    Raise TestbedError when a declared port is taken (before anything is created) or a step fails.
     """
     stack = inventory.stack
     remove_abandoned()
@@ -42,7 +42,7 @@ def up(inventory: Inventory) -> None:
         })  # fmt: skip
         if not all(host.name in present and present[host.name].running for host in inventory.hosts):
             podmans.create_network(stack, inventory.directory)
-        ssh.private_key(stack)  # made once, before the threads ask for it
+        ssh.private_key(stack)  # created here, because the threads would create it at the same time
         changed |= _settle_all(inventory, present)
         current = list(present.values())
         if changed:
@@ -75,14 +75,14 @@ def _refuse_taken_ports(inventory: Inventory, present: dict[str, Container], eve
 def _remove_surplus(inventory: Inventory, present: dict[str, Container]) -> bool:
     surplus = sorted(present.keys() - {host.name for host in inventory.hosts})
     for name in surplus:
-        say(name, "no longer in the inventory: removed")
+        say(name, "removed, because the inventory no longer has it")
         podmans.remove(present[name].name)
         generated.remove(inventory.directory, name)
     return bool(surplus)
 
 
 def _settle_all(inventory: Inventory, present: dict[str, Container]) -> bool:
-    """Settle all hosts at once; tell whether anything was done, raise all that went wrong."""
+    """Create or repair all hosts in parallel; tell whether anything was done; raise all errors."""
 
     def attempt(host: Host) -> tuple[bool, str]:
         try:
@@ -99,7 +99,7 @@ def _settle_all(inventory: Inventory, present: dict[str, Container]) -> bool:
 
 
 def _settle(inventory: Inventory, host: Host, present: dict[str, Container]) -> bool:
-    """Make one host be there and answer; tell whether anything had to be done."""
+    """Create or repair one host; tell whether anything was done."""
     container = present.get(host.name)
     if container is None:
         _create(inventory, host)
@@ -107,35 +107,35 @@ def _settle(inventory: Inventory, host: Host, present: dict[str, Container]) -> 
     wanted = podmans.definition(host)
     if container.definition != wanted:
         keys = sorted(key for key in wanted if container.definition.get(key) != wanted[key])
-        say(host.name, f"other {' and '.join(keys)} than before: made anew")
+        say(host.name, f"recreating: its {' and '.join(keys)} changed")
         _create(inventory, host)
         return True
     if container.running and _answers(container):
         return False
     repairs: list[tuple[str, Callable[[], object], int]] = [
-        ("does not answer: its network is set up again", lambda: _reconnect(container), RELOAD),
-        ("still does not answer: restarted", lambda: _restart(container), RESTART),
+        ("no response: reloading its network", lambda: _reconnect(container), RELOAD),
+        ("still no response: restarting", lambda: _restart(container), RESTART),
     ]
     if not container.running:
-        repairs = [("is not running: started", lambda: _start(container), RESTART)]
+        repairs = [("not running: starting", lambda: _start(container), RESTART)]
     for what, repair, seconds in repairs:
         say(host.name, what)
         try:
             repair()
         except TestbedError as error:
-            say(host.name, f"in vain: {error}")
+            say(host.name, f"failed: {error}")
             continue
         if _wait(container, seconds):
             return True
-    say(host.name, "is beyond repair: made anew")
+    say(host.name, "repair failed: recreating")
     _create(inventory, host)
     return True
 
 
 def _create(inventory: Inventory, host: Host) -> None:
-    """Make a container anew and wait until it answers.
+    """Create or recreate a container and wait until it responds.
 
-    Raises TestbedError, with the end of what it printed, when it does not within BOOT seconds.
+    Raise TestbedError with the end of its output when it does not respond within BOOT seconds.
     """
     stack = inventory.stack
     name = f"{stack}-{host.name}"
@@ -143,7 +143,7 @@ def _create(inventory: Inventory, host: Host) -> None:
     podmans.remove(name)
     done = podman(*words, check=False)
     if done.returncode and "address already in use" in done.stderr:
-        # Another process was quicker to take the free port that Podman had chosen.
+        # Another process has taken the free port that Podman chose.
         podmans.remove(name)
         done = podman(*words, check=False)
     if done.returncode:
@@ -159,9 +159,9 @@ def _create(inventory: Inventory, host: Host) -> None:
         podman("cp", f"{name}:{build.STAND_IN_FILES}/.", str(files))
     if not _wait(container, BOOT):
         log = podman("logs", "--tail", "15", name, check=False)
-        raise TestbedError(f"{host.name}: does not answer within {BOOT} s\n{log.stdout}{log.stderr}")
+        raise TestbedError(f"{host.name}: no response within {BOOT} s\n{log.stdout}{log.stderr}")
     _wait_for_boot(container)
-    say(host.name, "answers on " + _addresses(container))
+    say(host.name, "responds on " + _addresses(container))
 
 
 def _inspect(name: str) -> Container:
@@ -176,16 +176,16 @@ def _addresses(container: Container) -> str:
 
 
 def _introduce(container: Container) -> None:
-    """Exchange keys with a host."""
+    """Exchange SSH keys with a host."""
     if container.host == MAIL:
         return
     key = ssh.introduce(container.stack, container.name)
-    with machine.lock(f"{container.stack}-keys", f"{container.host}: waiting for known_hosts"):
+    with machine.lock(f"{container.stack}-keys", f"{container.host}: waiting for another process to write known_hosts"):
         ssh.pin(container.stack, {**ssh.pinned(container.stack), container.published[22]: key})
 
 
 def _answers(container: Container) -> bool:
-    """Tell whether a container does what it is for: Ansible's way in, or the mail page."""
+    """Tell whether a container responds: SSH of a host, the web page of the mail catcher."""
     if container.host != MAIL:
         return ssh.answers(container.stack, container.published[22])
     try:
@@ -197,7 +197,7 @@ def _answers(container: Container) -> bool:
 
 
 def _wait(container: Container, seconds: float) -> bool:
-    """Wait until a container answers; tell whether it did within `seconds`."""
+    """Wait until a container responds; tell whether it did within `seconds`."""
     deadline = time.monotonic() + seconds
     while not _answers(container):
         if time.monotonic() > deadline:
@@ -207,7 +207,7 @@ def _wait(container: Container, seconds: float) -> bool:
 
 
 def _wait_for_boot(container: Container) -> None:
-    """Wait until systemd has started everything, and report units that failed."""
+    """Wait until systemd has finished booting; report failed units."""
     if container.host == MAIL:
         return
     words = ("exec", container.name, "systemctl")
@@ -215,7 +215,7 @@ def _wait_for_boot(container: Container) -> None:
     if state != "running":
         failed = podman(*words, "list-units", "--failed", "--plain", "--no-legend", check=False)
         units = ", ".join(line.split()[0] for line in failed.stdout.splitlines())
-        say(container.host, f"systemd says {state or 'nothing'} (failed: {units or 'no unit'})")
+        say(container.host, f"systemd reports {state or 'nothing'} (failed units: {units or 'none'})")
 
 
 def _start(container: Container) -> None:
@@ -234,7 +234,7 @@ def _reconnect(container: Container) -> None:
 
 
 def _names_work(containers: list[Container]) -> bool:
-    """Tell whether every host finds all others by name."""
+    """Tell whether every host resolves the names of all others."""
     names = " ".join(each.host for each in containers)
 
     def finds_others(container: Container) -> bool:
@@ -248,44 +248,44 @@ def _names_work(containers: list[Container]) -> bool:
 
 
 def _repair_names(containers: list[Container]) -> None:
-    """Get the network's name server going again, which is a process that may have died."""
+    """Restart the network's name server, a process that may have died."""
     stack = containers[0].stack
-    say(stack, "hosts do not find each other by name: the network is set up again")
+    say(stack, "hosts can't resolve each other's names: reloading the network")
     for container in containers:
         podman("network", "reload", container.name)
     if _names_work(containers):
         return
-    say(stack, "still not: all are restarted")
+    say(stack, "still can't resolve names: restarting all hosts")
     for container in containers:
         _restart(container)
     for container in containers:
         _wait(container, RESTART)
     if not _names_work(containers):
-        raise TestbedError(f"{stack}: hosts do not find each other by name; try down, then up")
+        raise TestbedError(f"{stack}: hosts can't resolve each other's names; try down, then up")
 
 
 def find(directory: Path, host: str) -> Container:
-    """Return the container of `host`; raises TestbedError, naming what there is, without one."""
+    """Return the container of `host`; raise TestbedError with the names of the existing hosts if it does not exist."""
     stack = stack_name(CLONE, directory)
     present = {each.host: each for each in podmans.containers() if each.stack == stack}
     if host not in present:
-        known = ", ".join(sorted(present)) or "nothing"
-        raise TestbedError(f"{host}: not up in {directory} (there is {known})")
+        known = ", ".join(sorted(present)) or "none"
+        raise TestbedError(f"{host}: no such host in {directory} (existing hosts: {known})")
     return present[host]
 
 
 def restart(directory: Path, host: str) -> None:
-    """Reboot a host and wait until it has booted and answers."""
+    """Reboot a host and wait until it has booted and responds."""
     container = find(directory, host)
     podman("restart", "--time", "10", container.name)
     if not _wait(container, BOOT):
-        raise TestbedError(f"{host}: does not answer within {BOOT} s after its restart")
+        raise TestbedError(f"{host}: no response within {BOOT} s after its restart")
     _wait_for_boot(container)
     say(host, "restarted")
 
 
 def down(directory: Path | None) -> None:
-    """Remove everything of one inventory, or of all inventories of this clone."""
+    """Remove the hosts, network and keys of one inventory, or of all inventories of this clone."""
     only = None if directory is None else stack_name(CLONE, directory)
     stacks: dict[str, Path] = {}
     if directory is not None:
@@ -302,11 +302,11 @@ def down(directory: Path | None) -> None:
 
 
 def remove_abandoned() -> None:
-    """Remove what clones that are gone have left: dead hosts' ports are still forwarded, to nobody."""
+    """Remove the hosts of deleted clones: their ports are still forwarded."""
     owners = {each.stack: each for each in podmans.containers() if not each.clone.exists()}
     for stack, container in sorted(owners.items()):
         with machine.lock(stack, f"waiting for another process that works on {stack}"):
-            say(stack, f"its clone {container.clone} is gone")
+            say(stack, f"its clone {container.clone} has been deleted")
             _remove_stack(stack, container.inventory)
 
 
@@ -318,11 +318,11 @@ def _remove_stack(stack: str, inventory: Path) -> None:
     generated.remove(inventory)
     shutil.rmtree(ssh.directory(stack))
     names = ", ".join(sorted(each.host for each in present))
-    say(stack, f"removed: {names}" if names else "nothing was up")
+    say(stack, f"removed: {names}" if names else "no hosts to remove")
 
 
 def status(directory: Path | None) -> None:
-    """Print a line for each container of one inventory, or of this clone."""
+    """Print one line per container of an inventory, or of this clone."""
     only = None if directory is None else stack_name(CLONE, directory)
     for each in sorted(podmans.containers(), key=lambda each: each.name):
         if each.clone == CLONE and only in (None, each.stack):

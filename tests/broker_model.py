@@ -24,22 +24,22 @@ KEYS = {
     "queues": ("vhost", "name"),
     "bindings": ("vhost", "source", "destination", "destination_type", "routing_key"),
 }
-# The kinds whose objects an import leaves as they are: seen on 4.0.5, which answers 204 all the same.
+# An import does not change existing objects of these kinds. RabbitMQ 4.0.5 returns 204 nevertheless.
 FIRST_STAYS = ("exchanges", "queues")
 
 
 def imported(actual, sent):
-    """RabbitMQ's import: each object of the definitions replaces the one of the same key, and the rest stays."""
+    """The definitions after an import: each imported object replaces the one with the same key, and the rest stays."""
     result = copy.deepcopy(actual)
     for kind, keys in KEYS.items():
         found = {tuple(entry[key] for key in keys): entry for entry in result.get(kind, [])}
         for entry in copy.deepcopy(sent.get(kind, [])):
             key = tuple(entry[name] for name in keys)
             if kind == "users" and key in found:
-                # Seen on 4.0.5: limits are added to those that a user has.
+                # RabbitMQ 4.0.5 adds limits to those of the user.
                 entry["limits"] = {**found[key]["limits"], **entry["limits"]}
             if kind == "parameters" and entry["component"] == "vhost-limits":
-                # Limits that were taken back are an empty list then.
+                # Removed limits are exported as an empty list.
                 entry["value"] = entry["value"] or []
             if kind not in FIRST_STAYS or key not in found:
                 found[key] = entry
@@ -48,7 +48,7 @@ def imported(actual, sent):
 
 
 def deleted(actual, below):
-    """What DELETE does: with a virtual host or a user goes all that is of it."""
+    """The definitions after a DELETE. With a virtual host or a user, its objects are deleted too."""
     what, *names = map(unquote, below.split("/"))
     result = copy.deepcopy(actual)
 

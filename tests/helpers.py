@@ -1,4 +1,4 @@
-"""What several tests share: where the repository is, how its files are loaded, and ansible-playbook with a readable answer."""
+"""Shared by several tests: the repository's path, loading of its files, and ansible-playbook with a parsed result."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROLES = sorted(path.name for path in (ROOT / "roles").iterdir() if path.is_dir()
 
 
 def load(path: str):
-    """A Python file of the repository as a module; plugins and modules of roles are in no package."""
+    """Loads a Python file of the repository as a module, because plugins and scripts are in no package."""
     spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -24,15 +24,15 @@ def load(path: str):
 
 
 def executable(path: Path, text: str) -> None:
-    """A program of ours in the place of one that the code under test calls."""
+    """Writes a program that replaces one that the tested code calls."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # -S: it needs no packages, and starts in half the time.
+    # The program needs no packages, and -S halves its start time.
     path.write_text(f"#!{sys.executable} -S\n{text}")
     path.chmod(0o755)
 
 
 def common_variables(inventory: Path) -> None:
-    """Lets an inventory in a temporary folder have inventories/common and secrets, as those of the repository do."""
+    """Gives an inventory in a temporary folder inventories/common and secrets, like the repository's inventories."""
     everybody = inventory / "group_vars" / "all"
     everybody.mkdir(parents=True)
     (everybody / "00-common").symlink_to(ROOT / "inventories" / "common")
@@ -40,7 +40,7 @@ def common_variables(inventory: Path) -> None:
     (everybody / "91-secrets.yml").write_text(json.dumps({name: f"{MARK}{name.replace('_', '')}" for name in secrets}))
 
 
-# What each secret of a test begins with, so that a test can look for it in what was printed.
+# The prefix of all secrets in tests, so that tests can search output for it.
 MARK = "NeverShown0123456789"
 
 
@@ -51,7 +51,7 @@ def wiring() -> dict:
 
 
 def playbook(*arguments: str | Path, **environment: str) -> tuple[int, dict, str]:
-    """The exit code of ansible-playbook, its answer, and all that it wrote."""
+    """Runs ansible-playbook; returns its exit code, parsed result and output."""
     done = subprocess.run(
         [Path(sys.executable).parent / "ansible-playbook", *arguments],
         cwd=ROOT,
@@ -72,12 +72,12 @@ def playbook(*arguments: str | Path, **environment: str) -> tuple[int, dict, str
 
 
 ENVIRONMENT = jinja2.Environment(extensions=["jinja2.ext.do"], autoescape=False)  # noqa: S701 - nothing is rendered
-# Keys of tasks whose values are expressions without braces.
+# Task keys whose values are expressions without braces.
 BARE = {"when", "that", "changed_when", "failed_when", "until", "loop_condition"}
 
 
 def names_in(value, bare=False):
-    """Names of variables that a value of YAML, or a template, reads."""
+    """The names of the variables that a YAML value or a template reads."""
     if isinstance(value, dict):
         for key, item in value.items():
             yield from names_in(item, key in BARE)

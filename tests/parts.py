@@ -1,6 +1,6 @@
-"""Runs targets of the Makefile side by side and ends with a table of what held: `python tests/parts.py [--jobs N] TARGET...`
+"""Runs targets of the Makefile in parallel and prints a table of the results: `python tests/parts.py [--jobs N] TARGET...`
 
-A part that passed is one line; what a part that failed printed follows whole. The logs of all stay in .logs/.
+It prints one line for a target that passed, and the whole output of a target that failed. All logs stay in .logs/.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LOGS = ROOT / ".logs"
-PROGRESS = 60  # seconds between two lines about what runs
+PROGRESS = 60  # seconds between two progress lines
 
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-# pytest's last line, an Ansible task that failed, and a test named in pytest's short summary.
+# pytest's last line; a failed test in pytest's short summary, or a failed Ansible task.
 COUNTS = re.compile(r"^=+ (.*\b(?:passed|failed|errors?)\b.*) in [0-9.]+s.*=+$", re.MULTILINE)
 FAULTS = re.compile(r"^(?:FAILED|ERROR|fatal:) .*$", re.MULTILINE)
 
 
 @dataclass
 class Part:
-    """One target: `status` is its exit code, `seconds` how long it ran."""
+    """The result of a target: its exit status and duration."""
 
     target: str
     status: int
@@ -41,7 +41,7 @@ class Part:
         return COLOUR.sub("", self.log.read_text(errors="replace"))
 
     def line(self) -> str:
-        """How it ended, in one line of the table."""
+        """The result as a line of the table."""
         counts = ", then ".join(COUNTS.findall(self.text()))
         return f"{'ok' if self.status == 0 else 'FAILED':<8}{duration(self.seconds):>12}  {self.target:<26}{counts}".rstrip()
 
@@ -51,7 +51,7 @@ def duration(seconds: float) -> str:
 
 
 class Runner:
-    """Runs targets, `jobs` at a time, and says what runs."""
+    """Runs up to `jobs` targets in parallel and prints progress."""
 
     def __init__(self, targets: list[str], jobs: int) -> None:
         self.targets = targets
@@ -64,7 +64,7 @@ class Runner:
         start = time.monotonic()
         with self.lock:
             self.began[target] = start
-            print(f"{target}: begins", flush=True)
+            print(f"{target}: started", flush=True)
         with (LOGS / f"{target}.log").open("wb") as log:
             done = subprocess.run(
                 ["make", "--no-print-directory", target],
@@ -78,17 +78,17 @@ class Runner:
             del self.began[target]
             self.ended.append(part)
             if part.status:
-                print(f"---- {target}: what it printed ----\n{part.log.read_text(errors='replace')}---- {target} ----")
+                print(f"---- {target}: output ----\n{part.log.read_text(errors='replace')}---- {target} ----")
             print(part.line(), flush=True)
         return part
 
     def progress(self) -> None:
-        """One line: what runs since when, and how much is left."""
+        """Prints the running targets with their durations, and how many are waiting and done."""
         with self.lock:
             now = time.monotonic()
             running = ", ".join(f"{target} ({duration(now - since)})" for target, since in self.began.items())
             waiting = len(self.targets) - len(self.began) - len(self.ended)
-            print(f"  running: {running}; {waiting} wait, {len(self.ended)} ended", flush=True)
+            print(f"  running: {running}; {waiting} waiting, {len(self.ended)} done", flush=True)
 
     def run(self) -> list[Part]:
         over = threading.Event()
@@ -109,7 +109,7 @@ class Runner:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("targets", nargs="+", metavar="TARGET")
-    parser.add_argument("--jobs", type=int, default=2, help="how many run at a time (%(default)s)")
+    parser.add_argument("--jobs", type=int, default=2, help="how many run in parallel (default: %(default)s)")
     arguments = parser.parse_args()
     LOGS.mkdir(exist_ok=True)
     start = time.monotonic()
@@ -121,7 +121,7 @@ def main() -> int:
     for part in failed:
         for fault in FAULTS.findall(part.text())[:20]:
             print(f"  {part.target}: {fault[:300]}")
-    print(f"{len(parts) - len(failed)} of {len(parts)} held, in {duration(time.monotonic() - start)}; logs: {LOGS.name}/")
+    print(f"{len(parts) - len(failed)} of {len(parts)} passed in {duration(time.monotonic() - start)}; logs: {LOGS.name}/")
     return 1 if failed else 0
 
 

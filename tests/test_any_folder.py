@@ -1,4 +1,4 @@
-"""The playbooks run from any folder, without ansible.cfg; the collection that is built is without the links that allow it."""
+"""Tests that playbooks run from any folder without ansible.cfg, and that the built collection lacks the links that allow it."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from helpers import ROOT, common_variables
 
 
 def ansible_playbook(folder, *arguments):
-    """Ansible as somebody runs it who has no ansible.cfg and no variable of the environment for it."""
+    """Runs ansible-playbook without ansible.cfg and Ansible's environment variables."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ANSIBLE_")}
     command = [Path(sys.executable).parent / "ansible-playbook", *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize("playbook", [ROOT / "playbooks/validate.yml", ROOT / "site.yml"], ids=lambda path: path.name)
-def test_the_first_play_runs_from_an_empty_folder(tmp_path, playbook):
+def test_first_play_runs_from_an_empty_folder(tmp_path, playbook):
     inventory = tmp_path / "inventory"
     common_variables(inventory)
     groups = ("broker", "database", "flower", "web", "workers", "app")
@@ -29,16 +29,16 @@ def test_the_first_play_runs_from_an_empty_folder(tmp_path, playbook):
     folder = tmp_path / "empty"
     folder.mkdir()
     done = ansible_playbook(folder, "-i", inventory, playbook)
-    # After the first play site.yml looks for the host, which is nowhere.
+    # After the first play, site.yml connects to the host, which does not exist.
     assert done.returncode == (4 if playbook.name == "site.yml" else 0), done.stdout + done.stderr
     assert "Flower's variables" in done.stdout
     assert " failed=0 " in done.stdout
 
 
-# Ansible looks beside all playbooks of a command, so each folder has a command.
+# Ansible searches the folders of all playbooks of a command, so each folder gets its own command.
 @pytest.mark.parametrize("folder", [".", "playbooks", "playbooks/ops"])
 def test_every_playbook_finds_the_collection_from_an_empty_folder(tmp_path, folder):
-    """Roles are looked up when a playbook is read."""
+    """Ansible looks up roles when it loads a playbook."""
     playbooks = sorted((ROOT / folder).glob("site.yml" if folder == "." else "*.yml"))
     assert playbooks
     (tmp_path / "hosts.yml").write_text("all: {hosts: {host.invalid: }}\n")
@@ -46,7 +46,7 @@ def test_every_playbook_finds_the_collection_from_an_empty_folder(tmp_path, fold
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_nothing_outside_molecule_asks_for_the_configuration_file():
+def test_only_molecule_uses_the_configuration_file():
     folders = ("playbooks", "roles", "plugins", "inventories", "testbed")
     files = [
         path
@@ -59,7 +59,7 @@ def test_nothing_outside_molecule_asks_for_the_configuration_file():
 
 
 @pytest.mark.parametrize("link", ["collections", "playbooks/collections", "playbooks/ops/collections"])
-def test_the_links_are_relative_and_in_no_build(link):
+def test_links_are_relative_and_excluded_from_the_build(link):
     path = ROOT / link
     assert (path / "ansible_collections/django_celery/stack").resolve() == ROOT
     if path.is_symlink():

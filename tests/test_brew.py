@@ -1,4 +1,4 @@
-"""The stand-in of Homebrew beside records of the real one."""
+"""Compares the Homebrew stand-in with records of the real Homebrew."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from helpers import ROOT, executable
 
 BREW = ROOT / "testbed/images/macos/stand-in/rootfs/opt/homebrew/bin/brew"
 
-# Records of the real brew, each below the address where it was published; shortened by long values alone.
+# Records of the real brew, each below the address of its publication; only long values are shortened.
 #
 # `brew info --json=v2 wget` on an Apple silicon Mac, of December 2024:
 # https://github.com/wxnacy/homebrew-rs/blob/43957b174b913e0c54511c50964e3ee5c4946520/examples/data/wget.json
@@ -37,21 +37,21 @@ INFO = """
   "head_dependencies": {}
 }], "casks": []}
 """
-# Any command as root; its exit code was 1: https://github.com/geerlingguy/ansible-role-homebrew/issues/106
+# Any command as root, with exit code 1: https://github.com/geerlingguy/ansible-role-homebrew/issues/106
 AS_ROOT = """\
 Error: Running Homebrew as root is extremely dangerous and no longer supported.
 As Homebrew does not drop privileges on installation you would be giving all
 build scripts full access to your system."""
-# `brew install` of what is there: https://github.com/asdf-community/asdf-php/pull/91
+# `brew install` of an installed formula: https://github.com/asdf-community/asdf-php/pull/91
 INSTALLED = """\
 Warning: gmp 6.2.1 is already installed and up-to-date.
 To reinstall 6.2.1, run:
   brew reinstall gmp
 """
-# `brew info` of what is not known: https://github.com/robertgzr/homebrew-tap/pull/15
+# `brew info` of an unknown formula: https://github.com/robertgzr/homebrew-tap/pull/15
 UNKNOWN = 'Error: No available formula with the name "iosevka".'
 
-# In the place of the formula's program.
+# Replaces the formula's program.
 INITDB = """
 import os, sys
 os.makedirs(sys.argv[-1])
@@ -61,7 +61,7 @@ open(f"{sys.argv[-1]}/PG_VERSION", "a").write(" ".join(sys.argv[1:]))
 
 @pytest.fixture
 def brew(tmp_path, monkeypatch):
-    """The program as a module, over a prefix of the test's own."""
+    """The program as a module with a temporary prefix."""
     monkeypatch.setenv("HOMEBREW_PREFIX", str(tmp_path))
     loader = SourceFileLoader("brew", str(BREW))
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader("brew", loader))
@@ -78,7 +78,7 @@ def brew(tmp_path, monkeypatch):
 
 
 def differences(value, recorded, where="formulae"):
-    """Where an answer has a key that the record lacks, or another kind of value; null and empty lists are not compared."""
+    """The places where a result has a key that the record lacks, or another type of value. Ignores null and empty lists."""
     if isinstance(value, dict) and isinstance(recorded, dict):
         unknown = [f"{where}.{key}" for key in value if key not in recorded]
         known = [key for key in value if key in recorded]
@@ -92,7 +92,7 @@ def test_root_is_refused(brew, monkeypatch):
     monkeypatch.setattr("os.geteuid", lambda: 0)
     with pytest.raises(SystemExit) as caught:
         brew("info", "--json=v2", "python@3.13")
-    # A text is written to standard error, and the exit code is 1.
+    # SystemExit with a text writes it to standard error and exits with 1.
     assert caught.value.code == AS_ROOT
 
 
@@ -113,7 +113,7 @@ def test_info_before_and_after_an_installation(brew, capsys):
         assert formula["linked_keg"] == formula["installed"][0]["version"] == formula["versions"]["stable"]
 
 
-def test_a_keg_is_linked_as_formulae_are(brew, tmp_path):
+def test_keg_is_linked_into_the_prefix(brew, tmp_path):
     """docs.brew.sh, "Formula Cookbook": Cellar, opt, and links of the programs into the prefix."""
     brew("install", "python@3.13")
     (keg,) = (tmp_path / "Cellar/python@3.13").iterdir()
@@ -121,8 +121,8 @@ def test_a_keg_is_linked_as_formulae_are(brew, tmp_path):
     assert (tmp_path / "bin/python3.13").readlink().parts[:2] == ("..", "Cellar")
 
 
-def test_a_keg_only_formula_is_linked_by_its_version_only(brew, tmp_path, monkeypatch, capsys):
-    """Formula/p/postgresql@17.rb of homebrew-core: keg_only, and what it does after its installation."""
+def test_keg_only_formula_is_linked_by_its_version_only(brew, tmp_path, monkeypatch, capsys):
+    """Formula/p/postgresql@17.rb of homebrew-core: keg_only, and its post_install."""
     name = "postgresql@17"
     keg = tmp_path / "Cellar" / name / "17.6"
     monkeypatch.setattr(brew.module, "stable", lambda _: keg.name)
@@ -140,12 +140,12 @@ def test_a_keg_only_formula_is_linked_by_its_version_only(brew, tmp_path, monkey
     assert (tmp_path / "opt" / name).resolve() == keg
     assert (tmp_path / "bin/initdb-17").resolve() == keg / "lib/postgresql/17/bin/initdb"
     assert not (tmp_path / "bin/initdb").exists()
-    # Its own cluster, made once.
+    # The formula's cluster is created only once.
     cluster = tmp_path / "var" / name
     assert (cluster / "PG_VERSION").read_text() == f"--locale=C -E UTF-8 {cluster}"
 
 
-def test_what_is_installed_is_left_alone(brew, tmp_path, capsys):
+def test_installed_formula_is_not_changed(brew, tmp_path, capsys):
     brew("install", "python@3.13")
     (keg,) = (tmp_path / "Cellar/python@3.13").iterdir()
     capsys.readouterr()
@@ -155,14 +155,14 @@ def test_what_is_installed_is_left_alone(brew, tmp_path, capsys):
     assert said.err == INSTALLED.replace("gmp", "python@3.13").replace("6.2.1", keg.name)
 
 
-def test_an_unknown_formula_is_refused(brew):
+def test_unknown_formula_is_refused(brew):
     with pytest.raises(SystemExit) as caught:
         brew("info", "--json=v2", "iosevka")
     assert caught.value.code == UNKNOWN
 
 
-def test_the_stand_in_stays_small():
-    """Shims, not a second macOS: some 420 lines."""
+def test_stand_in_stays_small():
+    """The stand-in must stay a set of shims of about 420 lines."""
     root = ROOT / "testbed/images/macos/stand-in/rootfs"
     programs = [path for path in root.rglob("*") if path.is_file() and (path.suffix == ".py" or path.read_bytes()[:2] == b"#!")]
     assert len(programs) == 8

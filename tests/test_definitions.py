@@ -1,4 +1,4 @@
-"""What differs between a broker's definitions and the variables: no broker is asked, and the model shows what an import does."""
+"""The comparison of a broker's definitions with the variables. A model computes the result of an import, without a broker."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 
 def steps(found):
-    """What is done to the broker, one after the other."""
+    """The requests to the broker, in order."""
     return [(imported, found.to_import)] * bool(found.to_import) + [(deleted, below) for below in found.to_delete]
 
 
@@ -33,12 +33,12 @@ TAGS = st.lists(st.sampled_from(["administrator", "monitoring", "management"]), 
 PATTERNS = st.sampled_from(["", ".*", "^a$"])
 LIMITS = st.dictionaries(st.sampled_from(["max-connections", "max-channels"]), st.integers(0, 3), max_size=2)
 VALUES = st.dictionaries(NAMES, st.integers() | TEXT, max_size=2)
-# In the data as variables have it, or in the broker.
+# Definitions as in the variables or in a broker.
 TYPES = st.sampled_from(["classic", "quorum", "stream"])
 
 
 def records(*keys, **fields):
-    """Lists of objects with the given fields; no two have the same key."""
+    """Lists of objects with the given fields and unique keys."""
     return st.lists(st.fixed_dictionaries(fields), max_size=3, unique_by=lambda entry: tuple(entry[key] for key in keys))
 
 
@@ -119,7 +119,7 @@ ACTUAL = st.fixed_dictionaries(
         "users": records(
             "name",
             name=NAMES | st.just("guest"),
-            # Old brokers write tags as one string.
+            # Old brokers export tags as one string.
             tags=TAGS | TAGS.map(",".join),
             password_hash=SECRETS.map(hash_of) | st.just(""),
             hashing_algorithm=st.sampled_from(["rabbit_password_hashing_sha256", "rabbit_password_hashing_md5"]),
@@ -141,18 +141,18 @@ ADMINISTRATORS = st.sampled_from(["a", "the administrator"])
 
 
 def compared(actual, wanted, administrator=None, removable=()):
-    """The difference, with a purge by the administrator if one is given."""
+    """The difference, with a purge if an administrator is given."""
     return compare(actual, wanted, Purge(administrator, removable) if administrator else None)
 
 
-# As the role refuses it: the administrator is in no list, and a virtual host is not both listed and to be removed.
+# The role refuses these, so they are excluded: a listed administrator, and a virtual host that is both listed and to be removed.
 def purged(actual, wanted, administrator):
     wanted = {**wanted, "users": [user for user in wanted["users"] if user["name"] != administrator]}
     return wanted, {vhost["name"] for vhost in actual["vhosts"]} - mentioned(wanted)
 
 
 def mentioned(wanted):
-    """The virtual hosts that the data names anywhere."""
+    """All virtual hosts in the data."""
     entries = [entry for kind in wanted for entry in wanted[kind]]
     entries += [entry for user in wanted["users"] for entry in [*user["permissions"], *user["topic_permissions"]]]
     return {entry.get("vhost") for entry in entries} | {vhost["name"] for vhost in wanted["vhosts"]}
@@ -178,7 +178,7 @@ def test_nothing_differs_after_a_purge(actual, wanted, administrator):
 
 
 @given(ACTUAL, WANTED, ADMINISTRATORS, st.integers(0, 9))
-def test_the_next_run_completes_an_interrupted_one(actual, wanted, administrator, count):
+def test_next_run_completes_an_interrupted_one(actual, wanted, administrator, count):
     wanted, removable = purged(actual, wanted, administrator)
     found = compared(actual, wanted, administrator, removable)
     assume(not found.conflicts)
@@ -190,7 +190,7 @@ def test_the_next_run_completes_an_interrupted_one(actual, wanted, administrator
 
 
 @given(ACTUAL, WANTED, ADMINISTRATORS)
-def test_a_purge_leaves_queues_exchanges_bindings_parameters_and_the_administrator(actual, wanted, administrator):
+def test_purge_keeps_queues_exchanges_bindings_parameters_and_the_administrator(actual, wanted, administrator):
     wanted, _ = purged(actual, wanted, administrator)
     found = compared(actual, wanted, administrator, removable=set())
     after = done(actual, found)
@@ -213,7 +213,7 @@ def test_without_a_purge_only_guest_and_limits_are_deleted(actual, wanted):
 
 
 @given(WANTED, st.randoms(use_true_random=False))
-def test_the_order_of_lists_does_not_matter(wanted, random):
+def test_order_of_lists_does_not_matter(wanted, random):
     actual = imported({}, compare({}, wanted).to_import)
     for entries in [*actual.values(), *(user["tags"] for user in actual["users"])]:
         random.shuffle(entries)
@@ -221,7 +221,7 @@ def test_the_order_of_lists_does_not_matter(wanted, random):
 
 
 @given(ACTUAL, WANTED, ADMINISTRATORS)
-def test_diff_and_conflicts_have_no_secrets(actual, wanted, administrator):
+def test_diff_and_conflicts_contain_no_secrets(actual, wanted, administrator):
     found = compared(actual, wanted, administrator, {vhost["name"] for vhost in actual["vhosts"]})
     shown = json.dumps([found.before, found.after, found.conflicts])
     secrets = [user["password"] for user in wanted["users"]] + [user["password_hash"] for user in actual["users"]]
@@ -229,7 +229,7 @@ def test_diff_and_conflicts_have_no_secrets(actual, wanted, administrator):
     assert not [secret for secret in secrets if secret and secret in shown]
 
 
-def test_unlisted_objects_are_left_alone():
+def test_unlisted_objects_are_not_changed():
     actual = {"users": [{"name": "by hand", "tags": [], "password_hash": ""}], "vhosts": [{"name": "/"}]}
     assert not compared(actual, {})
 
@@ -240,7 +240,7 @@ def test_unlisted_objects_are_left_alone():
         ([], [{"name": ""}, {"name": "amq.topic"}], [], []),
         ([{"messages": 0}], [], [], ["1 queues"]),
         ([{"messages": 2}, {"messages": 3}], [{"name": "amqp"}], [{}], ["2 queues", "5 messages", "1 exchanges", "1 connections"]),
-        # A queue that is down has no count.
+        # A queue that is down has no message count.
         ([{"messages": None}], [], [], ["1 queues"]),
     ],
 )
@@ -300,7 +300,7 @@ def test_password_matches_its_hash(algorithm):
         {},
     ],
 )
-def test_hash_of_another_form_does_not_match(user):
+def test_hash_of_another_format_does_not_match(user):
     assert not password_matches("right", user)
 
 
@@ -312,7 +312,7 @@ def test_example_of_rabbitmqs_page_on_passwords():
     assert password_matches("test12", user)
 
 
-# The table of kinds, one example of each: what the variables list, its title, and what is imported.
+# An example per kind: the entry in the variables, its title, and the imported object.
 POLICY = {"pattern": "^a", "apply-to": "all", "priority": 0, "definition": {"max-length": 1}}
 LISTED_POLICY = {"vhost": "v/1", "name": "p", "pattern": "^a", "definition": {"max-length": 1}}
 EXAMPLES = {
@@ -399,7 +399,7 @@ EXAMPLES = {
         },
     ),
 }
-# The path by which a purge deletes it, for the kinds that a purge does not keep.
+# The path with which a purge deletes it. A purge keeps the other kinds.
 DELETED = {
     "vhosts": "vhosts/v%2F1",
     "users": "users/u",
@@ -423,7 +423,7 @@ def test_each_kind_is_imported_compared_and_deleted(kind):
     assert sent == entry
     exported = imported({}, found.to_import)
     assert not compare(exported, variables)
-    # A purge with the same kind of object unlisted. A permission is deleted only if its user stays.
+    # A purge with the object unlisted. A permission is deleted only if its user stays.
     users = [{"name": "u", "password": "right"}] if "permissions" in kind else []
     kept = {**variables, "users": users} if users else {}
     purged = compare(exported, kept, Purge("admin", {"v/1"} if kind == "vhosts" else ()))
@@ -432,21 +432,21 @@ def test_each_kind_is_imported_compared_and_deleted(kind):
 
 
 @pytest.mark.parametrize("kind", ["exchanges", "queues"])
-def test_a_kind_that_cannot_be_changed_conflicts(kind):
+def test_unchangeable_kind_conflicts(kind):
     variables, title, entry = EXAMPLES[kind]
     found = compare({kind: [{**entry, "auto_delete": True}]}, variables)
     assert found.conflicts == [f'{title} exists with {{"auto_delete": true}} and can\'t be changed to {{"auto_delete": false}}']
     assert not found.to_import
 
 
-def test_a_password_that_did_not_change_keeps_its_hash():
+def test_unchanged_password_keeps_its_hash():
     user = {"name": "u", "password_hash": hash_of("right"), "hashing_algorithm": "rabbit_password_hashing_sha256", "tags": []}
     found = compare({"users": [user]}, {"users": [{"name": "u", "password": "right", "tags": ["monitoring"]}]})
     assert found.to_import["users"][0]["password_hash"] == user["password_hash"]
     assert found.after["user u"] == {"tags": ["monitoring"], "limits": {}, "password": "as wanted"}
 
 
-def test_metadata_of_a_virtual_host_that_the_variables_do_not_set_is_kept():
+def test_unset_metadata_of_a_virtual_host_is_kept():
     actual = {"name": "v", "metadata": {"tags": ["eu"], "description": "old"}}
     found = compare({"vhosts": [actual]}, {"vhosts": [{"name": "v", "description": "new"}]})
     assert found.to_import["vhosts"][0]["metadata"] == {"tags": ["eu"], "description": "new", "default_queue_type": "quorum"}

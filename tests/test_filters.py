@@ -1,4 +1,4 @@
-"""The filters, each against what the format's own program or document says."""
+"""The filters, each tested against the program or documentation of its format."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ OPTIONS = {
 
 @pytest.fixture
 def faults(tmp_path):
-    """Gives the faults of a role's variables."""
+    """Returns the errors in a role's variables."""
     (tmp_path / "broker/meta").mkdir(parents=True)
     specs = {"argument_specs": {"main": {"options": OPTIONS}}}
     (tmp_path / "broker/meta/argument_specs.yml").write_text(yaml.safe_dump(specs))
@@ -69,17 +69,17 @@ def faults(tmp_path):
     return find
 
 
-def test_sound_internal_and_foreign_variables_are_no_fault(faults):
+def test_valid_internal_and_foreign_variables_are_accepted(faults):
     users = [{"name": "a", "tags": ["b"]}, {"name": "c", "more": 1}]
     assert faults(broker_port=1, broker_share=1, broker_on=False, broker_version="4.10", broker_users=users) == []
     assert faults(broker_settings={"a": 1}, broker_plugins=[], __broker_prot=1, brokers="", other_prot=1) == []
 
 
-def test_a_misspelt_variable_is_named_with_the_nearest(faults):
+def test_misspelt_variable_is_reported_with_a_suggestion(faults):
     assert faults(broker_prot=1) == ["broker_prot is no variable of the role broker, did you mean broker_port?"]
 
 
-def test_where_none_is_near_all_are_listed(faults):
+def test_without_a_similar_name_all_variables_are_listed(faults):
     (sentence,) = faults(broker_zzzzzzzzzzzzz=1)
     assert sentence == f"broker_zzzzzzzzzzzzz is no variable of the role broker; the role has {', '.join(sorted(OPTIONS))}."
 
@@ -103,7 +103,7 @@ def test_where_none_is_near_all_are_listed(faults):
         ("broker_password", 123456, "broker_password is not a text in quotes."),
     ],
 )
-def test_a_value_of_another_type_is_named_unless_it_is_secret(faults, name, value, sentence):
+def test_value_of_another_type_is_shown_unless_it_is_secret(faults, name, value, sentence):
     assert faults(**{name: value}) == [sentence]
 
 
@@ -111,13 +111,13 @@ def test_a_value_of_another_type_is_named_unless_it_is_secret(faults, name, valu
 
 
 NAMES = st.from_regex(r"\A[A-Za-z_][A-Za-z0-9_]{0,9}\Z").filter(lambda name: name not in os.environ)
-# No control characters; surrogates can't be written as UTF-8.
+# Without control characters and surrogates, which UTF-8 can't encode.
 PRINTABLE = st.text(st.characters(exclude_categories=["C"]), max_size=20)
 
 
 @settings(max_examples=40)
 @given(st.dictionaries(NAMES.map("x_{}".format), PRINTABLE | st.sampled_from(["'", "''\\'", "$HOME `id` $(id)", "a b  "])))
-def test_sh_reads_an_environment_file_back_as_it_was(variables):
+def test_sh_reads_back_the_values_of_an_environment_file(variables):
     with tempfile.NamedTemporaryFile("w", encoding="utf-8") as file:
         file.write(environment_file.environment_file(variables))
         file.flush()
@@ -127,18 +127,18 @@ def test_sh_reads_an_environment_file_back_as_it_was(variables):
     assert {name: value for name, value in read.items() if name.startswith("x_")} == variables
 
 
-def test_environment_files_write_booleans_lists_and_nothing():
+def test_environment_files_format_booleans_lists_and_none():
     text = environment_file.environment_file({"B": True, "A": ["x", 1], "C": None, "D": 5})
     assert text == "A='x,1'\nB='true'\nC=''\nD='5'\n"
 
 
 @pytest.mark.parametrize("variables", [{"1a": ""}, {"a-b": ""}, {"a b": ""}, {"": ""}, {"a\n": ""}, {"a": "x\ny"}, {"a": "\0"}])
-def test_environment_files_refuse_what_they_cannot_hold(variables):
+def test_environment_files_refuse_unsupported_values(variables):
     with pytest.raises(AnsibleFilterError):
         environment_file.environment_file(variables)
 
 
-def test_a_refused_value_is_not_shown():
+def test_refused_value_is_not_shown():
     with pytest.raises(AnsibleFilterError) as caught:
         environment_file.environment_file({"KEY": "Secret\nline"})
     assert "KEY" in str(caught.value)
@@ -149,14 +149,14 @@ def test_a_refused_value_is_not_shown():
 
 
 @given(st.text(), st.text())
-def test_password_hashes_are_as_rabbitmq_documents_them(password, salt_of):
+def test_password_hashes_follow_rabbitmqs_documentation(password, salt_of):
     made = base64.b64decode(rabbitmq.rabbitmq_password_hash(password, salt_of))
     salt, digest = made[:4], made[4:]
     assert digest == hashlib.sha256(salt + password.encode()).digest()
     assert rabbitmq.rabbitmq_password_hash(password, salt_of) == rabbitmq.rabbitmq_password_hash(password, salt_of)
 
 
-def test_the_salt_follows_its_secret():
+def test_salt_depends_on_its_secret():
     assert rabbitmq.rabbitmq_password_hash("a", "one") != rabbitmq.rabbitmq_password_hash("a", "two")
 
 
@@ -191,7 +191,7 @@ TABLE = yaml.safe_load((ROOT / "roles/rabbitmq/vars/main/compatibility.yml").rea
         ("5.0", "29", "unknown"),
     ],
 )
-def test_the_shipped_table_of_rabbitmq_and_erlang(version, erlang, level):
+def test_included_table_of_rabbitmq_and_erlang(version, erlang, level):
     assert rabbitmq.rabbitmq_compatibility(TABLE, version, erlang) == level
 
 
@@ -214,5 +214,5 @@ def test_versions_of_a_lock(package, version):
     assert celery_lock.locked_version(LOCK, package) == version
 
 
-def test_the_version_in_the_lock_of_the_application():
+def test_version_in_the_applications_lock():
     assert celery_lock.locked_version((ROOT / "app/requirements.txt").read_text(), "celery").startswith("5.")

@@ -1,4 +1,4 @@
-"""Mistakes of an inventory as a whole: its groups, its secrets, how many hosts a group has, and what inventories/common knows."""
+"""Errors in a whole inventory: groups, secrets, hosts per group, and variables that inventories/common does not know."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ def without(*names, **more):
 # Groups
 
 
-def test_all_groups_and_only_those_that_are_needed_are_no_error():
+def test_all_groups_and_required_groups_are_accepted():
     assert group_errors(GROUPS) == []
     assert group_errors(without("flower", "database", all_hosts=["a"], databases_of_others=["b"])) == []
-    # One without hosts is there too: an environment that wants none says so.
+    # An environment without such a host declares an empty group.
     assert group_errors(without("workers", workers=[])) == []
 
 
 @pytest.mark.parametrize("name", ["broker", "app", "web", "workers"])
-def test_a_group_that_is_needed_is_named_with_those_that_are_there(name):
+def test_missing_group_is_reported_with_the_existing_ones(name):
     others = [group for group in without(name) if group not in ("all", "ungrouped")]
     assert group_errors(without(name)) == [f"The inventory has no group {name}.", f"Its groups are {', '.join(others)}. {EXPECTED}"]
 
@@ -56,12 +56,12 @@ def test_a_group_that_is_needed_is_named_with_those_that_are_there(name):
         ("broker", "borker"),
     ],
 )
-def test_a_misspelt_group_is_refused_though_it_may_be_absent(name, written):
+def test_misspelt_optional_group_is_refused(name, written):
     sentence = f"The inventory has no group {name}, but a group {written}; did you mean {name}?"
     assert group_errors(without(name, **{written: ["a"]}))[0] == sentence
 
 
-def test_a_host_of_web_or_workers_is_one_of_app():
+def test_hosts_of_web_and_workers_must_be_in_app():
     assert group_errors(without("web", web=["a", "b", "c"])) == [
         "The group web has b, c, which the group app lacks: put web into app, as its child."
     ]
@@ -71,12 +71,12 @@ def test_a_host_of_web_or_workers_is_one_of_app():
     ("one", "other", "mistakes"),
     [("web", "web", 0), ("wbe", "web", 1), ("database", "databse", 1), ("", "ab", 2), ("abc", "cab", 2)],
 )
-def test_distance_counts_mistakes_in_typing(one, other, mistakes):
+def test_distance_counts_typing_errors(one, other, mistakes):
     assert distance(one, other) == distance(other, one) == mistakes
 
 
 @pytest.mark.parametrize(("group", "variable"), [("broker", "wiring_broker"), ("database", "wiring_database")])
-def test_a_second_host_is_refused_unless_each_is_an_environment_of_its_own(group, variable):
+def test_second_host_is_refused_unless_each_is_a_separate_environment(group, variable):
     groups = {"broker": ["a"], "database": ["a"], group: ["a", "b"]}
     assert host_count_errors("b", groups, {variable: "b"}) == []
     assert host_count_errors("c", groups, {variable: "a"}) == []
@@ -105,7 +105,7 @@ def groups_of(*hosts, **more):
 
 
 def refusal(folder, **environment):
-    """What the first play says at last, of an inventory that it refuses."""
+    """The last message of the first play, for a refused inventory."""
     code, answer, output = playbook("-i", folder, "playbooks/validate.yml", **environment)
     assert code == 2, output
     assert MARK not in output
@@ -113,7 +113,7 @@ def refusal(folder, **environment):
     return failed[0]
 
 
-def test_a_misspelt_group_ends_the_run(tmp_path):
+def test_misspelt_group_ends_the_run(tmp_path):
     groups = groups_of("host.invalid")
     groups["databse"] = groups.pop("database")
     assert refusal(inventory(tmp_path, groups)) == (
@@ -122,15 +122,15 @@ def test_a_misspelt_group_ends_the_run(tmp_path):
     )
 
 
-def test_a_second_broker_ends_the_run(tmp_path):
+def test_second_broker_ends_the_run(tmp_path):
     groups = groups_of("one.invalid", broker={"hosts": {"one.invalid": None, "two.invalid": None}})
     assert refusal(inventory(tmp_path, groups)).startswith(
         "The group broker has the hosts one.invalid, two.invalid; allowed is one."
     )
 
 
-def test_a_host_of_each_platform_is_accepted(tmp_path):
-    """As scenarios have them, with molecule/platforms.yml."""
+def test_host_of_each_platform_is_accepted(tmp_path):
+    """With molecule/platforms.yml, as in the scenarios."""
     folder = inventory(tmp_path, groups_of("one.invalid", "two.invalid"))
     (folder / "group_vars/all/25-platforms.yml").symlink_to(ROOT / "molecule/platforms.yml")
     code, _, output = playbook("-i", folder, "playbooks/validate.yml")
@@ -144,14 +144,14 @@ def test_flower_and_the_database_may_be_absent(tmp_path):
     assert code == 0, output
 
 
-def test_without_secrets_the_error_has_the_command_that_generates_them(tmp_path):
+def test_error_about_missing_secrets_has_the_command_that_generates_them(tmp_path):
     said = refusal(inventory(tmp_path, groups_of("host.invalid"), secrets=False))
     names = ", ".join(wiring()["secret_names"])
     command = f"ansible-playbook -i {tmp_path} playbooks/ops/create_secrets.yml"
     assert said == f"Secrets are missing: {names}. Generate them: {command}"
 
 
-def test_a_secret_that_is_nearly_called_like_one_that_is_missing_is_refused(tmp_path):
+def test_misspelt_secret_is_refused(tmp_path):
     folder = inventory(tmp_path, groups_of("host.invalid"), secret_smtp_password=f"{MARK}own")
     file = folder / "group_vars/all/91-secrets.yml"
     file.write_text(file.read_text().replace("secret_django_key", "secret_djagno_key"))
@@ -163,14 +163,14 @@ def test_a_secret_that_is_nearly_called_like_one_that_is_missing_is_refused(tmp_
     assert "smtp" not in said
 
 
-def test_an_inventory_without_the_link_is_told_of_it(tmp_path):
+def test_missing_link_to_common_is_reported(tmp_path):
     folder = inventory(tmp_path, groups_of("host.invalid"))
     (folder / "group_vars/all/00-common").unlink()
     assert refusal(folder).startswith("The inventory has no folder group_vars/all/00-common: link inventories/common there,")
 
 
-def test_a_project_of_ones_own_has_its_own_variables(tmp_path):
-    """The description in docs/own-project.md, in the place of application.yml, with a variable more."""
+def test_own_project_has_its_own_variables(tmp_path):
+    """Uses the file of docs/own-project.md instead of application.yml, with an additional variable."""
     (own,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/own-project.md").read_text(), re.DOTALL)
     folder = inventory(tmp_path, groups_of("host.invalid"), app_colour="blue", secret_payment_key=f"{MARK}payment")
     common = folder / "group_vars/all/00-common"
@@ -189,7 +189,7 @@ def test_a_project_of_ones_own_has_its_own_variables(tmp_path):
     assert "app_colour is not a variable of inventories/common" in refusal(folder)
 
 
-def test_an_encrypted_secret_is_a_text(tmp_path):
+def test_encrypted_secret_is_accepted_as_text(tmp_path):
     from ansible.parsing.vault import VaultLib, VaultSecret
 
     folder = inventory(tmp_path, groups_of("host.invalid"))
@@ -211,7 +211,7 @@ SCHEMES = ["smtp", "smtp+tls", "smtp+ssl", "consolemail"]
     "url",
     ["smtp://mail_server", "smtp+tls://u:p%40ss@mail.example.org:587", "smtp+ssl://u:p@[::1]:465", "consolemail://"],
 )
-def test_urls_that_are_right(url):
+def test_valid_urls_are_accepted(url):
     assert url_error("app_email_url", url, SCHEMES) is None
 
 
@@ -231,7 +231,7 @@ def test_urls_that_are_right(url):
         ("smtp://mail example.org:25", "no host"),
     ],
 )
-def test_a_malformed_url_is_not_shown(url, error):
+def test_malformed_url_is_not_shown(url, error):
     sentence = url_error("app_email_url", url, SCHEMES)
     assert sentence.startswith(
         f"app_email_url has {error}; allowed is a URL such as smtp://host:port, with the scheme smtp, smtp+tls"
@@ -239,11 +239,11 @@ def test_a_malformed_url_is_not_shown(url, error):
     assert MARK not in sentence
 
 
-# What inventories/common says of the application
+# The application's variables in inventories/common
 
 
 def reads():
-    """The names of all environment variables that the application's settings read."""
+    """The environment variables that the application's settings read."""
     readers = {"boolean", "number", "choice", "url", "limits"}
     for file in ("settings.py", "environment.py"):
         for node in ast.walk(ast.parse((ROOT / "app/mailroom" / file).read_text())):
@@ -253,25 +253,25 @@ def reads():
                     yield node.args[0].value
 
 
-def test_the_known_names_of_app_environment_are_those_that_the_application_reads():
+def test_app_environment_names_are_those_that_the_application_reads():
     common = yaml.safe_load((ROOT / "inventories/common/application.yml").read_text())
     assert common["app_environment_names"] == sorted(set(reads()))
     documented = re.findall(r"^\| `([A-Z_]+)` \|", (ROOT / "app/README.md").read_text(), re.MULTILINE)
     assert sorted(documented) == common["app_environment_names"]
 
 
-def test_what_is_specified_is_there():
+def test_specified_variables_exist():
     files = {name: yaml.safe_load((ROOT / f"inventories/common/{name}.yml").read_text()) for name in ("application", "wiring")}
     for name, prefix in (("application", "app"), ("wiring", "wiring")):
         assert files[name][f"{prefix}_variable_specs"].keys() <= files[name].keys()
 
 
-def test_paths_in_sentences_are_short():
+def test_paths_in_messages_are_short():
     assert str(inventory_variables.shortest(f"{os.getcwd()}/inventories/x")) == "inventories/x"
     assert str(inventory_variables.shortest("/elsewhere/x")) == "/elsewhere/x"
 
 
-def test_values_that_fail_for_one_reason_are_one_sentence():
+def test_values_with_the_same_error_share_a_message():
     def resolve(name):
         raise UndefinedError("'x' is undefined")
 

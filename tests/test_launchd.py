@@ -1,4 +1,4 @@
-"""The module launchd_jobs against the stand-in of launchd, and that against records of the real one. The processes are real."""
+"""Tests the module launchd_jobs on the launchd stand-in, and the stand-in against records of the real launchd."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from helpers import ROOT, executable
 
 STAND_IN = ROOT / "testbed/images/macos/stand-in/rootfs/usr"
 
-# Records of the real launchctl, each below the address where it was published: shortened, with labels and paths of ours. Apple
-# documents neither what print says nor what launchctl exits with.
+# Records of the real launchctl, each below the address of its publication; shortened, with other labels and paths. Apple documents
+# neither the output of print nor the exit codes of launchctl.
 #
-# `launchctl print gui/501/LABEL` of a job of KeepAlive, and of one of StartInterval between two runs, on macOS 27.0:
+# `launchctl print gui/501/LABEL` of a job with KeepAlive, and of one with StartInterval between two runs, on macOS 27.0:
 # https://github.com/sglavoie/dev-helpers/blob/e88273dd457ffb72100703f255f277dbcd9594fa/swift/heartbeat/Tests/HeartbeatCoreTests/LaunchctlFixtures.swift
 RUNNING = """\
 gui/501/org.example.kept = {
@@ -84,7 +84,7 @@ gui/501/org.example.hourly = {
 \trun interval = 900 seconds
 }
 """
-# A job of KeepAlive that waits for its throttle interval:
+# A job with KeepAlive that waits for its throttle interval:
 # https://github.com/jamf/aftermath/blob/623aa77df7d7c37bf871f62248b5e2a5e66e3a63/tests/aftermath/AftermathTests.swift
 WAITING = """\
 gui/501/org.example.agent = {
@@ -102,24 +102,24 @@ gui/501/org.example.agent = {
 \tjob state = exited
 }
 """
-# What stands there instead of the exit code after a signal, on macOS 26.6:
+# The line that replaces the exit code after a signal, on macOS 26.6:
 # https://github.com/maoyadongsh/siq-agent-security/pull/66
 KILLED = ("last terminating signal = Terminated: 15", "last terminating signal = Killed: 9")
-# What stands there of a job that could not be started, here since its log could not be made, on macOS 26.2:
+# The lines of a job that could not be started, here because its log could not be created, on macOS 26.2:
 # https://github.com/yasinBursali/DreamServer/issues/328
 NOT_STARTED = ("state = spawn scheduled", "last exit code = 78: EX_CONFIG")
 # `launchctl print-disabled gui/501`, of macOS 13 and later and of older ones:
 # https://github.com/DeterminateSystems/nix-installer/pull/555 and https://github.com/ninehills/blog/issues/85
 DISABLED = '\n\tdisabled services = {\n\t\t"org.example.a" => enabled\n\t\t"org.example.b" => disabled\n\t}\n'
 DISABLED_ONCE = 'disabled services = {\n\t"org.example.a" => false\n\t"org.example.b" => true\n}\n'
-# What launchctl refuses, by what the test does: its exit code, what it writes to standard error, and where that was published.
+# Errors of launchctl, by action: exit code, standard error, and the address of the publication.
 REFUSALS = {
     "print what is not loaded": (
         113,
         'Bad request.\nCould not find service "nope" in domain for user gui: 501\n',
         "https://github.com/sglavoie/dev-helpers/blob/e88273dd457ffb72100703f255f277dbcd9594fa/swift/heartbeat/Tests/HeartbeatCoreTests/LaunchctlFixtures.swift",
     ),
-    # The number, and the words.
+    # The first source has the number, the second the text.
     "print a domain that is not there": (
         112,
         "Bad request.\nCould not find domain for user gui: 99999\n",
@@ -140,7 +140,7 @@ REFUSALS = {
         "Bootstrap failed: 5: Input/output error\nTry re-running the command as root for richer errors.\n",
         "https://github.com/pirj/noclamshell/issues/25",
     ),
-    # The cause and the number, and the words.
+    # The first source has cause and number, the second the text.
     "bootstrap what is loaded": (
         37,
         "Bootstrap failed: 37: Operation already in progress\n",
@@ -151,7 +151,7 @@ REFUSALS = {
         "Bootstrap failed: 119: Service is disabled\n",
         "https://github.com/DeterminateSystems/nix-installer/issues/530",
     ),
-    # The words alone, of launchctl load: no record of the number was found.
+    # Only the text, of launchctl load; no record of the number was found.
     "bootstrap what others may write": (
         122,
         "Bootstrap failed: 122: Path had bad ownership/permissions\n",
@@ -168,7 +168,7 @@ KEEPS = 'trap "" HUP; exec sleep 1000'
 
 
 def plist(name, script=KEEPS, **keys):
-    """A property list of a job that runs a script, which writes its number first as the role's own jobs do."""
+    """A property list of a job that writes its PID, as the role's jobs do, and runs a script."""
     values = {"Label": name, "ProgramArguments": ["/bin/sh", "-c", f'echo $$ >"$0"; {script}', f"{name}.pid"], **keys}
     return plistlib.dumps({"RunAtLoad": True, "KeepAlive": True, "ExitTimeOut": 5, **values}).decode()
 
@@ -216,7 +216,7 @@ class Mac:
 
 @pytest.fixture
 def mac(tmp_path, capsys, monkeypatch):
-    # Apple's own plutil has its say where there is one.
+    # On a Mac, Apple's plutil is used.
     for program in ("launchctl",) if shutil.which("plutil") else ("launchctl", "plutil"):
         executable(tmp_path / "bin" / program, (STAND_IN / "bin" / program).read_text())
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
@@ -239,7 +239,7 @@ def until(check, seconds=15):
 # The module
 
 
-def test_jobs_are_loaded_and_then_left_alone(mac):
+def test_jobs_are_loaded_and_a_second_run_changes_nothing(mac):
     listed = (mac.job("a"), mac.job("b"))
     result = mac.run(*listed)
     assert (result["changed"], result["started"]) == (True, ["a", "b"])
@@ -250,7 +250,7 @@ def test_jobs_are_loaded_and_then_left_alone(mac):
     assert [mac.pid("a"), mac.pid("b")] == before
 
 
-def test_a_changed_property_list_is_loaded_and_the_others_are_left_alone(mac):
+def test_only_a_changed_property_list_is_reloaded(mac):
     mac.run(mac.job("a"), mac.job("b"))
     before = mac.pid("a")
     result = mac.run(mac.job("a"), mac.job("b", ExitTimeOut=7))
@@ -269,8 +269,8 @@ def test_only_the_owner_may_write_a_property_list_under_any_umask(mac):
         os.umask(before)
 
 
-def test_the_next_run_completes_one_that_was_killed_before_the_load(mac):
-    """It had booted out the job, and perhaps written the file."""
+def test_next_run_completes_one_that_was_killed_before_the_load(mac):
+    """The killed run had booted out the job, and may have written the file."""
     mac.run(mac.job("a"))
     mac.call("bootout", f"{mac.domain}/a")
     result = mac.run(mac.job("a"))
@@ -278,7 +278,7 @@ def test_the_next_run_completes_one_that_was_killed_before_the_load(mac):
     assert mac.pid("a")
 
 
-def test_a_changed_job_is_booted_out_before_its_file_is_written(mac, monkeypatch):
+def test_changed_job_is_booted_out_before_its_file_is_written(mac, monkeypatch):
     mac.run(mac.job("a"))
     seen = []
     write = ManagedFiles.write
@@ -288,8 +288,8 @@ def test_a_changed_job_is_booted_out_before_its_file_is_written(mac, monkeypatch
 
 
 @pytest.mark.parametrize("code", [5, 37])
-def test_a_load_that_is_refused_just_after_the_boot_out_is_retried(mac, code):
-    """For some five seconds, on macOS 26.5, by 5 or by 37: https://github.com/headroomlabs-ai/headroom/issues/1289"""
+def test_load_that_is_refused_just_after_the_boot_out_is_retried(mac, code):
+    """macOS 26.5 refuses it with 5 or 37 for about five seconds: https://github.com/headroomlabs-ai/headroom/issues/1289"""
     mac.run(mac.job("a"))
     refusing = f"""
 import pathlib, sys
@@ -305,7 +305,7 @@ if sys.argv[1] == "bootstrap" and len(tries.read_text()) < 2:
     assert mac.state("a")["exit timeout"] == "7"
 
 
-def test_a_newer_file_of_restart_on_restarts(mac, tmp_path):
+def test_newer_file_in_restart_on_causes_a_restart(mac, tmp_path):
     release = tmp_path / "current"
     release.symlink_to("releases/1")
     listed = (mac.job("a", restart_on=[release]), mac.job("b", restart_on=[tmp_path / "missing"]))
@@ -319,11 +319,11 @@ def test_a_newer_file_of_restart_on_restarts(mac, tmp_path):
     assert not mac.run(*listed)["changed"]
 
 
-def test_a_process_that_left_no_record_of_its_start_is_restarted(mac, tmp_path):
+def test_process_without_a_record_of_its_start_is_restarted(mac, tmp_path):
     listed = mac.job("a", restart_on=[tmp_path])
     mac.run(listed)
     (tmp_path / "a.pid").write_text("1\n")
-    # Its folder is older than the record again.
+    # Its folder is older than the record.
     os.utime(tmp_path, (0, 0))
     assert mac.run(listed)["restarted"] == ["a"]
 
@@ -350,21 +350,21 @@ def test_check_mode_reports_and_changes_nothing(mac):
     assert sorted(path.stem for path in mac.agents.iterdir()) == ["a", "gone"]
 
 
-def test_a_job_that_does_not_stay_up_fails_with_its_log_until_it_is_repaired(mac, tmp_path):
+def test_job_that_does_not_stay_up_fails_with_its_log_until_it_is_repaired(mac, tmp_path):
     log = str(tmp_path / "a.log")
     dying = mac.job("a", "sleep 0.2; echo last words >&2; exit 3", settle=1, StandardErrorPath=log, ThrottleInterval=60)
     result = mac.run(dying)
     assert result["failed"]
     for words in ("a was started and did not stay up: it is spawn scheduled (exit code 3)", f"log of a, {log}:\nlast words"):
         assert words in result["msg"]
-    # The next run sees that it is not up and tries again, rather than calling it done.
+    # The next run detects that the job is not up, and retries.
     assert mac.run(dying)["failed"]
     result = mac.run(mac.job("a", StandardErrorPath=log, ThrottleInterval=60))
     assert not result.get("failed"), result
     assert mac.pid("a")
 
 
-def test_a_job_that_is_loaded_and_not_running_is_started(mac):
+def test_loaded_job_that_is_not_running_is_started(mac):
     listed = mac.job("a", ThrottleInterval=60)
     mac.run(listed)
     os.kill(mac.pid("a"), 9)
@@ -374,14 +374,14 @@ def test_a_job_that_is_loaded_and_not_running_is_started(mac):
     assert mac.pid("a")
 
 
-def test_a_job_without_keepalive_need_not_run(mac):
+def test_job_without_keepalive_need_not_run(mac):
     listed = mac.job("a", "true", KeepAlive=False, RunAtLoad=False, StartInterval=3600)
     assert mac.run(listed)["started"] == ["a"]
     assert mac.state("a")["runs"] == "0"
     assert not mac.run(listed)["changed"]
 
 
-def test_what_was_disabled_by_hand_is_enabled(mac):
+def test_manually_disabled_job_is_enabled(mac):
     mac.run(mac.job("a"))
     mac.call("bootout", f"{mac.domain}/a")
     mac.call("disable", f"{mac.domain}/a")
@@ -390,8 +390,8 @@ def test_what_was_disabled_by_hand_is_enabled(mac):
     assert not mac.run(mac.job("a"))["changed"]
 
 
-def test_a_job_has_its_time_to_stop(mac, tmp_path):
-    """Longer than launchctl waits."""
+def test_module_waits_for_a_slow_stop(mac, tmp_path):
+    """The job needs longer than launchctl waits."""
     slow = mac.job("a", "trap 'sleep 2; echo done >finished; exit' TERM; while :; do sleep 0.1; done", ExitTimeOut=20)
     mac.run(slow)
     assert mac.run()["removed"] == ["a"]
@@ -399,7 +399,7 @@ def test_a_job_has_its_time_to_stop(mac, tmp_path):
     assert mac.state("a") is None
 
 
-def test_an_invalid_property_list_is_an_error_before_anything_changes(mac):
+def test_invalid_property_list_is_an_error_before_any_change(mac):
     mac.run(mac.job("a"))
     before = mac.pid("a")
     for content, words in (("<plist><dict>", "is not a property list"), (plist("other"), "has the label 'other'")):
@@ -409,7 +409,7 @@ def test_an_invalid_property_list_is_an_error_before_anything_changes(mac):
     assert mac.pid("a") == before
 
 
-def test_a_property_list_that_plutil_rejects_is_not_loaded(mac):
+def test_property_list_that_plutil_rejects_is_not_loaded(mac):
     executable(mac.home / "bin/plutil", "import sys; sys.exit('<stdin>: Unexpected character' if '-lint' in sys.argv else 0)")
     result = mac.run(mac.job("a"))
     assert "plutil rejects" in result["msg"]
@@ -417,54 +417,54 @@ def test_a_property_list_that_plutil_rejects_is_not_loaded(mac):
     assert list(mac.agents.iterdir()) == []
 
 
-def test_owners_with_two_hyphens_stay_apart(mac):
+def test_owners_with_two_hyphens_are_distinguished(mac):
     mac.run(mac.job("a"), owner="my--app/web")
     assert plistlib.loads(mac.agents.joinpath("a.plist").read_bytes())["Label"] == "a"
     assert mac.run(owner="my--app/celery")["removed"] == []
     assert mac.run(owner="my--app/web")["removed"] == ["a"]
 
 
-def test_a_host_without_launchd_is_an_error(mac, monkeypatch, tmp_path):
+def test_host_without_launchd_is_an_error(mac, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
     assert "no launchctl" in mac.run(mac.job("a"))["msg"]
 
 
-# What is read of launchctl, from its records
+# Parsing of launchctl's output
 
 
-def test_records_of_jobs_are_read():
+def test_records_of_jobs_are_parsed():
     running, waiting, between = (jobs.parse_print(record) for record in (RUNNING, WAITING, BETWEEN))
     assert (jobs.process(running), jobs.runs(running), running["state"], running["exit timeout"]) == (1076, 1, "running", "5")
     assert (jobs.process(waiting), jobs.runs(waiting), waiting["state"]) == (None, 311, "spawn scheduled")
     assert (jobs.process(between), jobs.runs(between), between["state"]) == (None, 18, "not running")
     assert running["last exit code"] == "(never exited)"
-    assert "ID" not in running, "that is its coalition's"
+    assert "ID" not in running, "the ID is the coalition's"
 
 
-def test_records_of_disabled_jobs_are_read():
+def test_records_of_disabled_jobs_are_parsed():
     assert jobs.parse_disabled(DISABLED) == jobs.parse_disabled(DISABLED_ONCE) == ["org.example.b"]
 
 
-# The stand-in: what it prints and refuses, beside the records
+# The stand-in compared with the records
 
 
 def shape(line):
-    """A line without what differs from job to job."""
+    """A line without job-specific values."""
     return re.sub(r" = .*", "", line) if " = " in line and not line.endswith("{") else line
 
 
 def printed(mac, label):
-    """What the stand-in prints of a job, as the user 501 would see it."""
+    """The stand-in's output about a job, as for the user 501."""
     return mac.call("print", f"{mac.domain}/{label}").stdout.replace(mac.domain, "gui/501").splitlines()
 
 
 def in_order(lines, record):
-    """Whether the lines' shapes are in a record, in its order."""
+    """Whether a record contains the lines' shapes in the same order."""
     rest = iter([shape(line) for line in record.splitlines() if line])
     return all(shape(line) in rest for line in lines if line)
 
 
-def test_what_the_stand_in_prints_of_a_job_that_runs(mac):
+def test_stand_in_prints_a_running_job(mac):
     mac.run(mac.job("org.example.kept"))
     lines = printed(mac, "org.example.kept")
     assert in_order(lines, RUNNING), lines
@@ -473,7 +473,7 @@ def test_what_the_stand_in_prints_of_a_job_that_runs(mac):
     assert same <= set(lines) & set(RUNNING.splitlines())
 
 
-def test_what_the_stand_in_prints_of_a_job_between_two_runs(mac):
+def test_stand_in_prints_a_job_between_two_runs(mac):
     mac.run(mac.job("org.example.hourly", "true", KeepAlive=False, StartInterval=900))
     until(lambda: mac.state("org.example.hourly").get("last exit code") == "0")
     lines = printed(mac, "org.example.hourly")
@@ -482,7 +482,7 @@ def test_what_the_stand_in_prints_of_a_job_between_two_runs(mac):
 
 
 @pytest.mark.parametrize(("number", "recorded"), [(15, KILLED[0]), (9, KILLED[1])])
-def test_what_the_stand_in_prints_of_a_job_that_waits(mac, number, recorded):
+def test_stand_in_prints_a_waiting_job(mac, number, recorded):
     mac.run(mac.job("org.example.agent", ThrottleInterval=60))
     os.kill(mac.pid("org.example.agent"), number)
     until(lambda: mac.pid("org.example.agent") is None)
@@ -494,14 +494,14 @@ def test_what_the_stand_in_prints_of_a_job_that_waits(mac, number, recorded):
     assert in_order(lines[:-2], WAITING), lines
 
 
-def test_what_the_stand_in_prints_of_a_job_that_could_not_be_started(mac, tmp_path):
+def test_stand_in_prints_a_job_that_could_not_be_started(mac, tmp_path):
     missing = str(tmp_path / "missing/a.log")
     assert mac.run(mac.job("a", StandardOutPath=missing, ThrottleInterval=60))["failed"]
     assert {f"\t{line}" for line in NOT_STARTED} <= set(printed(mac, "a"))
 
 
-def test_what_the_stand_in_refuses(mac, tmp_path):
-    """By the words and the numbers of the records."""
+def test_stand_in_has_the_errors_of_the_records(mac, tmp_path):
+    """Compares texts and numbers."""
     done = {}
     done["print what is not loaded"] = mac.call("print", f"{mac.domain}/nope")
     done["print a domain that is not there"] = mac.call("print", "gui/99999")
@@ -522,24 +522,24 @@ def test_what_the_stand_in_refuses(mac, tmp_path):
     assert said == {case: (code, words) for case, (code, words, _) in REFUSALS.items()}
 
 
-def test_the_stand_in_rejects_a_property_list_without_program_or_label(mac):
-    """launchd.plist(5): Label is required, and ProgramArguments in the absence of Program, which no job of ours has."""
+def test_stand_in_rejects_a_property_list_without_program_or_label(mac):
+    """launchd.plist(5): Label is required, and ProgramArguments in the absence of Program, which these jobs do not have."""
     for values in ({"Label": "empty"}, {"ProgramArguments": ["/bin/true"]}):
         assert mac.call("bootstrap", mac.domain, mac.write("empty", plistlib.dumps(values).decode())).returncode == 5
 
 
-def test_the_stand_in_kills_what_does_not_end_in_its_time_and_what_is_left_of_its_group(mac, tmp_path):
+def test_stand_in_kills_a_job_after_its_timeout_and_the_rest_of_its_group(mac, tmp_path):
     deaf = 'sleep 1001 & echo $! >child; trap "" TERM; while :; do sleep 0.1; done'
     mac.run(mac.job("a", deaf, ExitTimeOut=1))
     child = int((tmp_path / "child").read_text())
     done = mac.call("bootout", f"{mac.domain}/a")
     assert (done.returncode, done.stderr) == (36, "Boot-out failed: 36: Operation now in progress\n")
     until(lambda: mac.state("a") is None)
-    # Where nobody waits for it, it stays as a zombie.
+    # Without a parent that waits for it, it stays a zombie.
     until(lambda: subprocess.run(["ps", "-o", "stat=", "-p", str(child)], capture_output=True).stdout[:1] in (b"", b"Z"))
 
 
-def test_the_stand_in_loads_what_lies_in_the_folder_at_login(mac, capsys):
+def test_stand_in_loads_the_users_agents_at_login(mac, capsys):
     mac.run(mac.job("a"))
     before = mac.pid("a")
     mac.launchd.kill()

@@ -1,4 +1,4 @@
-"""The roles' values on a Mac: property lists of agents and daemons, paths, and which releases of Homebrew are accepted."""
+"""The roles' values on a Mac: property lists of agents and daemons, paths, and the accepted releases of Homebrew."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ WIRED = {
     "host_prefix": "{{ (ansible_facts['effective_user_id'] == 0) | ternary('', '/Users/me/.local') }}",
 }
 ROLES = ("rabbitmq", "postgresql", "django", "celery", "flower")
-# Per case: the version that Homebrew would install, those installed, the Erlang; the expected level and error.
+# Per case: the version that Homebrew would install, the installed versions, the Erlang version; the expected level and error.
 FORMULAE = {
     "supported": ("4.2.10", [], "27", "supported", ""),
     "installed": ("4.3.5", ["4.2.10_1"], "27", "supported", ""),
@@ -45,7 +45,7 @@ FORMULAE = {
 }
 # Prefixes of the jobs of brew services, now and until September 2026: Homebrew/brew#23750.
 BREW_LABELS = ("sh.brew", "homebrew.mxcl")
-# Per case, what the role postgresql finds: whether Homebrew is installed, jobs of brew services, clients; and the expected error.
+# Per case: whether Homebrew is installed, the jobs of brew services, the clients; the expected error.
 SERVERS = {
     "right": (True, [], ["127.0.0.1", "192.0.2.0/24"], ""),
     "no Homebrew": (False, [], [], "There is no /opt/homebrew/bin/brew. Install Homebrew as brew.sh says"),
@@ -73,7 +73,7 @@ def looked_for(found=None):
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
-    """The values that one play shows, by host: each role's jobs, the rules for logs, and the checks' results."""
+    """The values that a play shows, by host: each role's jobs, the log rules, and the results of the checks."""
     folder = tmp_path_factory.mktemp("macos")
     common_variables(folder)
     defaults = [yaml.safe_load((ROOT / f"roles/{role}/defaults/main.yml").read_text()) for role in ("services", "erlang", *ROLES)]
@@ -161,7 +161,7 @@ def plists(answers):
     }
 
 
-def test_which_jobs_a_mac_has(plists):
+def test_jobs_of_a_mac(plists):
     app = {"web", "relay", "worker@slow", "beat", "flower", "django-logs", "celery-logs", "flower-logs"}
     for host in FACTS:
         assert set(plists[host]) == {f"mailroom-{name}" for name in app} | {
@@ -207,7 +207,7 @@ def test_agents_name_no_user_and_daemons_name_theirs(plists, answers):
     users = {name: plist["UserName"] for name, plist in plists["daemons"].items()}
     assert (users["mailroom-web"], users["mailroom-beat"]) == ("mailroom", "mailroom")
     assert (users["mailroom-flower"], users["rabbitmq-server"], users["postgresql"]) == ("mailroom-flower", "brewer", "brewer")
-    # The job that rotates logs runs as the user whose logs they are.
+    # The job that rotates logs runs as their owner.
     assert users["mailroom-flower-logs"] == "mailroom-flower"
     assert plists["daemons"]["mailroom-web"]["StandardOutPath"] == "/Library/Logs/mailroom/django/mailroom-web.log"
     assert answers["agents"]["domain"] == ["/Users/me/Library/LaunchAgents", "me"]
@@ -220,7 +220,7 @@ def test_a_workers_stop_timeout_exceeds_its_task_time_limit(plists):
     assert plist["ExitTimeOut"] > 900
 
 
-def test_the_web_service_listens_by_itself(plists):
+def test_web_service_opens_its_own_socket(plists):
     words = plists["agents"]["mailroom-web"]["ProgramArguments"]
     assert {"--bind=[::1]:8001", "--bind=unix:/run/other.sock"} <= set(words)
     assert not [word for word in words if "worker-tmp-dir" in word]
@@ -355,15 +355,15 @@ signal.pause()
 
 
 def launched(plist, tmp_path, *more):
-    """Runs the job's command with a program that replaces the server. Gives that program's output file and the shell's process."""
+    """Runs the job's command with a fake server. Returns the fake's output file and the shell's process."""
     executable(tmp_path / "postgres", SERVER)
     shell = plist["ProgramArguments"][5:8]
     assert shell[:2] == ["/bin/sh", "-c"]
     return tmp_path / "said", subprocess.Popen([*shell, tmp_path / "postgres", "-D", tmp_path / "said", *more])
 
 
-def test_stopping_the_job_is_a_fast_shutdown_that_it_waits_for(plists, tmp_path):
-    """After TERM, the server would wait for its clients until launchd kills it."""
+def test_stopping_the_job_waits_for_a_fast_shutdown(plists, tmp_path):
+    """After a TERM the server would wait for its clients until launchd kills it."""
     said, shell = launched(plists["agents"]["postgresql"], tmp_path)
     until = time.monotonic() + 20
     while not said.exists() or said.read_text() != "up":

@@ -1,4 +1,4 @@
-"""Files that belong to an owner: how they are marked, found, read and written."""
+"""Files with an owner: the tests mark, find, read and write them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_modes_do_not_depend_on_the_umask(tmp_path, any_umask):
     assert os.listdir(path.parent) == ["50-ansible.conf"]
 
 
-def test_note_adds_a_diff_entry_only_for_another_text(tmp_path):
+def test_note_adds_a_diff_entry_only_for_a_changed_text(tmp_path):
     path = tmp_path / "a"
     files = ManagedFiles(Module())
     assert files.note(str(path), "new\n")
@@ -68,8 +68,8 @@ def test_orphans_are_the_owners_unwanted_files(tmp_path):
     assert found == [str(tmp_path / "b.service.d/50-ansible.conf"), str(tmp_path / "gone.service")]
 
 
-def test_files_of_others_may_have_any_bytes(tmp_path):
-    """A property list of another program may be a binary one, and a unit made by hand in Latin-1."""
+def test_foreign_files_may_contain_any_bytes(tmp_path):
+    """A property list of another program may be binary, and a manually written unit may be in Latin-1."""
     (tmp_path / "other.plist").write_bytes(b"bplist00\xd1\x01\x02\xff")
     assert orphans([str(tmp_path / "other.plist")], PropertyListMarker("app"), {}) == []
 
@@ -83,7 +83,7 @@ def test_marker_of_a_property_list_is_a_comment_after_the_declaration():
     assert not PropertyListMarker("my--app/celery").is_in(text)
 
 
-def test_newest_looks_at_links_and_not_behind_them(tmp_path):
+def test_newest_uses_the_times_of_links_not_of_their_targets(tmp_path):
     target, link = tmp_path / "target", tmp_path / "link"
     target.write_text("")
     link.symlink_to(target)
@@ -93,13 +93,13 @@ def test_newest_looks_at_links_and_not_behind_them(tmp_path):
     assert newest([]) == 0
 
 
-def test_file_of_a_package_counts_from_its_installation(monkeypatch):
-    """rpm sets the modification time to that of the build, which may be years before."""
+def test_time_of_a_packaged_file_is_that_of_its_installation(monkeypatch):
+    """rpm sets the modification time to that of the build, which may be years earlier."""
     monkeypatch.setattr(managed_files.os, "lstat", lambda path: SimpleNamespace(st_mtime=1000, st_ctime=2000))
     assert newest(["/usr/bin/erl"], ("/usr/",)) == 2000
     assert newest(["/usr/bin/erl"]) == 1000
     assert newest(["/etc/rabbitmq/rabbitmq.conf"], ("/usr/",)) == 1000
 
 
-def test_a_missing_file_has_no_text(tmp_path):
+def test_missing_file_has_no_text(tmp_path):
     assert read(str(tmp_path / "missing")) is None

@@ -1,4 +1,4 @@
-"""The client of the management API: it waits for a node that starts, and its errors have no passwords."""
+"""The client of the management API: it waits for a starting node, and its errors contain no passwords."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ansible_collections.django_celery.stack.plugins.module_utils.management_api
 
 
 class Node(BaseHTTPRequestHandler):
-    """Answers with the status that a path asks for."""
+    """Responds with the status in the path."""
 
     def do_GET(self):
         status = int(self.path.removeprefix("/api/"))
@@ -30,7 +30,7 @@ class Node(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server():
-    """A server whose port is taken but not listened on yet."""
+    """A server that has bound its port but does not listen yet."""
     with HTTPServer(("127.0.0.1", 0), Node, bind_and_activate=False) as server:
         server.server_bind()
         yield server
@@ -46,7 +46,7 @@ def listen(server):
     Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
 
 
-def test_waits_for_a_node_that_starts(server, monkeypatch):
+def test_waits_for_a_starting_node(server, monkeypatch):
     monkeypatch.setattr(management_api, "RETRY", 0.05)
     begin = time.monotonic()
     Timer(0.3, listen, (server,)).start()
@@ -54,12 +54,12 @@ def test_waits_for_a_node_that_starts(server, monkeypatch):
     assert time.monotonic() - begin >= 0.3
 
 
-def test_an_empty_answer_is_none(server):
+def test_empty_response_is_none(server):
     listen(server)
     assert client(server).get("204") is None
 
 
-def test_only_a_deletion_may_find_nothing(server):
+def test_only_delete_accepts_a_missing_object(server):
     listen(server)
     client(server).delete("404")
     with pytest.raises(Failure, match="answered 404"):
@@ -68,7 +68,7 @@ def test_only_a_deletion_may_find_nothing(server):
         client(server).delete("409")
 
 
-def test_errors_have_kinds_and_no_passwords(server):
+def test_errors_have_types_and_no_passwords(server):
     listen(server)
     with pytest.raises(Unauthorized, match="rejects admin's password"):
         client(server).get("401")
@@ -77,7 +77,7 @@ def test_errors_have_kinds_and_no_passwords(server):
     assert "amqp://u:********@h" in str(error.value)
 
 
-def test_no_answer_after_the_timeout_is_an_error(monkeypatch):
+def test_no_response_within_the_timeout_is_an_error(monkeypatch):
     api = ManagementApi("http://u:Hidden@127.0.0.1:1", "admin", "Hidden", 0)
     with pytest.raises(NoAnswer, match="does not answer") as error:
         api.get("200")

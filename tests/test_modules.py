@@ -1,4 +1,4 @@
-"""What holds for all modules: their documentation says what their argument spec says, and their examples are valid."""
+"""Tests of all modules: the documentation matches the argument spec, and the examples are valid."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import yaml
 from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
 from helpers import ROOT
 
-# An action plugin does the work of secrets_file, whose module has the documentation only.
+# secrets_file is an action plugin; its module contains only the documentation.
 MODULES = sorted(path.stem for path in (ROOT / "plugins/modules").glob("*.py") if path.stem != "secrets_file")
 KEYS = ("type", "elements", "required", "default")
 
 
 class Stop(Exception):
-    """Ends `main` once the argument spec is known."""
+    """Ends `main` after the argument spec has been captured."""
 
 
 @pytest.fixture(params=MODULES)
@@ -59,7 +59,7 @@ def test_module_with_nested_secrets_logs_no_arguments(arguments, spec):
 
 
 def same(options, suboptions):
-    """Return documented options, or an argument spec, as far as both say the same."""
+    """Return the part of documented options, or of an argument spec, that both have."""
     return {
         name: {
             **{key: option[key] for key in KEYS if key in option},
@@ -69,7 +69,7 @@ def same(options, suboptions):
     }
 
 
-def test_documentation_is_that_of_the_argument_spec(module, spec):
+def test_documentation_matches_the_argument_spec(module, spec):
     documented = yaml.safe_load(module.DOCUMENTATION)
     assert documented["module"] == module.__name__.rpartition(".")[2]
     assert same(documented["options"], "suboptions") == same(spec, "options")

@@ -21,21 +21,21 @@ def run(tmp_path, monkeypatch, capsys):
     return run
 
 
-def test_what_held_is_a_line_and_what_it_printed_a_file(run, tmp_path):
+def test_passing_target_prints_one_line_and_logs_its_output(run, tmp_path):
     status, output = run("good")
     assert status == 0
-    assert output.splitlines()[-1].startswith("1 of 1 held")
+    assert output.splitlines()[-1].startswith("1 of 1 passed in")
     assert "good                      3 passed\n" in output
     assert "=====" not in output
     assert "=====" in (tmp_path / "logs/good.log").read_text()
 
 
-def test_the_end_names_the_part_and_the_test_that_failed(run):
+def test_summary_names_failed_target_and_test(run):
     status, output = run("bad", "good")
     assert status == 1
     table = output.splitlines()[-4:]
     assert table[0].split() == ["FAILED", "0", "min", "00", "s", "bad", "1", "failed,", "2", "passed"]
     assert table[1].startswith("ok")
     assert table[2] == "  bad: FAILED tests/test_x.py::test_y - assert 1 == 2"
-    assert table[3].startswith("1 of 2 held")
-    assert "---- bad: what it printed ----" in output
+    assert table[3].startswith("1 of 2 passed in")
+    assert "---- bad: output ----" in output

@@ -1,4 +1,4 @@
-"""What each platform gets: sources, repositories, keys and Python, by the roles' own values, against what their owners publish."""
+"""Compares the roles' sources, repositories, keys and Python of each platform with the publishers' documentation."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ HOSTS = {
     "el10": facts("AlmaLinux", "10.0", "RedHat"),
 }
 
-# RabbitMQ's pages "Installing on RPM-based Linux" and "Installing on Debian and Ubuntu"; fingerprints as gpg shows them.
+# From RabbitMQ's pages "Installing on RPM-based Linux" and "Installing on Debian and Ubuntu"; fingerprints in gpg's format.
 RELEASE_KEY = "0A9AF2115F4687BD29803A206B73A36E6026DFCA"
 ERLANG_KEY = "A16A42516F6A691BC1FF5621E495BB49CC4BBE5B"
 SIGNING_KEYS = "https://github.com/rabbitmq/signing-keys/releases/download/3.0/"
@@ -47,7 +47,7 @@ EXPRESSIONS = (
 
 
 def repository_variables(role, family):
-    """What a role gives to the role package_repository."""
+    """The variables that a role passes to the role package_repository."""
 
     def tasks_in(tasks):
         for task in tasks:
@@ -61,14 +61,14 @@ def repository_variables(role, family):
 
 @pytest.fixture(scope="module")
 def values(tmp_path_factory):
-    """For each host its values, and texts of its repositories: yum's files, apt's addresses."""
+    """The values of each host, and its repositories: yum's files, apt's addresses."""
     folder = tmp_path_factory.mktemp("platforms")
     defaults = {}
     for role in ("erlang", "rabbitmq", "django", "flower", "python_environment"):
         defaults |= yaml.safe_load((ROOT / f"roles/{role}/defaults/main.yml").read_text())
     hosts = {name: {"known": found, "rabbitmq_version": "4.2"} for name, found in HOSTS.items()}
     (folder / "hosts.json").write_text(json.dumps({"all": {"hosts": hosts, "vars": defaults}}))
-    # As gathered facts, which the inventory can't give.
+    # Set as facts, which the inventory can't contain.
     tasks = [{"set_fact": {name: f"{{{{ known.{name} }}}}" for name in HOSTS["el9"]} | {"cacheable": True}}]
     family = "{{ ansible_facts | django_celery.stack.platform_family }}"
     for role in ("erlang", "rabbitmq", "python_environment"):
@@ -111,8 +111,8 @@ def yum(values, host):
 
 
 @pytest.mark.parametrize("host", ["el9", "el10"])
-def test_yums_sections_are_those_that_team_rabbitmq_publishes(values, host):
-    """el/9 serves EL 10: there is no el/10."""
+def test_yum_sections_match_team_rabbitmqs_documentation(values, host):
+    """EL 10 uses el/9, because there is no el/10."""
     found = yum(values, host)
     assert {name: section["baseurl"].split() for name, section in found.items()} == {
         "modern-erlang": [f"https://yum{n}.rabbitmq.com/erlang/el/9/$basearch" for n in (1, 2)],
@@ -122,19 +122,19 @@ def test_yums_sections_are_those_that_team_rabbitmq_publishes(values, host):
     }
     for section in found.values():
         assert (section["gpgcheck"], section["repo_gpgcheck"], section["sslverify"]) == ("1", "1", "1")
-        # What the published /etc/pki/tls/certs/ca-bundle.crt is a link to.
+        # The published path, /etc/pki/tls/certs/ca-bundle.crt, is a link to this file.
         assert section["sslcacert"] == "/etc/pki/ca-trust/extracted/pem/tls-ca-bundle.pem"
         assert all(key.startswith("file:///etc/pki/rpm-gpg/RPM-GPG-KEY-") for key in section["gpgkey"].split())
 
 
-def test_yums_sections_give_the_pinned_series_alone(values):
+def test_yum_sections_include_only_the_pinned_series(values):
     found = yum(values, "el9")
     assert found["modern-erlang"]["includepkgs"] == "erlang-27,erlang-27.*"
     assert found["rabbitmq-el9-noarch"]["includepkgs"] == "rabbitmq-server-4.2.*"
     assert {section["priority"] for section in found.values()} == {"10"}
 
 
-def test_keys_are_those_that_are_published(values):
+def test_keys_are_the_published_ones(values):
     assert [(key["key"], key["fingerprint"]) for key in values["el9"]["__erlang_keys"]] == [
         (f"{SIGNING_KEYS}cloudsmith.rabbitmq-erlang.{ERLANG_KEY[-16:]}.key", ERLANG_KEY),
         (f"{SIGNING_KEYS}rabbitmq-release-signing-key.asc", RELEASE_KEY),
@@ -149,7 +149,7 @@ def test_keys_are_those_that_are_published(values):
     ]
 
 
-def test_apts_addresses_are_those_that_team_rabbitmq_publishes(values):
+def test_apt_addresses_match_team_rabbitmqs_documentation(values):
     assert values["ubuntu2404"]["repositories"] == [
         [f"https://deb{n}.rabbitmq.com/{name}/ubuntu/noble" for n in (1, 2)] for name in ("rabbitmq-erlang", "rabbitmq-server")
     ]
@@ -166,7 +166,7 @@ def test_apts_addresses_are_those_that_team_rabbitmq_publishes(values):
         ("el10", "team_rabbitmq"),
     ],
 )
-def test_the_default_source_follows_the_platform(values, host, source):
+def test_default_source_depends_on_the_platform(values, host, source):
     assert (values[host]["__erlang_source"], values[host]["__rabbitmq_source"]) == (source, source)
 
 
@@ -179,7 +179,7 @@ def test_the_default_source_follows_the_platform(values, host, source):
         ("el10", "python3", "python3"),
     ],
 )
-def test_python_follows_the_platform(values, host, python, package):
+def test_python_depends_on_the_platform(values, host, python, package):
     assert values[host]["__django_python"] == python
     assert values[host]["__flower_python"] == python
     assert values[host]["__python_environment_interpreter"] == f"/usr/bin/{python}"
@@ -224,14 +224,14 @@ def test_supported_platforms_have_a_family(host):
         (facts("Archlinux", "rolling", "Archlinux"), "Archlinux rolling is not supported."),
     ],
 )
-def test_other_platforms_are_refused_with_the_list(found, words):
+def test_unsupported_platforms_are_refused_with_the_list(found, words):
     with pytest.raises(AnsibleFilterError) as caught:
         platform_family(found)
     assert words in str(caught.value)
     assert "CentOS Stream and Oracle Linux 9 and 10, macOS 14, 15, 26 and 27." in str(caught.value)
 
 
-def test_a_role_that_knows_one_family_refuses_the_other():
+def test_role_for_one_family_refuses_the_other():
     assert platform_family(HOSTS["debian13"], "Debian") == "Debian"
     with pytest.raises(AnsibleFilterError) as caught:
         platform_family(HOSTS["el9"], "Debian")

@@ -1,4 +1,4 @@
-"""The module rabbitmq_definitions, run against a management API that is a small server of ours."""
+"""Runs the module rabbitmq_definitions against a small server that imitates the management API."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ADMINISTRATOR, PASSWORD, NEW = "admin", "Secret-of-the-administrator", "Secret-t
 
 
 class Api:
-    """A broker's API behind HTTP, as far as the module asks it, and what was asked."""
+    """The part of a broker's API that the module uses; records the requests."""
 
     def __init__(self, folder):
         self.definitions = {"users": [{"name": ADMINISTRATOR, "password_hash": hash_of(PASSWORD)}], "vhosts": []}
@@ -30,7 +30,7 @@ class Api:
         self.gone, self.requests, self.refusal, self.imported = set(), [], None, folder / "imported.json"
 
     def administrators_hash(self):
-        """The one that rabbitmqctl imported, if it did."""
+        """The hash that rabbitmqctl imported, if any."""
         source = json.loads(self.imported.read_text()) if self.imported.exists() else self.definitions
         return {user["name"]: user["password_hash"] for user in source["users"]}[ADMINISTRATOR]
 
@@ -100,7 +100,7 @@ def api(tmp_path, monkeypatch):
 
 @pytest.fixture
 def run(capsys, tmp_path):
-    """Runs the module as Ansible runs it, with the file that the role has written by then, and gives its answer."""
+    """Runs the module as Ansible does, with the definitions file of the role; returns its result."""
 
     def run(url, password=PASSWORD, check=False, **wanted):
         definitions = tmp_path / "definitions.json"
@@ -122,7 +122,7 @@ WORKER = {"name": "worker", "password": "Secret-of-the-worker", "permissions": [
 LOOK = ["GET", "GET feature-flags"]
 
 
-def test_one_import_and_the_definitions_are_read_again(api, run):
+def test_definitions_are_read_again_after_one_import(api, run):
     wanted = {"vhosts": [{"name": "app"}], "users": [WORKER]}
     first = run(api.url, **wanted)
     assert first["changed"]
@@ -133,7 +133,7 @@ def test_one_import_and_the_definitions_are_read_again(api, run):
     assert api.requests == [*LOOK, "POST", "GET", *LOOK]
 
 
-def test_check_mode_compares_and_sends_nothing(api, run):
+def test_check_mode_compares_and_changes_nothing(api, run):
     result = run(api.url, check=True, vhosts=[{"name": "app"}])
     assert result["changed"]
     assert "vhost app" in result["diff"]["after"]
@@ -157,9 +157,9 @@ def test_guest_is_deleted(api, run):
     assert not run(api.url)["changed"]
 
 
-def test_a_purge_keeps_a_virtual_host_with_something_in_it_unless_it_is_named(api, run, monkeypatch):
+def test_purge_keeps_a_nonempty_virtual_host_unless_it_is_listed(api, run, monkeypatch):
     warned = []
-    # How Ansible hands on a warning depends on what else of it was loaded by then.
+    # Ansible passes on warnings in different ways, depending on the modules that are loaded.
     monkeypatch.setattr(rabbitmq_definitions.AnsibleModule, "warn", lambda _, text: warned.append(text))
     api.definitions["vhosts"] += [{"name": name} for name in ("a/b", "empty", "in use", "app")]
     api.queues["a/b"] = [{"name": "q", "messages": 3}]
@@ -181,7 +181,7 @@ def test_a_purge_keeps_a_virtual_host_with_something_in_it_unless_it_is_named(ap
 
 
 def test_objects_that_an_import_ignores_are_an_error(api, run, monkeypatch):
-    """A transient queue is in no definitions, and the import leaves it as it is."""
+    """Exported definitions lack a transient queue, and the import does not change it."""
     monkeypatch.setitem(globals(), "imported", lambda actual, _: actual)
     monkeypatch.setattr(brokers.time, "sleep", lambda _: None)
     clock = iter(range(0, 1000, 3))
@@ -191,7 +191,7 @@ def test_objects_that_an_import_ignores_are_an_error(api, run, monkeypatch):
     assert "these objects still differ: queue q in app. A transient or exclusive queue or exchange" in result["msg"]
 
 
-def test_a_conflict_is_an_error_before_anything_is_sent(api, run):
+def test_conflict_is_an_error_before_any_request(api, run):
     api.definitions["exchanges"] = [
         {"vhost": "app", "name": "e", "type": "direct", "durable": True, "auto_delete": False, "internal": False, "arguments": {}}
     ]
@@ -202,14 +202,14 @@ def test_a_conflict_is_an_error_before_anything_is_sent(api, run):
     assert "POST" not in api.requests
 
 
-def test_passwords_in_parameters_are_printed_nowhere(api, run, capsys):
+def test_passwords_in_parameters_are_never_printed(api, run, capsys):
     uri = "amqp://someone:{}@localhost"
     was = {"component": "shovel", "vhost": "app", "name": "s", "value": {"src-uri": uri.format("HiddenBefore")}}
     api.definitions["parameters"] = [was]
     result = run(api.url, parameters=[{**was, "value": {"src-uri": uri.format("HiddenAfter")}}])
     assert result["changed"]
     assert api.definitions["parameters"][0]["value"]["src-uri"] == uri.format("HiddenAfter")
-    # With the arguments, which Ansible prints at -vvv.
+    # Includes the arguments, which Ansible prints at -vvv.
     assert "invocation" in result
     assert "Hidden" not in json.dumps(result)
 
@@ -219,7 +219,7 @@ def test_rejected_administrator_is_set_by_rabbitmqctl(api, run, tmp_path):
     assert result["changed"]
     assert result["diff"]["after"][f"user {ADMINISTRATOR}"] == {"password": "as wanted"}
     assert api.requests == ["GET", *LOOK, "POST", "GET"]
-    # The command line names the file; neither the password nor its hash is on it.
+    # The command line has the file's name, and neither the password nor its hash.
     words = ["--quiet", "import_definitions", str(tmp_path / "definitions.json")]
     assert (tmp_path / "argv").read_text() == repr([str(tmp_path / "bin/rabbitmqctl"), *words])
     assert not run(api.url, password=NEW, vhosts=[{"name": "app"}])["changed"]
@@ -252,8 +252,8 @@ def test_error_of_the_api_is_quoted(api, run):
     assert "delivery-limit must be a number" in result["msg"]
 
 
-def test_a_broker_that_is_down_fails_a_run_but_not_check_mode(api, run):
-    # Port 1 is nobody's.
+def test_unavailable_broker_fails_a_run_but_not_check_mode(api, run):
+    # Nothing listens on port 1.
     down = "http://127.0.0.1:1"
     result = run(down)
     assert result["failed"]
@@ -264,7 +264,7 @@ def test_a_broker_that_is_down_fails_a_run_but_not_check_mode(api, run):
     assert "not compared" in checked["msg"]
 
 
-def test_the_password_is_sent_to_no_proxy(api, run, monkeypatch):
+def test_password_is_sent_to_no_proxy(api, run, monkeypatch):
     seen = []
 
     class Proxy(BaseHTTPRequestHandler):
@@ -287,9 +287,9 @@ def test_the_password_is_sent_to_no_proxy(api, run, monkeypatch):
     assert seen == []
 
 
-# The password of a URI that is no URI is not known beforehand: it holds what had to be quoted.
+# The password of an invalid URI can't be parsed, because it contains characters that must be quoted.
 @pytest.mark.parametrize("password", ["HiddenUri", "Hidden@Uri", "Hidden/Uri"])
-def test_a_password_of_a_uri_is_in_no_error(api, run, password):
+def test_errors_do_not_contain_a_password_of_a_uri(api, run, password):
     uri = f"amqp://someone:{password}@localhost"
     api.refusal = 400, {"reason": f"Validation failed: {uri} is no URI"}
     result = run(api.url, parameters=[{"component": "shovel", "vhost": "app", "name": "s", "value": {"src-uri": uri}}])
@@ -298,15 +298,15 @@ def test_a_password_of_a_uri_is_in_no_error(api, run, password):
     assert "Hidden" not in json.dumps(result)
 
 
-def test_a_password_of_a_uri_that_only_the_broker_has_is_in_no_error(api, run):
+def test_errors_do_not_contain_a_password_that_only_the_broker_has(api, run):
     api.refusal = 400, {"reason": "amqp://someone:HiddenUri@localhost"}
     result = run(api.url, vhosts=[{"name": "app"}])
     assert "amqp://someone:********@localhost" in result["msg"]
     assert "Hidden" not in json.dumps(result)
 
 
-def test_what_is_gone_already_does_not_fail_the_deletion(api, run):
-    """Another run, or a person, deletes the user between the comparison and the request."""
+def test_deletion_of_a_missing_user_succeeds(api, run):
+    """Another run, or an operator, deletes the user between the comparison and the request."""
     api.definitions["users"].append({"name": "guest", "tags": [], "password_hash": ""})
     api.gone = {"users/guest"}
     delete = Api.answer
@@ -323,14 +323,14 @@ def test_what_is_gone_already_does_not_fail_the_deletion(api, run):
     assert "DELETE users/guest" in api.requests
 
 
-def test_an_answer_that_is_not_json_is_an_error(api, run, monkeypatch):
+def test_response_that_is_not_json_is_an_error(api, run, monkeypatch):
     monkeypatch.setattr(api, "answer", lambda *_: (200, b"<html>"))
     result = run(api.url)
     assert result["failed"]
     assert "did not answer GET definitions with JSON" in result["msg"]
 
 
-def test_a_missing_rabbitmqctl_is_an_error(api, run, monkeypatch, tmp_path):
+def test_missing_rabbitmqctl_is_an_error(api, run, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
     result = run(api.url, password=NEW)
     assert result["failed"]

@@ -1,8 +1,8 @@
-"""Wrong variables are refused before a host is touched, by a message that names the variable, the value and what is allowed.
+"""Wrong variables are refused before a host is contacted, with a message that has the variable, its value and the allowed values.
 
-One run of playbooks/validate.yml carries all cases on hosts whose names do not resolve: a task that tried to reach one would make
-it unreachable. The strategy `free` lets each host run into its own refusal; under the playbook's own strategy
-the first refusal ends the run for all, which the last tests show by site.yml.
+One run of playbooks/validate.yml has all cases, on hosts whose names do not resolve: a task that tried to connect would make the
+host unreachable. With the strategy `free`, each host fails with its own error. With the playbook's strategy, the first error ends
+the run for all hosts; the last tests show that with site.yml.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ LATE = "celery_workers has a soft_time_limit that is not below the time_limit, i
 
 
 def versions(rabbitmq, erlang):
-    # The distribution of host_platform has one version only.
+    # The distribution has only one version.
     return {"rabbitmq_version": rabbitmq, "rabbitmq_erlang_version": erlang, "rabbitmq_source": "team_rabbitmq"}
 
 
-# Group of hosts, which begins with the role's name: variables of a case, and the sentence that refuses it.
+# Host groups, whose names start with the role's: the variables of each case, and its error message.
 REFUSED = {
-    # By Ansible, from argument_specs.
+    # Ansible's validation of argument_specs.
     "rabbitmq specs": [
         (
             {"rabbitmq_source": "snap"},
@@ -76,7 +76,7 @@ REFUSED = {
     "rabbitmq administrator": [
         ({"rabbitmq_administrator": "guest"}, "rabbitmq_administrator may not be guest: the role removes that user."),
     ],
-    # By layer_variable_errors, before any expression uses them.
+    # layer_variable_errors, before any expression uses the variables.
     "rabbitmq types": [
         ({"rabbitmq_open_files": "many"}, "rabbitmq_open_files is 'many', not a whole number."),
         ({"rabbitmq_memory_high_watermark": "0.5"}, "rabbitmq_memory_high_watermark is '0.5', not a number."),
@@ -121,7 +121,7 @@ REFUSED = {
             "firewall_rules has the sources 192.0.2.0/33; allowed are addresses, networks and hosts' names.",
         ),
     ],
-    # By the roles' own rules.
+    # The roles' rules.
     "rabbitmq": [
         (versions("4", "27"), "rabbitmq_version is '4'; allowed is a series or a version, such as 4.0 or 4.2.10."),
         *(
@@ -215,7 +215,7 @@ REFUSED = {
             "runs.",
         ),
     ],
-    # By inventories/common.
+    # inventories/common.
     "rabbitmq distribution": [
         (
             {"rabbitmq_version": "4.2"},
@@ -356,7 +356,7 @@ REFUSED = {
         ),
         ({"celery_workers": [{**WORKER, "queues": []}]}, "celery_workers has no queues in mail; allowed is one or more."),
         ({"celery_workers": [{**WORKER, "time_limit": 60, "soft_time_limit": 90}]}, LATE),
-        # 300 is the time_limit that the role gives to one without.
+        # 300 is the default time_limit.
         ({"celery_workers": [{**WORKER, "soft_time_limit": 300}]}, LATE),
         (
             {"celery_workers": [{**WORKER, "watchdog": 60}]},
@@ -376,14 +376,14 @@ REFUSED = {
         ({"flower_username": "a:b"}, "flower_username is 'a:b'; allowed is a name without a colon."),
     ],
 }
-# Group of hosts: variables of a case, and what it is warned of.
+# Host groups: the variables of each case, and its warning.
 ACCEPTED = {
     "rabbitmq accepted": [
         ({}, ""),
         (versions("4.3", "29"), "WARNING: RabbitMQ 4.3 on Erlang 29"),
         ({**versions("4.2.8", "26.2.5"), "rabbitmq_listeners": ["[::1]:5672"]}, ""),
         ({"rabbitmq_erlang_cookie": MARK[:20], "secret_rabbitmq_app_password": "{{ 'quoted' ~ 'A1' }}"}, ""),
-        # Its distribution has what the inventory says; no table has the platform.
+        # The distribution has the versions of the inventory; no table contains the platform.
         ({"host_platform": "ubuntu2604", "rabbitmq_version": "4.1", "erlang_version": "27"}, ""),
     ],
     "postgresql accepted": [({}, "")],
@@ -405,12 +405,12 @@ ACCEPTED = {
     ],
     "flower accepted": [({}, "")],
 }
-# What an environment gives beside its secrets.
+# The variables of an environment other than its secrets.
 ENVIRONMENT = {"service_address": "localhost", "app_allowed_senders": ["@example.org"]}
 
 
 def expanded(value, task_vars, seen=()):
-    """The names that a value reads, with those that the task's own variables read."""
+    """The names that a value reads, directly or through the task's variables."""
     for name in names_in(value):
         yield name
         if name in task_vars and name not in seen:
@@ -418,21 +418,21 @@ def expanded(value, task_vars, seen=()):
 
 
 def read_together():
-    """Sets of variables that one rule of a role reads. A case of the one could satisfy the sentence of the other."""
+    """The sets of variables that a rule of a role reads. Cases with variables of the same set could affect each other's message."""
     sets = []
     for file in sorted(ROOT.glob("roles/*/tasks/validate.yml")):
         role = file.parts[-3]
         for task in yaml.safe_load(file.read_text()):
             for rules in (value for value in task.get("vars", {}).values() if isinstance(value, list)):
                 for rule in rules:
-                    # The first key has the condition. The message may name what the condition does not depend on.
+                    # The first key is the condition. The message may contain variables that the condition does not read.
                     condition = next(iter(rule.values()))
                     sets.append({name for name in expanded(condition, task["vars"]) if name.startswith(f"{role}_")})
     return sets
 
 
 with warnings.catch_warnings():
-    # Jinja warns of regular expressions, which Ansible writes in texts of its own kind.
+    # Jinja warns of escapes in regular expressions.
     warnings.simplefilter("ignore", DeprecationWarning)
     TOGETHER = read_together()
 
@@ -445,19 +445,19 @@ def test_variables_that_a_rule_reads_together_are_found():
 
 
 def related(variables):
-    """The variables, and all that a rule reads with one of them."""
+    """The variables, and all variables that a rule reads together with one of them."""
     return variables.keys() | {name for names in TOGETHER if names & variables.keys() for name in names}
 
 
 def pack(groups):
-    """Triples of a host, its variables and its sentences. Cases share a host of their group if no rule reads variables of both."""
+    """Triples of a host, its variables and its messages. Cases share a host of their group if no rule reads variables of both."""
     hosts = []
     for group, cases in groups.items():
         own = []
         for variables, sentence in cases:
             host = next((host for host in own if group in REFUSED and not host[1].keys() & related(variables)), None)
             if host is None:
-                # RFC 6761 keeps .invalid from ever resolving.
+                # Names in .invalid never resolve (RFC 6761).
                 host = (f"{group}-{len(own)}.invalid".replace(" ", "-").replace("_", "-"), {}, [])
                 own.append(host)
             host[1].update(variables)
@@ -471,7 +471,7 @@ WARNINGS = [(host, sentence) for host, _, sentences in pack(ACCEPTED) for senten
 
 
 def write_inventory(folder, hosts):
-    """The hosts in the group of the role that their names begin with."""
+    """Puts each host into the group of the role with which its name starts."""
     common_variables(folder)
     for version in ("5.5.3", "5.6.0"):
         (folder / f"lock-{version}.txt").write_text(f"celery=={version} --hash=sha256:00\n")
@@ -481,11 +481,11 @@ def write_inventory(folder, hosts):
     (project / "manage.py").touch()
     (project / "requirements.txt").write_text("celery==5.7.0\n")
     locks["project_without_hashes"] = str(project)
-    # What is wired to the first of a group needs one.
+    # The wiring variables need a host in these groups.
     groups = {name: {"hosts": {"first.invalid": None}} for name in ("broker", "app", "web", "workers", "flower", "database")}
     for host, _, _ in hosts:
         layer = LAYERS.get(host.split("-")[0])
-        # Workers run the application's release.
+        # Workers use the application's release.
         for group in (layer, "app") if layer == "workers" else (layer,):
             if group:
                 groups[group]["hosts"][host] = None
@@ -496,15 +496,15 @@ def write_inventory(folder, hosts):
 
 
 def own_environment(host):
-    """There can be several brokers and databases if each is that of an environment of its own, as in scenarios."""
+    """Makes each host a separate environment, as in scenarios, so that there can be several brokers and databases."""
     layer = LAYERS.get(host.split("-")[0])
-    # To look up the addresses of all others would take the larger part of the run.
+    # Resolving the other hosts' addresses would take most of the run.
     return {f"wiring_{layer}": "{{ inventory_hostname }}", f"wiring_{layer}_clients": []} if layer in ("broker", "database") else {}
 
 
 @pytest.fixture(scope="module")
 def validation(tmp_path_factory):
-    """Exit code, the results of each host, the counts, and the whole output, of one run with all cases."""
+    """The exit code, results per host, counts and output of one run with all cases."""
     folder = write_inventory(tmp_path_factory.mktemp("refusals"), pack({**REFUSED, **ACCEPTED}))
     code, answer, output = playbook("-i", folder, "playbooks/validate.yml", ANSIBLE_STRATEGY="free", ANSIBLE_FORKS="4")
     results = {}
@@ -515,23 +515,23 @@ def validation(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("host", "sentence"), REFUSALS)
-def test_a_wrong_value_is_refused_by_a_sentence_that_helps(validation, host, sentence):
+def test_wrong_value_is_refused_with_a_helpful_message(validation, host, sentence):
     refusal, last = [result["msg"] for result in validation[1][host] if result.get("failed")]
-    # The screen ends with the sentence, not with all that the role's specification allows.
+    # The message is printed last, not the role's whole specification.
     assert refusal.count(sentence) == 1
     assert last.count(sentence) == 1
     assert "argument_spec_data" not in validation[1][host][-1]
 
 
 @pytest.mark.parametrize(("host", "warning"), WARNINGS)
-def test_a_right_value_is_accepted(validation, host, warning):
+def test_valid_value_is_accepted(validation, host, warning):
     assert [result["msg"] for result in validation[1][host] if result.get("failed")] == []
     said = " ".join(str(result.get("msg", "")) for result in validation[1][host])
     assert warning in said
     assert ("WARNING" in said) == bool(warning)
 
 
-def test_the_run_fails_and_reaches_for_no_host_and_shows_no_secret(validation):
+def test_run_fails_without_contacting_a_host_or_showing_a_secret(validation):
     code, _, stats, output = validation
     assert code == 2
     assert {host: numbers["unreachable"] for host, numbers in stats.items() if numbers["unreachable"]} == {}
@@ -539,14 +539,14 @@ def test_the_run_fails_and_reaches_for_no_host_and_shows_no_secret(validation):
     assert MARK[:11] not in output
 
 
-def test_every_role_is_validated_and_has_a_refusal_here():
+def test_every_role_is_validated_and_has_a_case_here():
     validated = (ROOT / "playbooks/validate.yml").read_text()
     with_validation = [path.parts[-3] for path in ROOT.glob("roles/*/tasks/validate.yml")]
     assert [role for role in with_validation if f"name: django_celery.stack.{role}\n" not in validated] == []
     assert sorted({group.split()[0] for group in REFUSED} - {"common"}) == sorted(with_validation)
 
 
-def test_one_wrong_value_anywhere_ends_the_whole_site(tmp_path):
+def test_one_wrong_value_ends_the_whole_site(tmp_path):
     hosts = [("flower-wrong.invalid", {"flower_port": 70000}, []), ("rabbitmq-right.invalid", {}, [])]
     code, answer, output = playbook("-i", write_inventory(tmp_path, hosts), "site.yml")
     assert code == 2
@@ -563,7 +563,7 @@ NO_DATABASE = (
 
 
 @pytest.mark.parametrize("groups", [{}, {"database": {"hosts": {}}}], ids=["no group", "no host in it"])
-def test_an_inventory_without_a_database_is_refused(tmp_path, groups):
+def test_inventory_without_a_database_is_refused(tmp_path, groups):
     code, answer, output = playbook("-i", without_database(tmp_path, groups), "site.yml")
     assert code == 2
     assert [play["play"]["name"] for play in answer["plays"]] == ["Variables"]
@@ -571,7 +571,7 @@ def test_an_inventory_without_a_database_is_refused(tmp_path, groups):
     assert answer["plays"][0]["tasks"][-1]["hosts"]["app.invalid"]["msg"] == NO_DATABASE, output
 
 
-def test_a_database_elsewhere_needs_no_group(tmp_path):
+def test_external_database_needs_no_group(tmp_path):
     elsewhere = f"postgresql://shop:{MARK}@db.example.org:5432/shop"
     inventory = without_database(tmp_path, {}, app_database_url=elsewhere)
     code, _, output = playbook("-i", inventory, "playbooks/validate.yml")
@@ -580,7 +580,7 @@ def test_a_database_elsewhere_needs_no_group(tmp_path):
 
 
 def without_database(folder, groups, **variables):
-    """An inventory of two hosts, none of which is for the database."""
+    """An inventory with two hosts and no database host."""
     common_variables(folder)
     app = {"hosts": {"app.invalid": None}}
     groups = {"broker": {"hosts": {"mq.invalid": None}}, "app": {"children": {"web": app, "workers": app}}, "flower": app, **groups}
@@ -589,7 +589,7 @@ def without_database(folder, groups, **variables):
     return folder
 
 
-def test_an_inventory_that_is_not_there_is_no_run_on_no_host():
+def test_missing_inventory_is_an_error():
     command = [Path(sys.executable).parent / "ansible-playbook", "-i", "inventories/prodcution", "site.yml"]
     environment = {**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg")}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)

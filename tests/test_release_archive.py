@@ -1,4 +1,4 @@
-"""The lookup release_archive: what makes another release and what does not."""
+"""The lookup release_archive: the changes that create a new release, and those that do not."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from helpers import ROOT
 
 
 def release(folder, **options):
-    """The release of one folder: its id, and the bytes of its archive."""
+    """The release of a folder: its id and the bytes of its archive."""
     (found,) = lookup_loader.get("django_celery.stack.release_archive").run([str(folder)], **options)
     return found["id"], Path(found["path"]).read_bytes()
 
@@ -42,14 +42,14 @@ def project(tmp_path):
     return folder
 
 
-def test_equal_content_is_an_equal_release_whatever_times_modes_and_links(project, tmp_path):
+def test_release_does_not_depend_on_times_modes_and_hard_links(project, tmp_path):
     other = tmp_path / "elsewhere"
     shutil.copytree(project, other, symlinks=True)
     for number, path in enumerate(sorted(other.rglob("*"))):
         os.utime(path, (number, number), follow_symlinks=False)
     (other / "mail/views.py").chmod(0o600)
     (other / "manage.py").chmod(0o700)
-    # A checkout whose files share their data with another's, and two files that share it with each other.
+    # Copies in the one folder, hard links in the other.
     for folder, make in ((project, shutil.copy), (other, os.link)):
         make(folder / "mail/views.py", folder / "mail/same.py")
         (folder / "mail/same.py").chmod(0o600)
@@ -57,7 +57,7 @@ def test_equal_content_is_an_equal_release_whatever_times_modes_and_links(projec
     assert release(project) == release(other)
 
 
-def test_owners_are_not_kept(project):
+def test_archive_has_no_owners(project):
     if os.geteuid() == 0:
         before = release(project)
         os.chown(project / "manage.py", 1234, 1234)
@@ -78,7 +78,7 @@ def test_owners_are_not_kept(project):
     ],
     ids=["content", "executable bit", "name", "no link", "other link", "no link to a folder", "new file"],
 )
-def test_another_content_is_another_release(project, change):
+def test_changed_content_is_a_new_release(project, change):
     before = release(project)
     change(project)
     after = release(project)
@@ -86,13 +86,13 @@ def test_another_content_is_another_release(project, change):
     assert after[1] != before[1]
 
 
-def test_the_salt_makes_another_release_of_the_same_bytes(project):
+def test_salt_changes_the_release_id(project):
     plain, salted = release(project), release(project, salt="python3.13")
     assert plain[0] != salted[0]
     assert plain[1] == salted[1]
 
 
-def test_what_is_excluded_is_left_out_and_makes_no_difference(project):
+def test_excluded_files_do_not_affect_the_release(project):
     exclude = [".git", "*.pyc", "tests"]
     assert sorted(members(project, exclude=exclude)) == ["latest", "mail/views.py", "manage.py", "templates"]
     before = release(project, exclude=exclude)
@@ -101,8 +101,8 @@ def test_what_is_excluded_is_left_out_and_makes_no_difference(project):
     assert release(project, exclude=exclude) == before
 
 
-def test_what_tools_leave_in_the_application_makes_no_other_release(tmp_path):
-    """All that the application's .gitignore names, as its tests may run while a host is converged."""
+def test_files_of_tools_do_not_affect_the_release(tmp_path):
+    """Files that the application's .gitignore lists. Its tests may create them while Ansible converges a host."""
     exclude = yaml.safe_load((ROOT / "roles/django/defaults/main.yml").read_text())["django_source_exclude"]
     left = (ROOT / "app/.gitignore").read_text().split()
     (tmp_path / "manage.py").write_text("")
@@ -117,19 +117,19 @@ def test_what_tools_leave_in_the_application_makes_no_other_release(tmp_path):
     assert release(tmp_path, exclude=exclude) == before
 
 
-def test_files_are_executable_or_not_and_others_may_not_read_them(project):
+def test_file_modes_are_normalized(project):
     modes = {name: oct(member.mode) for name, member in members(project).items() if member.isreg()}
     assert modes["manage.py"] == "0o750"
     assert modes["mail/views.py"] == "0o640"
 
 
-def test_an_id_is_short_and_the_archive_is_named_after_it(project):
+def test_id_is_short_and_in_the_archives_name(project):
     (found,) = lookup_loader.get("django_celery.stack.release_archive").run([str(project)])
     assert len(found["id"]) == 12
     assert int(found["id"], 16) >= 0
     assert Path(found["path"]).name == f"release-{found['id']}.tar.gz"
 
 
-def test_a_missing_folder_is_named(tmp_path):
+def test_missing_folder_is_named(tmp_path):
     with pytest.raises(AnsibleLookupError, match=r"nowhere is no folder on the controller"):
         release(tmp_path / "nowhere")

@@ -1,4 +1,4 @@
-"""What holds for the repository as a whole: its files are read, nothing is run."""
+"""Static checks of the repository's files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import yaml
 from helpers import ROLES, ROOT, load, names_in
 
-# Also what is not committed yet, and what is not to be committed left out.
+# Includes untracked files, except ignored ones.
 LISTED = subprocess.run(
     ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
 )
@@ -30,12 +30,12 @@ def options(role):
 
 # Roles
 
-# Roles that other roles use and no playbook does.
+# Roles that only other roles use.
 INTERNAL = ("package_repository", "python_environment", "services")
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_defaults_are_those_of_the_specs(role):
+def test_defaults_match_the_specs(role):
     defaults = yaml.safe_load((ROOT / f"roles/{role}/defaults/main.yml").read_text())
     assert defaults == {name: option["default"] for name, option in options(role).items() if "default" in option}
     without = {name for name, option in options(role).items() if "default" not in option}
@@ -43,7 +43,7 @@ def test_defaults_are_those_of_the_specs(role):
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_variables_carry_the_roles_name_and_are_described(role):
+def test_variables_have_the_roles_prefix_and_a_description(role):
     def walk(found, path=""):
         for name, option in found.items():
             assert option.get("description"), f"{path}{name} has no description"
@@ -55,9 +55,9 @@ def test_variables_carry_the_roles_name_and_are_described(role):
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_what_is_validated_first_is_what_the_role_takes(role):
+def test_spec_validates_all_variables_of_the_role(role):
     entry_points = specs(role)
-    # An internal role gets its variables from other roles, which check theirs.
+    # An internal role gets its variables from other roles, which validate theirs.
     if role not in INTERNAL:
         assert entry_points["validate"]["options"] == entry_points["main"]["options"]
         assert (ROOT / f"roles/{role}/tasks/validate.yml").exists()
@@ -70,9 +70,9 @@ def test_every_role_has_a_scenario_with_tests(role):
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_a_role_reads_no_variable_of_another(role):
-    # What a role gives to an internal one is no reading: the names are keys there.
-    # Several roles have the same variable `host_…`; each that reads it describes it.
+def test_role_reads_no_variable_of_another(role):
+    # Variables that a role passes to an internal role are not read: their names are keys.
+    # Several roles have the same variable `host_…`. Each role that reads it describes it.
     others = {name for other in ROLES if other != role for name in options(other)} - set(options(role))
     prefixes = tuple(f"__{other}_" for other in ROLES if other != role)
     folder = ROOT / "roles" / role
@@ -90,20 +90,20 @@ def test_a_role_reads_no_variable_of_another(role):
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_a_roles_readme_is_as_generated(role):
+def test_role_readme_is_up_to_date(role):
     text = (ROOT / f"roles/{role}/README.md").read_text()
     assert text == load("docs/generate_roles.py").readme(ROOT / "roles" / role), "make docs writes it"
     assert [f"## {title}" for title in ("Example", "Check mode", "Idempotence") if f"\n## {title}\n" not in text] == []
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_role_metadata_is_generated(role):
+def test_role_metadata_is_up_to_date(role):
     text = (ROOT / f"roles/{role}/meta/main.yml").read_text()
     assert text == load("docs/generate_roles.py").meta(ROOT / "roles" / role), "make docs writes it"
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_the_example_in_a_roles_readme_gives_what_is_required(role):
+def test_readme_example_sets_the_required_variables(role):
     (example,) = re.findall(r"```yaml\n(.*?)```", (ROOT / f"roles/{role}/README.md").read_text(), re.DOTALL)
     (item,) = yaml.safe_load(example)
     entries = {entry["role"].removeprefix("django_celery.stack."): entry for entry in item.get("roles", [])}
@@ -118,7 +118,7 @@ def test_collection_dependencies_match_requirements_lock_and_use():
     declared = yaml.safe_load((ROOT / "galaxy.yml").read_text())["dependencies"]
     required = {entry["name"]: entry["version"] for entry in yaml.safe_load((ROOT / "requirements.yml").read_text())["collections"]}
     assert declared == {name: f">={version}" for name, version in required.items()}
-    # requirements/controller.txt pins the package ansible, which brings them.
+    # requirements/controller.txt pins the package ansible, which contains the collections.
     brought = Path(ansible.__file__).parents[1] / "ansible_collections"
     manifests = {name: json.loads((brought / name.replace(".", "/") / "MANIFEST.json").read_text()) for name in required}
     assert required == {name: manifest["collection_info"]["version"] for name, manifest in manifests.items()}
@@ -129,7 +129,7 @@ def test_collection_dependencies_match_requirements_lock_and_use():
     assert used - {"ansible.cfg"} == set(required)
 
 
-def test_the_versions_of_collection_and_application_are_in_the_changelog():
+def test_versions_of_collection_and_application_are_in_the_changelog():
     version = yaml.safe_load((ROOT / "galaxy.yml").read_text())["version"]
     assert re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1] in (version, "Unreleased")
 
@@ -144,7 +144,7 @@ def test_every_inventory_has_the_common_variables():
         link = folder / "00-common"
         assert link.is_symlink(), folder
         assert link.resolve() == ROOT / "inventories/common"
-        # It loads first, so that the environment's own files win.
+        # It is loaded first, so that the environment's files override it.
         assert min(path.name for path in folder.iterdir()) == link.name
 
 
@@ -159,7 +159,7 @@ def test_no_private_key_and_no_generated_secret_is_tracked():
         if re.search(begin + rb"([A-Z0-9]+ )*PRIVATE KEY", content):
             found.append(file)
         if re.search(r"secrets?\.ya?ml$|\.vault_pass|\.pem$|(^|/)id_[a-z0-9]+$|\.env$", str(file.relative_to(ROOT))):
-            # A file of secrets may be there encrypted; a task file may be about them.
+            # An encrypted file of secrets may be tracked; a task file may mention secrets.
             found += [] if content.startswith(b"$ANSIBLE_VAULT;") or "playbooks" in file.parts else [file]
     assert found == []
 
@@ -167,12 +167,12 @@ def test_no_private_key_and_no_generated_secret_is_tracked():
 # Reasons
 
 EXCUSES = re.compile(r"changed_when: false|ignore_errors:|failed_when: false|# noqa|pytest\.(mark\.)?(skip|xfail)|type: ignore")
-# Imports that follow a change of sys.path on the line above say why by themselves, as does what is handed its reason.
+# A comment with words, a noqa with a reason, or a skip with a reason.
 REASON = re.compile(r"#(?! noqa: [A-Z0-9, ]+$).*\w|noqa: [A-Z0-9, ]+ - \w|(skip|xfail)\w*\([^)]*[\"']\w")
 
 
 def unexcused(lines):
-    """Numbers of the lines that pass over something and say no reason: on the line itself, above it, or just below as a call's."""
+    """The numbers of lines that suppress a check without a reason on the line or in a comment above it."""
     for number, line in enumerate(lines, 1):
         if EXCUSES.search(line):
             above = lines[number - 2].strip() if number > 1 else ""
@@ -194,14 +194,14 @@ def unexcused(lines):
         ("@pytest.mark.skipif(x, reason='no gpg')\n", []),
     ],
 )
-def test_the_search_for_reasons_finds_them(text, faults):
+def test_suppressions_without_reasons_are_found(text, faults):
     assert list(unexcused(text.splitlines())) == faults
 
 
-def test_what_is_passed_over_says_why():
+def test_suppressions_have_reasons():
     found = []
     for file in FILES:
-        # The application has tests and rules of its own.
+        # The application has its own tests and rules.
         if file.suffix in (".py", ".yml", ".yaml") and file != Path(__file__) and not file.is_relative_to(ROOT / "app"):
             found += [f"{file.relative_to(ROOT)}:{number}" for number in unexcused(file.read_text().splitlines())]
     assert found == []
@@ -213,7 +213,7 @@ LOCKS = sorted([*ROOT.glob("requirements/*.txt"), *ROOT.glob("app/requirements*.
 
 
 @pytest.mark.parametrize("lock", LOCKS, ids=lambda lock: str(lock.relative_to(ROOT)))
-def test_locks_pin_each_package_with_its_hashes_and_name_no_index(lock):
+def test_locks_pin_packages_with_hashes_and_without_an_index(lock):
     text = lock.read_text()
     packages = re.split(r"^(?=[^\s#])", text.replace("\\\n", ""), flags=re.MULTILINE)
     packages = [package for package in packages if package.strip() and not package.startswith("#")]
@@ -226,7 +226,7 @@ def test_locks_pin_each_package_with_its_hashes_and_name_no_index(lock):
 # Workflows
 
 
-def test_the_workflow_runs_every_scenario_of_make_test():
+def test_workflow_runs_every_scenario_of_make_test():
     scenarios = re.search(r"^SCENARIOS := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
     jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]
     assert jobs["scenario"]["strategy"]["matrix"]["scenario"] == scenarios

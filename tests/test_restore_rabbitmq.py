@@ -1,4 +1,4 @@
-"""The comparison of definitions that restore_rabbitmq.yml ends with."""
+"""The comparison of definitions at the end of restore_rabbitmq.yml."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ WANTED = {
 }
 
 
-def test_the_same_objects_in_another_order_are_complete():
+def test_order_of_objects_does_not_matter():
     found = {kind: [*reversed(entries), {"name": "another"}] for kind, entries in reversed(WANTED.items())}
     assert rabbitmq_missing_definitions(WANTED, {**found, "policies": []}) == []
 
 
-def test_objects_that_are_missing_or_differ_are_named():
+def test_missing_and_different_objects_are_named():
     found = {
         "users": [{"name": "shop", "password_hash": "b", "tags": []}],
         "permissions": [{"user": "shop", "vhost": "w", "read": ".*"}],

@@ -1,4 +1,4 @@
-"""The action secrets_file adds what a file of secrets lacks, and keeps all else in it: entries, order, comments, encryption."""
+"""The action secrets_file adds missing secrets to a file, and keeps its entries, order, comments and encryption."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def generated(text):
     return {name: value for name, value in secrets_file.entries(text) if "secret_one" not in name}
 
 
-def test_a_new_file_has_all_names_and_is_its_owners(file):
+def test_new_file_has_all_names_and_mode_0600(file):
     assert secrets_file.add_secrets(file, ["secret_one", "secret_two"], NO_VAULT) == (["secret_one", "secret_two"], True)
     values = yaml.safe_load(file.read_text())
     assert list(values) == ["secret_one", "secret_two"]
@@ -59,14 +59,14 @@ def test_a_new_file_has_all_names_and_is_its_owners(file):
     assert file.stat().st_mode & 0o777 == 0o600
 
 
-def test_what_is_in_the_file_stays_and_only_what_is_missing_is_added(file):
+def test_existing_content_stays_and_missing_secrets_are_added(file):
     write(file, OWN)
     assert secrets_file.add_secrets(file, ["secret_two", "secret_one"], NO_VAULT) == (["secret_two"], True)
     assert file.read_text().startswith(OWN)
     assert [line.split(":")[0] for line in file.read_text().removeprefix(OWN).splitlines()] == ["secret_two"]
 
 
-def test_a_second_run_changes_nothing(file):
+def test_second_run_changes_nothing(file):
     secrets_file.add_secrets(file, ["secret_one"], NO_VAULT)
     before = (file.read_bytes(), file.stat().st_ino, file.stat().st_mtime_ns)
     assert secrets_file.add_secrets(file, ["secret_one"], NO_VAULT) == ([], False)
@@ -74,7 +74,7 @@ def test_a_second_run_changes_nothing(file):
 
 
 @pytest.mark.parametrize("vault_id", [None, "prod"])
-def test_an_encrypted_file_stays_encrypted_with_the_same_password_and_id(file, vault_id):
+def test_encrypted_file_stays_encrypted_with_the_same_password_and_id(file, vault_id):
     write(file, VAULT.encrypt(OWN, secret=SECRET, vault_id=vault_id))
     header = file.read_bytes().splitlines()[0]
     assert secrets_file.add_secrets(file, ["secret_one", "secret_two"], VAULT) == (["secret_two"], True)
@@ -115,7 +115,7 @@ def test_without_the_vault_password_nothing_is_written(file, vault, sentence):
         "a: 'ü'\n",
     ],
 )
-def test_texts_that_a_name_can_be_added_to(text):
+def test_secrets_are_added_to_supported_texts(text):
     old = [(name, value) for name, value in secrets_file.entries(text)]
     longer = secrets_file.added(text, {"secret_two": "x"})
     assert longer.startswith(text)
@@ -132,7 +132,7 @@ def test_texts_that_a_name_can_be_added_to(text):
         (f"a: {MARK}\n b: 1\n", r"is not valid YAML \(line 2\)"),
     ],
 )
-def test_a_text_that_would_lose_something_is_left_alone(file, text, reason):
+def test_unsupported_file_is_not_changed(file, text, reason):
     write(file, text)
     with pytest.raises(secrets_file.NotAdded, match=reason) as caught:
         secrets_file.add_secrets(file, ["secret_two"], NO_VAULT)
@@ -141,7 +141,7 @@ def test_a_text_that_would_lose_something_is_left_alone(file, text, reason):
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])
-def test_a_run_that_is_killed_loses_nothing_and_the_next_one_repairs(file, monkeypatch, step):
+def test_killed_run_loses_nothing_and_the_next_one_repairs(file, monkeypatch, step):
     write(file, OWN)
 
     def killed(*_arguments):
@@ -152,7 +152,7 @@ def test_a_run_that_is_killed_loses_nothing_and_the_next_one_repairs(file, monke
         with pytest.raises(KeyboardInterrupt):
             secrets_file.add_secrets(file, ["secret_two"], NO_VAULT)
     assert file.read_text() == OWN
-    # Ansible reads no hidden file of group_vars.
+    # Ansible ignores hidden files in group_vars.
     assert [path.name for path in file.parent.iterdir() if path != file] == [".91-secrets.yml.new"]
     assert secrets_file.add_secrets(file, ["secret_two"], NO_VAULT) == (["secret_two"], True)
     assert [path.name for path in file.parent.iterdir()] == [file.name]
@@ -160,12 +160,12 @@ def test_a_run_that_is_killed_loses_nothing_and_the_next_one_repairs(file, monke
 
 
 @pytest.mark.parametrize("name", ["91-secrets.yml", ".91-secrets.yml.new"])
-def test_git_ignores_the_file_and_what_a_killed_run_left(name):
+def test_git_ignores_the_file_and_leftovers_of_a_killed_run(name):
     command = ["git", "check-ignore", "--quiet", f"inventories/staging/group_vars/all/{name}"]
     assert subprocess.run(command, cwd=ROOT, check=False).returncode == 0
 
 
-def test_the_new_file_is_never_open_to_others(file, monkeypatch):
+def test_new_file_is_never_readable_by_others(file, monkeypatch):
     write(file, OWN)
     modes = []
     monkeypatch.setattr(os, "fsync", lambda descriptor: modes.append(oct(os.fstat(descriptor).st_mode & 0o777)))
@@ -177,7 +177,7 @@ def test_the_new_file_is_never_open_to_others(file, monkeypatch):
     assert modes[0] == "0o600"
 
 
-def test_a_file_that_others_can_read_is_closed(file):
+def test_file_that_others_can_read_gets_a_safe_mode(file):
     write(file, OWN)
     file.chmod(0o644)
     assert secrets_file.add_secrets(file, ["secret_one"], NO_VAULT, check=True) == ([], True)
@@ -186,7 +186,7 @@ def test_a_file_that_others_can_read_is_closed(file):
     assert (file.stat().st_mode & 0o777, file.read_text()) == (0o600, OWN)
 
 
-def test_a_link_to_the_file_stays_a_link(file, tmp_path):
+def test_link_to_the_file_stays_a_link(file, tmp_path):
     elsewhere = tmp_path / "elsewhere.yml"
     elsewhere.write_text(OWN)
     file.parent.mkdir()
@@ -267,14 +267,14 @@ def test_the_action_refuses_other_options(options):
 
 
 def create_secrets(inventory, *arguments):
-    """create_secrets.yml, from another folder and without ansible.cfg."""
+    """Runs create_secrets.yml from another folder and without ansible.cfg."""
     program = Path(sys.executable).parent / "ansible-playbook"
     command = [program, "-i", inventory, ROOT / "playbooks/ops/create_secrets.yml", "--diff", "-vvv", *arguments]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ANSIBLE_")}
     return subprocess.run(command, cwd=inventory.parent, env=environment, capture_output=True, text=True, check=False)
 
 
-def test_the_playbook_adds_to_an_encrypted_file_and_shows_no_secret(tmp_path):
+def test_playbook_adds_to_an_encrypted_file_and_shows_no_secret(tmp_path):
     inventory = tmp_path / "inventory"
     everybody = inventory / "group_vars" / "all"
     everybody.mkdir(parents=True)
@@ -292,7 +292,7 @@ def test_the_playbook_adds_to_an_encrypted_file_and_shows_no_secret(tmp_path):
     assert text.startswith(OWN)
     new = yaml.safe_load(text.removeprefix(OWN))
     names = yaml.safe_load((ROOT / "inventories/common/wiring.yml").read_text())["secret_names"]
-    # That of another file is not missing.
+    # A secret that another file sets is not missing.
     assert list(new) == [name for name in names if name != "secret_app_api_key"]
     assert [value for value in [*new.values(), MARK] if value in done.stdout + done.stderr] == []
 

@@ -1,4 +1,4 @@
-"""The filters that make services: defaults of argument specs, Celery workers, Django processes, unit files and property lists."""
+"""The filters for services: defaults of argument specs, Celery workers, Django processes, unit files and property lists."""
 
 from __future__ import annotations
 
@@ -116,17 +116,17 @@ def test_nested_entries_get_their_defaults(with_defaults):
     assert user["limit"] == {"seconds": 300}
 
 
-def test_values_that_are_false_or_unknown_are_kept(with_defaults):
+def test_false_and_unknown_values_are_kept(with_defaults):
     given = [{"name": "", "tags": None, "rights": None, "limit": {"seconds": 0}, "more": {"x": 1}}]
     assert with_defaults(given, "broker", "broker_users") == given
 
 
-def test_values_without_nested_options_are_returned_as_they_are(with_defaults):
+def test_values_without_nested_options_are_returned_unchanged(with_defaults):
     assert with_defaults(None, "broker", "broker_users") is None
     assert with_defaults(5672, "broker", "broker_port") == 5672
 
 
-def test_defaults_are_copies_and_the_given_value_is_not_changed(with_defaults):
+def test_defaults_are_copies_and_arguments_are_not_modified(with_defaults):
     given = [{"name": "a"}]
     (user,) = with_defaults(given, "broker", "broker_users")
     user["tags"].append("x")
@@ -250,7 +250,7 @@ def test_processes_use_the_programs_of_the_virtual_environment():
         (8000, "8000"),
     ],
 )
-def test_words_are_quoted_as_systemd_syntax_asks(value, text):
+def test_words_are_quoted_for_systemd(value, text):
     assert systemd.quote(value) == text
 
 
@@ -374,7 +374,7 @@ def test_packaged_units_are_drop_ins_without_a_target():
     )
     assert broker == {"name": "broker.service", "content": "[Service]\nLimitNOFILE=5\n", "packaged": True, "restart_on": ["/a"]}
     assert (mapper["name"], mapper["packaged"]) == ("epmd.socket", True)
-    # The empty value removes the package's own addresses.
+    # The empty value removes the package's addresses.
     assert mapper["content"].splitlines()[-2:] == ["ListenStream=", "ListenStream=4369"]
 
 

@@ -1,4 +1,4 @@
-"""The lookup signing_keys and the fingerprints that it checks, against RFC 9580 and gpg."""
+"""The lookup signing_keys and its fingerprints, compared with RFC 9580 and gpg."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ansible_collections.django_celery.stack.plugins.plugin_utils.openpgp import
 
 
 def packet(body, header="new"):
-    """A public key packet with one of the headers of RFC 9580, section 4.2."""
+    """A public key packet with a header of RFC 9580, section 4.2."""
     size = len(body)
     headers = {
         "new": bytes([0xC6, size]) if size < 192 else bytes([0xC6, 0xC0 + ((size - 192) >> 8), (size - 192) & 0xFF]),
@@ -44,7 +44,7 @@ USER = bytes([0xCD, 4]) + b"name"
 
 
 @pytest.mark.parametrize("header", ["new", "new, five octets", "old, one octet", "old, two octets", "old, four octets"])
-def test_fingerprints_of_all_forms_of_a_packet(header):
+def test_fingerprints_of_all_packet_headers(header):
     assert openpgp_fingerprints(armour(packet(KEY, header) + USER)) == [fingerprint(KEY)]
 
 
@@ -53,8 +53,8 @@ def test_long_keys_several_keys_and_armour_without_headers():
     assert openpgp_fingerprints(text) == [fingerprint(KEY), fingerprint(LONG_KEY)]
 
 
-def test_a_key_in_a_second_armour_is_seen():
-    """A host's package manager may read both blocks, so one that nobody checked must not hide behind the first."""
+def test_key_in_a_second_armour_is_found():
+    """A package manager may read both blocks, so a second one must be checked too."""
     text = armour(packet(KEY)) + "text between\n" + armour(packet(LONG_KEY))
     assert openpgp_fingerprints(text) == [fingerprint(KEY), fingerprint(LONG_KEY)]
 
@@ -68,7 +68,7 @@ def test_a_key_in_a_second_armour_is_seen():
         (armour(packet(KEY)).replace("AAEC", "A*EC"), "damaged"),
         (armour(packet(KEY)[:-3]), "cut off"),
         (armour(packet(KEY) + b"\xc6"), "cut off"),
-        # What could hide a key from us and not from the host is refused.
+        # Refused, because a package manager might find a key here that the lookup does not find.
         (armour(packet(KEY) + b"\x06" + bytes(9)), "no OpenPGP packet"),
         (armour(packet(KEY) + b"\x9b" + KEY), "length"),
         (armour(packet(KEY) + b"\xc6\xe1" + KEY), "length"),
@@ -76,14 +76,14 @@ def test_a_key_in_a_second_armour_is_seen():
         (armour(packet(KEY)) + armour(packet(LONG_KEY), kind="MESSAGE"), "something else"),
     ],
 )
-def test_what_is_no_sound_key_is_refused(text, words):
+def test_invalid_key_is_refused(text, words):
     with pytest.raises(AnsibleFilterError, match=words):
         openpgp_fingerprints(text)
 
 
-def test_fingerprints_are_those_that_gpg_gives():
+def test_fingerprints_match_gpgs():
     if not shutil.which("gpg"):
-        pytest.skip("There is no gpg on this machine; the constructed packets above are all that is tried.")
+        pytest.skip("gpg is not installed; only the constructed packets above are tested.")
     # Not tmp_path: the path of gpg-agent's socket is limited to about a hundred characters.
     with tempfile.TemporaryDirectory(prefix="gpg-") as home:
         environment = {**os.environ, "GNUPGHOME": home}
@@ -108,10 +108,10 @@ def read(path, expected):
     return lookup.run([{"key": str(path), "fingerprint": expected}], {}, variable="erlang_repository_keys")
 
 
-def test_a_key_with_the_expected_fingerprint_is_given(tmp_path):
+def test_key_with_the_expected_fingerprint_is_returned(tmp_path):
     file = tmp_path / "key.asc"
     file.write_text(armour(packet(KEY)))
-    # Owners publish fingerprints in groups of four, and in either case.
+    # Publishers write fingerprints in groups of four, in upper or lower case.
     expected = fingerprint(KEY).lower()
     assert read(file, " ".join(expected[at : at + 4] for at in range(0, 40, 4))) == [file.read_text()]
 
@@ -124,12 +124,12 @@ def test_a_key_is_loaded_from_a_url(tmp_path):
 
 
 @pytest.mark.parametrize("text", [armour(packet(LONG_KEY)), armour(packet(KEY)) + armour(packet(LONG_KEY))])
-def test_another_key_is_refused(tmp_path, text):
+def test_unexpected_key_is_refused(tmp_path, text):
     (tmp_path / "key.asc").write_text(text)
     with pytest.raises(AnsibleError, match=f"of erlang_repository_keys has the fingerprint .*{fingerprint(LONG_KEY)}, not"):
         read(tmp_path / "key.asc", fingerprint(KEY))
 
 
-def test_a_missing_key_is_named(tmp_path):
+def test_missing_key_is_named(tmp_path):
     with pytest.raises(AnsibleError, match=r"/nowhere.asc of erlang_repository_keys can't be read: No such file or directory\."):
         read(tmp_path / "nowhere.asc", fingerprint(KEY))

@@ -1,4 +1,4 @@
-"""The module systemd_units against a systemctl of ours, which keeps its state in a folder."""
+"""Tests the module systemd_units with a fake systemctl that stores its state in a file."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from ansible_collections.django_celery.stack.plugins.module_utils import systemd
 from ansible_collections.django_celery.stack.plugins.modules import systemd_units
 from helpers import executable
 
-# Answers as systemctl does in what the module relies on: a unit is known by its file, a start has a monotonic time, a unit whose
-# file is younger than the last daemon-reload needs one, and a socket can't be restarted while its service runs.
+# Imitates systemctl as far as the module relies on it: a unit exists if it has a file, a start has a monotonic time, a unit whose
+# file is newer than the last daemon-reload needs one, and a socket can't be restarted while its service runs.
 SYSTEMCTL = r"""
 import json, os, sys, time
 directory, state_file = os.environ["FAKE_UNITS"], os.environ["FAKE_STATE"]
@@ -33,10 +33,10 @@ if verb == "show":
     for name in names:
         known = os.path.exists(path(name)) or name in state["packages"]
         if name in state["revived"] and unit(name)["active"] == "active":
-            # Dies and is up again before the next look.
+            # Dies and is restarted before the next query.
             unit(name)["restarts"] += 1
         if name in state["mortal"] and unit(name)["active"] == "active":
-            # Dies between its start and the next look; systemd brings it back.
+            # Dies between its start and the next query; systemd restarts it.
             unit(name).update(active="activating", restarts=1)
         print("Id=" + name)
         print("ActiveState=" + unit(name)["active"])
@@ -73,7 +73,7 @@ elif verb in ("start", "restart"):
     for name in names:
         if verb == "start" and unit(name)["active"] == "active":
             continue
-        # A start while systemd waits to bring the unit back counts as a restart of its own.
+        # A start while systemd waits to restart the unit counts as a restart.
         restarts = unit(name)["restarts"] + int(verb == "start" and unit(name)["active"] == "activating")
         unit(name).update(active="active", since=int(time.clock_gettime(time.CLOCK_MONOTONIC) * 1e6), restarts=restarts)
 with open(state_file, "w") as file:
@@ -84,7 +84,7 @@ ACTS = ("start", "restart", "stop", "enable", "disable")
 
 
 class Host:
-    """A folder for unit files, our systemctl's state, and the module run as Ansible runs it."""
+    """A folder for unit files, the fake systemctl's state, and the module, run as Ansible runs it."""
 
     def __init__(self, folder, capsys):
         self.directory, self.state_file, self.capsys = folder / "units", folder / "state.json", capsys
@@ -100,7 +100,7 @@ class Host:
         self.state_file.write_text(json.dumps(state))
 
     def calls(self, *verbs):
-        """What was asked of systemctl since the last run began, looking aside."""
+        """The calls of systemctl since the start of the last run, without queries."""
         return [call for call in self.state["calls"] if call.split()[0] in (verbs or ACTS)]
 
     def run(self, *listed, owner="app/web", check=False):
@@ -111,7 +111,7 @@ class Host:
         return json.loads(self.capsys.readouterr().out)
 
     def age(self, name, seconds):
-        """The unit has been running since so many seconds more, its file being as old."""
+        """Makes the unit's start and its file older by this many seconds."""
         state = self.state
         state["units"][name]["since"] -= int(seconds * 1e6)
         self.state = state
@@ -136,7 +136,7 @@ def service(name, text="[Service]\n", **options):
 # Pure functions
 
 
-def test_show_is_read_unit_by_unit():
+def test_show_output_is_parsed_per_unit():
     text = "Id=a.service\nActiveState=active\nResult=a=b\n\nId=b.service\nActiveState=failed\n\nActiveState=x\n"
     assert systemd.parse_show(text) == {
         "a.service": {"Id": "a.service", "ActiveState": "active", "Result": "a=b"},
@@ -144,13 +144,13 @@ def test_show_is_read_unit_by_unit():
     }
 
 
-def test_a_packaged_unit_gets_a_drop_in():
+def test_packaged_unit_gets_a_drop_in():
     assert systemd.target_path("/d", {"name": "a.service", "packaged": False}) == "/d/a.service"
     assert systemd.target_path("/d", {"name": "a.service", "packaged": True}) == "/d/a.service.d/50-ansible.conf"
 
 
 @pytest.mark.parametrize("stamp", ["ExecMainStartTimestampMonotonic", "ActiveEnterTimestampMonotonic"])
-def test_a_unit_is_stale_when_a_file_is_younger_than_its_start(tmp_path, stamp):
+def test_unit_is_stale_when_a_file_is_newer_than_its_start(tmp_path, stamp):
     file = tmp_path / "file"
     file.write_text("")
     running = {stamp: str(int((time.clock_gettime(time.CLOCK_MONOTONIC) - 0.0) * 1e6))}
@@ -163,7 +163,7 @@ def test_a_unit_is_stale_when_a_file_is_younger_than_its_start(tmp_path, stamp):
 # The module
 
 
-def test_units_are_written_enabled_and_started_and_then_left_alone(host):
+def test_units_are_written_enabled_and_started_and_a_second_run_changes_nothing(host):
     first = host.run(service("a"), service("b"))
     assert first["changed"]
     assert first["started"] == ["a.service", "b.service"]
@@ -175,19 +175,19 @@ def test_units_are_written_enabled_and_started_and_then_left_alone(host):
     assert host.calls("daemon-reload", *ACTS) == []
 
 
-def test_a_run_that_changes_nothing_calls_systemctl_once(host):
+def test_unchanged_run_calls_systemctl_once(host):
     host.run(service("a"), service("b"))
     for check in (False, True):
         assert not host.run(service("a"), service("b"), check=check)["changed"]
         assert host.state["calls"] == ["show a.service b.service"]
 
 
-def test_a_run_without_units_calls_nothing(host):
+def test_run_without_units_does_not_call_systemctl(host):
     assert not host.run()["changed"]
     assert host.state["calls"] == []
 
 
-def test_all_units_are_started_by_one_call(host):
+def test_all_units_are_started_with_one_call(host):
     host.run(service("a"), service("b"), service("c"))
     assert host.calls("start") == ["start a.service b.service c.service"]
 
@@ -204,7 +204,7 @@ def test_files_are_readable_under_any_umask(host):
     assert modes == {"a.service": 0o644, "b.service.d": 0o755, "50-ansible.conf": 0o644}
 
 
-def test_a_changed_target_is_written_and_restarts_nothing(host):
+def test_changed_target_is_written_without_restarts(host):
     target = {"name": "app.target", "content": "[Unit]\n"}
     host.run(target, service("a"))
     host.age("a.service", 60)
@@ -217,7 +217,7 @@ def test_a_changed_target_is_written_and_restarts_nothing(host):
     assert not host.run(changed, service("a"))["changed"]
 
 
-def test_the_limit_of_starts_is_cleared_before_a_start(host):
+def test_start_limit_is_reset_before_a_start(host):
     host.run(service("a"))
     state = host.state
     state["units"]["a.service"].update(active="failed", restarts=5)
@@ -227,7 +227,7 @@ def test_the_limit_of_starts_is_cleared_before_a_start(host):
     assert host.calls("reset-failed", "start") == ["reset-failed a.service", "start a.service"]
 
 
-def test_a_start_that_fails_gives_the_journal_of_the_units_that_are_down(host, tmp_path):
+def test_failed_start_reports_the_journals_of_failed_units(host, tmp_path):
     refusing = SYSTEMCTL.replace(
         'if verb == "show":', 'if verb == "start":\n    sys.exit("Job for a.service failed.")\nif verb == "show":'
     )
@@ -258,15 +258,15 @@ def test_start_that_fails_for_a_port_in_use_shows_who_listens(host, tmp_path, li
     assert line in message
 
 
-def test_a_unit_that_died_and_came_back_is_not_up(host):
+def test_unit_that_died_and_was_restarted_is_not_up(host):
     host.state = {**host.state, "revived": ["a.service"]}
-    # The first look is before the start.
+    # The first query is before the start.
     result = host.run(service("a", settle=0.2))
     assert result["failed"]
     assert "a.service was started and did not stay up: it is active" in result["msg"]
 
 
-def test_other_content_restarts_only_that_unit(host):
+def test_changed_content_restarts_only_that_unit(host):
     host.run(service("a"), service("b"))
     result = host.run(service("a"), service("b", "[Service]\nNice=1\n"))
     assert result["restarted"] == ["b.service"]
@@ -276,10 +276,10 @@ def test_other_content_restarts_only_that_unit(host):
     ]
 
 
-def test_the_next_run_completes_one_that_was_killed_before_the_restart(host):
+def test_next_run_completes_one_that_was_killed_before_the_restart(host):
     host.run(service("a"))
     host.age("a.service", 60)
-    # The killed run had written the file; nothing but its time tells.
+    # The killed run had written the file, which only its time shows.
     os.utime(host.directory / "a.service")
     result = host.run(service("a"))
     assert result["restarted"] == ["a.service"]
@@ -287,7 +287,7 @@ def test_the_next_run_completes_one_that_was_killed_before_the_restart(host):
     assert not host.run(service("a"))["changed"]
 
 
-def test_a_newer_file_of_restart_on_restarts(host, tmp_path):
+def test_newer_file_in_restart_on_causes_a_restart(host, tmp_path):
     release = tmp_path / "current"
     release.symlink_to("releases/1")
     host.run(service("a", restart_on=[str(release)]), service("b"))
@@ -296,7 +296,7 @@ def test_a_newer_file_of_restart_on_restarts(host, tmp_path):
     assert host.run(service("a", restart_on=[str(release)]), service("b"))["restarted"] == ["a.service"]
 
 
-def test_what_was_stopped_or_disabled_by_hand_is_repaired(host):
+def test_manually_stopped_or_disabled_units_are_repaired(host):
     host.run(service("a"))
     state = host.state
     state["units"]["a.service"] = {"enabled": False, "active": "failed", "since": 0, "restarts": 0}
@@ -353,28 +353,28 @@ def test_check_mode_allows_for_a_package_that_is_not_installed_yet(host):
     assert not host.run(packaged, check=True)["changed"]
 
 
-def test_a_packaged_units_drop_in(host):
+def test_drop_in_of_a_packaged_unit(host):
     host.state = {**host.state, "packages": ["broker.service"]}
     result = host.run({"name": "broker.service", "content": "[Service]\nNice=1\n", "packaged": True})
     assert result["started"] == ["broker.service"]
     assert [path.name for path in host.directory.iterdir()] == ["broker.service.d"]
-    # A drop-in that is no longer wanted goes; the package's unit is neither stopped nor disabled.
+    # An unlisted drop-in is removed; the package's unit is neither stopped nor disabled.
     result = host.run({"name": "broker.service", "content": None, "packaged": True})
     assert result["removed"] == ["50-ansible.conf"]
     assert host.calls("disable", "stop") == []
 
 
-def test_a_unit_that_does_not_stay_up_fails_with_its_journal(host):
+def test_unit_that_does_not_stay_up_fails_with_its_journal(host):
     host.state = {**host.state, "mortal": ["a.service"]}
     result = host.run(service("a", settle=0.2))
     assert result["failed"]
     for words in ("a.service was started and did not stay up", "activating", "exit-code", "last words of a.service"):
         assert words in result["msg"]
-    # The next run sees that it is not up and tries again, rather than calling it done.
+    # The next run detects that the unit is not up, and retries.
     assert host.run(service("a", settle=0.2))["failed"]
 
 
-def test_a_unit_that_kept_dying_is_up_once_it_is_repaired(host):
+def test_failing_unit_is_up_after_its_repair(host):
     host.state = {**host.state, "mortal": ["a.service"]}
     assert host.run(service("a", settle=0.2))["failed"]
     host.state = {**host.state, "mortal": []}
@@ -384,7 +384,7 @@ def test_a_unit_that_kept_dying_is_up_once_it_is_repaired(host):
     assert host.calls() == ["enable b.service", "restart a.service", "start b.service"]
 
 
-def test_a_socket_is_restarted_with_its_service(host):
+def test_socket_is_restarted_with_its_service(host):
     socket = {"name": "a.socket", "content": "[Socket]\nListenStream=8000\n"}
     host.run(socket, service("a"))
     moved = {**socket, "content": "[Socket]\nListenStream=8001\n"}
@@ -395,7 +395,7 @@ def test_a_socket_is_restarted_with_its_service(host):
     assert {name: unit["active"] for name, unit in host.state["units"].items()} == {"a.socket": "active", "a.service": "active"}
 
 
-def test_a_host_without_systemd_is_an_error(host, monkeypatch, tmp_path):
+def test_host_without_systemd_is_an_error(host, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
     result = host.run(service("a"))
     assert result["failed"]

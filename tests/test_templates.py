@@ -1,4 +1,4 @@
-"""Files as Ansible renders them. One playbook run shows them all, with one host per set of variables."""
+"""The rendered templates. One playbook run renders all, with one host per set of variables."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_broker_configuration_by_default(rendered):
     assert found["deprecated_features.permit.transient_nonexcl_queues"] == "false"
     assert found["definitions.local.path"] == "/etc/rabbitmq/definitions.json"
     assert "listeners.tcp.2" not in found
-    # The broker may have to write all that it has in memory to the disk.
+    # The broker may have to write all of its memory to the disk.
     assert float(found["disk_free_limit.relative"]) >= float(found["vm_memory_high_watermark.relative"])
     # Settings without effect since RabbitMQ 4.3, and features that it denies.
     assert not [name for name in found if name.startswith("cluster_partition_handling")]
@@ -186,7 +186,7 @@ def test_manage_is_a_valid_shell_script(rendered, tmp_path):
 # Units
 
 
-def test_which_units_a_host_has(rendered):
+def test_units_of_a_host(rendered):
     app = {"usual": {"web.socket", "web.service", "relay.service", "beat.service"}, "other": {"web.socket", "web.service"}}
     app["usual"] |= {"worker@mail.service", "worker@maintenance.service"}
     app["other"] |= {"say.service", "worker@slow.service"}

@@ -1,4 +1,4 @@
-"""The testbed's decisions: names, ports, command lines. What needs containers is tried by hand."""
+"""The testbed's names, ports and command lines. The parts that need containers are tested manually."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ DIRECTORY = Path("/clone/inventories/sandbox")
 
 
 def listing(**hosts: dict) -> dict:
-    """What `ansible-inventory --list` says about `hosts`."""
+    """The output of `ansible-inventory --list` for `hosts`."""
     return {"_meta": {"hostvars": hosts}}
 
 
 def container(host: str = "node1", **changes) -> containers.Container:
-    """A running container of a stack called tb-x-sandbox."""
+    """A running container of the stack tb-x-sandbox."""
     fields = {
         "name": f"tb-x-sandbox-{host}",
         "host": host,
@@ -40,7 +40,7 @@ def container(host: str = "node1", **changes) -> containers.Container:
 
 @pytest.fixture(autouse=True)
 def plain_machine(monkeypatch, tmp_path):
-    """A machine on which Podman needs no help, with its state in a temporary directory."""
+    """A machine on which Podman needs no workaround, with a temporary state directory."""
     monkeypatch.setenv("TESTBED_STATE", str(tmp_path / "state"))
     monkeypatch.setattr(machine, "needs_namespace", lambda: False)
 
@@ -48,7 +48,7 @@ def plain_machine(monkeypatch, tmp_path):
 # Names
 
 
-def test_name_tells_the_inventory_and_keeps_clones_apart():
+def test_stack_name_contains_the_inventory_and_differs_between_clones():
     name = inventory.stack_name(Path("/a"), Path("/a/inventories/sandbox"))
     assert name.startswith("tb-")
     assert name.endswith("-sandbox")
@@ -56,14 +56,14 @@ def test_name_tells_the_inventory_and_keeps_clones_apart():
     assert name != inventory.stack_name(Path("/b"), Path("/b/inventories/sandbox"))
 
 
-def test_molecule_inventories_are_called_after_their_scenario():
+def test_molecule_inventories_are_named_after_their_scenario():
     first = inventory.stack_name(Path("/a"), Path("/a/molecule/erlang/inventory"))
     second = inventory.stack_name(Path("/a"), Path("/a/molecule/flower/inventory"))
     assert first.endswith("-erlang")
     assert second.endswith("-flower")
 
 
-def test_odd_directory_names_make_valid_container_names():
+def test_unusual_directory_names_become_valid_container_names():
     assert inventory.stack_name(Path("/a"), Path("/a/My Env (old)")).endswith("-my-env-old")
     assert inventory.stack_name(Path("/a"), Path("/a/___")).endswith("-inventory")
 
@@ -71,7 +71,7 @@ def test_odd_directory_names_make_valid_container_names():
 # Clones
 
 
-def test_only_the_hosts_of_clones_that_are_gone_are_removed(monkeypatch, tmp_path):
+def test_only_hosts_of_deleted_clones_are_removed(monkeypatch, tmp_path):
     gone = [container("a", clone=tmp_path / "gone", stack="tb-gone"), container("b", clone=tmp_path / "gone", stack="tb-gone")]
     monkeypatch.setattr(containers, "containers", lambda: [container("c", clone=tmp_path), *gone])
     removed = []
@@ -83,12 +83,12 @@ def test_only_the_hosts_of_clones_that_are_gone_are_removed(monkeypatch, tmp_pat
 # Inventories
 
 
-def test_only_hosts_with_a_platform_are_the_testbeds():
+def test_testbed_manages_only_hosts_with_a_platform():
     found = parse(DIRECTORY, listing(a={"testbed_platform": "debian13"}, localhost={}))
     assert found.hosts == (Host("a", "debian13", {22: 0}),)
 
 
-def test_ports_come_as_text_through_json():
+def test_ports_may_be_strings():
     variables = {"testbed_platform": "debian13", "testbed_ports": {"8000": 8000, "15672": 0}}
     assert parse(DIRECTORY, listing(a=variables)).hosts[0].ports == {22: 0, 8000: 8000, 15672: 0}
 
@@ -105,7 +105,7 @@ def test_ports_come_as_text_through_json():
         ({"testbed_mail_catcher": True, "testbed_mail_ports": {"0": 1}}, ["testbed_mail_ports"]),
     ],
 )
-def test_wrong_values_are_named(variables, words):
+def test_wrong_values_are_reported(variables, words):
     with pytest.raises(TestbedError) as caught:
         parse(DIRECTORY, listing(node1={"testbed_platform": "debian13", **variables}))
     for word in ["node1", *words]:
@@ -117,12 +117,12 @@ def test_host_names_must_resolve():
         parse(DIRECTORY, listing(node_1={"testbed_platform": "debian13"}))
 
 
-def test_an_inventory_without_hosts_of_the_testbed_is_an_error():
+def test_inventory_without_testbed_hosts_is_an_error():
     with pytest.raises(TestbedError, match="testbed_platform"):
         parse(DIRECTORY, listing(localhost={}))
 
 
-def test_the_mail_catcher_is_one_more_host():
+def test_mail_catcher_is_an_additional_host():
     variables = {"testbed_platform": "debian13", "testbed_mail_catcher": True}
     found = parse(DIRECTORY, listing(a=variables, b=variables)).hosts
     assert [host.name for host in found] == ["a", "b", "mail"]
@@ -141,7 +141,7 @@ def test_hosts_must_agree_on_the_mail_catchers_ports():
 # Ports
 
 
-def test_a_taken_port_is_reported_with_variable_and_user():
+def test_taken_port_is_reported_with_its_variable_and_user():
     hosts = [Host("node1", "debian13", {22: 0, 8000: 8000})]
     lines = ports.conflicts(hosts, lambda *_: False, lambda _: "the program nginx (process 7)")
     assert len(lines) == 1
@@ -149,7 +149,7 @@ def test_a_taken_port_is_reported_with_variable_and_user():
         assert word in lines[0]
 
 
-def test_a_port_that_the_host_holds_already_is_no_conflict():
+def test_port_that_the_host_publishes_already_is_no_conflict():
     hosts = [Host("node1", "debian13", {8000: 8000})]
     assert ports.conflicts(hosts, lambda host, port: True, lambda _: "itself") == []
 
@@ -172,7 +172,7 @@ def test_listening_ports_are_not_free():
 # Podman
 
 
-def test_run_words():
+def test_podman_run_arguments():
     host = Host("node1", "debian13", {22: 0, 8000: 8000}, "example.org/debian:13")
     words = containers.run_words("tb-x-sandbox", DIRECTORY, host)
     text = " ".join(words)
@@ -188,13 +188,13 @@ def test_run_words():
     assert words[-4].startswith("localhost/testbed/debian13:")
 
 
-def test_the_mail_catcher_gets_no_privileges():
+def test_mail_catcher_gets_no_privileges():
     text = " ".join(containers.run_words("tb-x", DIRECTORY, Host("mail", "mail", {1080: 0})))
     assert "--cap-add" not in text
     assert "/sbin/init" not in text
 
 
-def test_the_definition_follows_image_and_ports():
+def test_definition_depends_on_image_and_ports():
     host = Host("node1", "debian13", {22: 0}, "example.org/debian:13")
     same = Host("node2", "debian13", {22: 0}, "example.org/debian:13")
     assert containers.definition(host) == containers.definition(same)
@@ -205,20 +205,20 @@ def test_the_definition_follows_image_and_ports():
         assert containers.definition(other) != containers.definition(host)
 
 
-def test_images_do_not_depend_on_who_runs_them():
+def test_image_does_not_depend_on_the_host():
     first = build.image_of(Host("a", "debian13", {22: 0}))
     second = build.image_of(Host("b", "debian13", {22: 0, 80: 80}))
     assert first.reference == second.reference
 
 
-def test_a_stand_in_is_made_of_another_platforms_root():
+def test_stand_in_uses_another_platforms_root():
     debian, el9 = (build.image_of(Host("a", platform, {22: 0})) for platform in ("debian13", "el9"))
     assert (debian.stands_in, el9.stands_in) == (False, True)
     assert el9.base == debian.base
     assert el9.reference != debian.reference
 
 
-def test_a_published_image_is_no_stand_in():
+def test_published_image_is_no_stand_in():
     published = build.image_of(Host("a", "el9", {22: 0}, "example.org/rocky:9"))
     assert not published.stands_in
     assert published.base == "example.org/rocky:9"
@@ -226,7 +226,7 @@ def test_a_published_image_is_no_stand_in():
     assert published.added == ()
 
 
-def test_the_environment_names_images_and_a_platform(monkeypatch):
+def test_environment_variables_set_images_and_platform(monkeypatch):
     hosts = listing(a={"testbed_platform": "debian13"}, b={"testbed_platform": "el9"}, localhost={})
     monkeypatch.setenv("TESTBED_IMAGE_EL9", "example.org/rocky:9")
     assert [(host.platform, host.base_image) for host in parse(DIRECTORY, hosts).hosts] == [
@@ -237,7 +237,7 @@ def test_the_environment_names_images_and_a_platform(monkeypatch):
     assert [host.platform for host in parse(DIRECTORY, hosts).hosts] == ["debian13", "debian13"]
 
 
-def test_podmans_merged_port_ranges_are_taken_apart():
+def test_podmans_merged_port_ranges_are_expanded():
     labels = {"host": "a", "stack": "s", "clone": "/c", "inventory": "/i", "definition": "{}"}
     entry = {
         "Names": ["s-a"],
@@ -250,8 +250,8 @@ def test_podmans_merged_port_ranges_are_taken_apart():
     assert not found.running
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="limits are only handed on under Linux")
-def test_limits_are_the_machines(monkeypatch):
+@pytest.mark.skipif(sys.platform != "linux", reason="limits are passed on only on Linux")
+def test_limits_are_those_of_the_machine(monkeypatch):
     hard = {resource.RLIMIT_NOFILE: 4096, resource.RLIMIT_NPROC: resource.RLIM_INFINITY}
     monkeypatch.setattr(resource, "getrlimit", lambda number: (1, hard[number]))
     text = " ".join(machine.limits())
@@ -261,7 +261,7 @@ def test_limits_are_the_machines(monkeypatch):
     assert "nofile=-1:-1" in " ".join(machine.limits())
 
 
-def test_mirrors_are_found_in_both_formats_of_apt():
+def test_mirrors_are_found_in_both_apt_formats():
     text = """
     # deb http://old.example/debian trixie main
     deb [signed-by=/k.gpg] http://mirror.example/debian/ trixie main
@@ -278,7 +278,7 @@ def test_mirrors_are_found_in_both_formats_of_apt():
 # Generated variables
 
 
-def test_variables_are_literal_and_private(tmp_path, monkeypatch):
+def test_generated_variables_are_literal_and_private(tmp_path, monkeypatch):
     certificate = tmp_path / "extra.crt"
     monkeypatch.setenv("TESTBED_CA_CERTIFICATES", str(certificate))
     hosts = [container(), container("mail", published={1080: 8025})]
@@ -299,7 +299,7 @@ def test_variables_are_literal_and_private(tmp_path, monkeypatch):
     assert list(tmp_path.glob("*_vars")) == []
 
 
-def test_a_stand_in_says_where_its_repositories_are(tmp_path):
+def test_variables_of_a_stand_in_are_included(tmp_path):
     files = ssh.host_files("tb-x-sandbox", "node1")
     files.mkdir(parents=True)
     (files / "variables.yml").write_text("erlang_repository_urls: [file:///srv]\n")
@@ -310,7 +310,7 @@ def test_a_stand_in_says_where_its_repositories_are(tmp_path):
     assert "testbed_platform: debian13" in text
 
 
-def test_other_variables_stay_when_the_generated_ones_go(tmp_path):
+def test_removal_keeps_other_variables(tmp_path):
     generated.write(tmp_path, [container()])
     kept = tmp_path / "group_vars/all/10-mine.yml"
     kept.write_text("a: 1\n")

@@ -1,4 +1,4 @@
-"""What inventories/common makes of inventories with many hosts and with one."""
+"""The variables of inventories/common for inventories with one and with several hosts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NAMES = (
 
 
 def wired(folder, groups, seed="0", **variables):
-    """For each host of an inventory its variables."""
+    """The variables of each host of an inventory."""
     inventory = folder / "inventory"
     if not inventory.exists():
         common_variables(inventory)
@@ -50,7 +50,7 @@ def one(tmp_path_factory):
 
 
 def test_lists_of_hosts_have_the_same_order_in_each_run(tmp_path):
-    """Ansible's filters for sets keep none; pg_hba.conf changed from run to run."""
+    """Ansible's set filters keep no order, with which pg_hba.conf would change in each run."""
     first, second = (wired(tmp_path, MANY, seed)["mq1"] for seed in ("1", "2"))
     assert first == second
     assert [client["address"] for client in first["postgresql_clients"]] == ["127.0.0.1", *sorted(["web1", *WORKERS])]
@@ -71,7 +71,7 @@ def test_several_hosts_reach_broker_and_database(many):
     assert many["worker3"]["wiring_broker_url"] == f"amqp://mailroom:{MARK}secretrabbitmqapppassword@mq1:5672/mailroom"
 
 
-def test_ports_for_others_are_opened_on_web_hosts_only(tmp_path):
+def test_only_web_hosts_open_ports_for_others(tmp_path):
     rules = [{"ports": [80, 443]}]
     hosts = wired(tmp_path, MANY, app_firewall_rules=rules)
     assert {host for host, values in hosts.items() if values["firewall_rules"][-1:] == rules} == {"web1"}
@@ -79,12 +79,12 @@ def test_ports_for_others_are_opened_on_web_hosts_only(tmp_path):
     assert [rule["ports"] for rule in hosts["mq1"]["firewall_rules"]] == [[5672], [5432]]
 
 
-def test_what_there_is_one_of_is_on_one_host(many):
+def test_single_services_run_on_one_host(many):
     assert [host for host in MANY["workers"] if many[host]["celery_beat"]] == ["worker1"]
     assert [host for host in MANY["app"] if many[host]["django_migrate"]] == ["web1"]
 
 
-def test_flower_has_a_broker_user_of_its_own(many):
+def test_flower_has_its_own_broker_user(many):
     assert many["mq1"]["flower_broker_url"].startswith(f"amqp://mailroom-flower:{MARK}secretrabbitmqflowerpassword@127.0.0.1:")
 
 
@@ -99,7 +99,7 @@ def test_each_setting_has_its_own_secret(many):
     assert stdin == {"username": "admin", "password": f"{MARK}secretappadminpassword", "api_key": f"{MARK}secretappapikey"}
 
 
-def test_a_database_elsewhere_is_the_applications(tmp_path):
+def test_application_uses_an_external_database(tmp_path):
     elsewhere = "postgresql://shop@db.example.org/shop"
     groups = {name: hosts for name, hosts in MANY.items() if name != "database"}
     assert wired(tmp_path, groups, app_database_url=elsewhere)["web1"]["django_environment"]["DATABASE_URL"] == elsewhere

@@ -1,7 +1,7 @@
-"""The application on this machine for development: `make app` starts it, Ctrl-C ends it.
+"""Runs the application for development: `make app` starts it, Ctrl-C stops it.
 
-A PostgreSQL whose data is gone afterwards, web server, relay, worker and a mail catcher. The
-broker is that of BROKER_URL, or else the test host of `make broker-up`.
+Starts a temporary PostgreSQL, the web server, the relay, a worker and a mail catcher. The broker
+is that of BROKER_URL, or else the test host of `make broker-up`.
 """
 
 import json
@@ -26,12 +26,12 @@ TEST_HOST = (
     *(".venv/bin/python", "-m", "testbed", "info"),
     *("--inventory", "inventories/app-tests", "--value", "broker.url"),
 )
-# For the processes to end by themselves.
+# Processes that have not ended after this time are killed.
 STOP_SECONDS = 10
 
 
 class Signals:
-    """Remembers that the run has to end. What is being started then still gets its end."""
+    """Records a signal, so that a process that is being started is stopped too."""
 
     def __init__(self) -> None:
         self.arrived = False
@@ -43,7 +43,7 @@ class Signals:
 
 
 class Processes:
-    """Each in a process group of its own, which Ctrl-C does not reach."""
+    """The processes, each in its own process group, which Ctrl-C does not signal."""
 
     def __init__(self, env: dict[str, str]) -> None:
         self.env = env
@@ -53,7 +53,7 @@ class Processes:
         command = [sys.executable, *arguments]
         options |= {"cwd": APP, "env": self.env, "text": True, "start_new_session": True}
         if subprocess.run(command, stdout=subprocess.DEVNULL, check=False, **options).returncode:
-            sys.exit(f"This failed: {' '.join(arguments)}")
+            sys.exit(f"Command failed: {' '.join(arguments)}")
 
     def start(self, name: str, *arguments: str) -> None:
         process = self.started[name] = subprocess.Popen(
@@ -70,7 +70,7 @@ class Processes:
         threading.Thread(target=copy, args=(name, process.stdout), daemon=True).start()
 
     def ended(self) -> str:
-        """The name of one that has ended, with its exit status."""
+        """The name and exit status of a process that has ended, or ""."""
         statuses = {name: process.poll() for name, process in self.started.items()}
         return next((f"{n} ({status})" for n, status in statuses.items() if status is not None), "")
 
@@ -81,7 +81,7 @@ class Processes:
         for process in self.started.values():
             with suppress(subprocess.TimeoutExpired):
                 process.wait(max(0, deadline - time.monotonic()))
-            with suppress(ProcessLookupError):  # then none of the group is left
+            with suppress(ProcessLookupError):  # the whole group has ended
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
@@ -93,21 +93,21 @@ def copy(name: str, output: IO[str]) -> None:
 
 
 def port_of(variable: str, default: int) -> int:
-    """The port that the variable names, 0 for any free one; ends the run if it can't be used."""
+    """The port that the variable sets, 0 for any free one. Exits if it can't be used."""
     value = os.environ.get(variable) or default
     try:
         with socket.create_server((HOST, int(value))) as server:
             port: int = server.getsockname()[1]
             return port
     except (OSError, OverflowError, ValueError) as error:
-        sys.exit(f"Port {value} can't be used: {error}. Name another one in {variable}.")
+        sys.exit(f"Port {value} can't be used: {error}. Set another one in {variable}.")
 
 
 def broker_url() -> str:
-    """Ends the run if no broker answers."""
+    """The URL of the broker. Exits if it does not respond."""
     if named := os.environ.get("BROKER_URL"):
         if not any(answers(url) for url in named.split(";")):
-            sys.exit("No broker answers at the host and port of BROKER_URL.")
+            sys.exit("No broker responds at the host and port of BROKER_URL.")
         return named
     with suppress(OSError):
         options = {"cwd": APP.parent, "text": True, "start_new_session": True}
@@ -132,14 +132,14 @@ def main() -> int:
     web_port, mail_port = port_of("WEB_PORT", 8000), port_of("MAIL_PORT", 8025)
     smtp_port = port_of("SMTP_PORT", 0)
     broker = broker_url()
-    # Nothing has to outlive the machine.
+    # The data is temporary, so it needn't survive a crash.
     with Postgresql(fsync="off") as server:
         processes = Processes(
             os.environ
             | {
                 "DJANGO_SETTINGS_MODULE": "mailroom.settings",
                 "PYTHONUNBUFFERED": "1",
-                # What they leave there goes with the database.
+                # Temporary files are deleted with the database.
                 "TMPDIR": str(server.directory),
                 "DEBUG": "true",
                 "HTTPS_ONLY": "false",
@@ -164,7 +164,7 @@ def main() -> int:
             processes.start("worker", "-m", "celery", "-A", "mailroom", *worker)
             while not signals.arrived:
                 if name := processes.ended():
-                    print(f"{name} has ended, so the others are ended too.")
+                    print(f"{name} has ended; stopping the other processes.")
                     return 1
                 time.sleep(0.2)
         finally:

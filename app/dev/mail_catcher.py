@@ -1,6 +1,6 @@
 """A mail server that delivers nothing: python -m dev.mail_catcher SMTP_PORT PAGE_PORT
 
-Keeps the last messages in memory and shows them on a page.
+Keeps the latest messages in memory and shows them on a web page.
 """
 
 import sys
@@ -66,7 +66,7 @@ class Catcher:
 
 
 def content(part: EmailMessage) -> str:
-    """The text of a part; HTML as its source. Of an attachment the name and the size."""
+    """A part as HTML: its text, the source of HTML, or the name and size of an attachment."""
     data = part.get_payload(decode=True) or b""
     if part.get_content_maintype() == "text" and not part.is_attachment():
         return f"<pre>{escape(data.decode('utf-8', 'replace'))}</pre>"
@@ -86,7 +86,7 @@ def page_handler(catcher: Catcher) -> type[BaseHTTPRequestHandler]:
             self.wfile.write(page.encode("utf-8", "replace"))
 
         def log_message(self, *_: Any) -> None:
-            """The page reloads itself every few seconds."""
+            """Logs nothing, because the page reloads itself every few seconds."""
 
     return Handler
 

@@ -56,9 +56,9 @@ class DeliveryAdmin(ReadOnly, admin.ModelAdmin):
     inlines = (AttemptInline,)
     actions = ("replay",)
 
-    @admin.action(description="Send failed and held deliveries again", permissions=["replay"])
+    @admin.action(description="Retry failed and held deliveries", permissions=["replay"])
     def replay(self, request: HttpRequest, queryset: QuerySet[Delivery]) -> None:
-        # An UPDATE can't have the list's order and joins.
+        # The list's queryset has an order and joins, which an UPDATE can't have.
         chosen = Delivery.objects.filter(pk__in=list(queryset.values_list("pk", flat=True)))
         count = services.replay(chosen)
         messages.success(
@@ -87,7 +87,7 @@ class ApiKeyAdmin(admin.ModelAdmin):
         if not change:
             key = secrets.token_urlsafe(32)
             obj.digest = api_keys.hash_key(key)
-            messages.warning(request, f"The key, which is shown only now: {key}")
+            messages.warning(request, f"The new key, shown only once: {key}")
         super().save_model(request, obj, form, change)
 
 

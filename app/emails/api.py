@@ -1,4 +1,4 @@
-"""The API: authentication, and what its errors answer. The calls are in api_….py."""
+"""The API: authentication and error responses. The calls are in api_….py."""
 
 import logging
 
@@ -67,8 +67,8 @@ def invalid(request: HttpRequest, error: ValidationError) -> HttpResponse:
 
 @api.exception_handler(MalformedRequest)
 def malformed(request: HttpRequest, error: MalformedRequest) -> HttpResponse:
-    # The place of a problem: "body", the name of the view's parameter, the field; or "path",
-    # "query" or "header" and the name.
+    # Pydantic's location of a problem: "body", the name of the view's parameter, the field; or
+    # "path", "query" or "header" and the name.
     problems = [
         (problem["loc"][2 if problem["loc"][0] == "body" else 1 :], problem["msg"])
         for problem in error.errors

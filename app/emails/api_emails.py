@@ -36,8 +36,8 @@ from emails.states import State
 from emails.validation import File
 
 REFUSALS = {
-    Conflict: (409, "This idempotency key belongs to an email with other content."),
-    OverLimit: (429, "Too many recipients within an hour."),
+    Conflict: (409, "This idempotency key was used with other content."),
+    OverLimit: (429, "Hourly limit of recipients exceeded."),
 }
 
 router = Router()
@@ -63,10 +63,10 @@ def create_email(
     idempotency_key: str | None = Header(
         None,
         alias="Idempotency-Key",
-        description="A repeated request with the same key and content gets the first id.",
+        description="A repeated request with the same key and content returns the first id.",
     ),
 ) -> Any:
-    """Stores the email and answers at once; a relay and workers deliver it."""
+    """Stores the email for delivery and returns immediately."""
     accepted = services.accept(request.auth.owner, message(email), idempotency_key)
     return Status(202, answer(request, accepted))
 
@@ -77,7 +77,7 @@ def create_email(
     summary="Accept several emails",
 )
 def create_emails(request: Request, batch: BatchIn) -> Any:
-    """Stores the emails in one transaction. One that is refused does not stop the others."""
+    """Stores the emails in one transaction. A refused email does not stop the others."""
     if len(batch.emails) > conf.MAX_BATCH:
         raise ValidationError({"emails": f"must not be more than {conf.MAX_BATCH}"})
     submitted: list[tuple[Message, str | None]] = []
@@ -145,13 +145,13 @@ def decode(attachments: list[AttachmentIn]) -> list[File]:
 @router.get(
     "",
     response={200: EmailPage, 401: Detail, 422: Errors},
-    summary="List and search, the newest first",
+    summary="List and search emails, newest first",
 )
 def list_emails(
     request: Request,
-    state: State | None = Query(None, description="With a delivery in this state."),
-    q: str = Query("", description="Part of a subject or a recipient, or an id."),
-    before: UUID | None = Query(None, description="`next` of the page before."),
+    state: State | None = Query(None, description="Only emails with a delivery in this state."),
+    q: str = Query("", description="Part of a subject or of a recipient, or an id."),
+    before: UUID | None = Query(None, description="`next` of the previous page."),
     limit: int = Query(50, ge=1, le=200),
 ) -> Any:
     found = listing.find(request.auth.owner, state=state, text=q)
@@ -166,7 +166,7 @@ def list_emails(
     "/{email_id}",
     response={200: EmailOut, 401: Detail, 404: Detail, 422: Errors},
     by_alias=False,
-    summary="Show an email, with every attempt",
+    summary="Show an email with all attempts",
 )
 def get_email(request: Request, email_id: UUID) -> Any:
     emails = listing.find(request.auth.owner).prefetch_related("deliveries__log")
@@ -186,7 +186,7 @@ def replay_email(request: Request, email_id: UUID) -> Any:
 @router.post(
     "/{email_id}/cancel",
     response={202: Cancelled, 401: Detail, 404: Detail, 422: Errors},
-    summary="Cancel the deliveries of an email that no worker has begun to send",
+    summary="Cancel the deliveries of an email that no worker has started to send",
 )
 def cancel_email(request: Request, email_id: UUID) -> Any:
     email = get_object_or_404(listing.find(request.auth.owner), pk=email_id)

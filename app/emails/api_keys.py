@@ -1,4 +1,4 @@
-"""Keys of the API: each acts for a user."""
+"""API keys. A request with a key acts for the key's owner."""
 
 import hashlib
 import hmac
@@ -19,7 +19,7 @@ def hash_key(key: str) -> str:
 
 
 def authenticate(key: str) -> ApiKey | None:
-    """The API key with its owner and the owner's limits; None if it is unknown or revoked."""
+    """The API key with its owner and the owner's limits, or None if it is unknown or revoked."""
     digest = hash_key(key)
     user_model = get_user_model()
     models = ((ApiKey, "k"), (user_model, "u"), (SendingLimits, "l"))
@@ -43,7 +43,7 @@ def authenticate(key: str) -> ApiKey | None:
 
 
 def instance(model: Any, values: Sequence[Any]) -> Any:
-    """As a QuerySet makes it of a row: `values` in the order of the model's fields."""
+    """A model instance from a row, as a QuerySet creates it: `values` in the fields' order."""
     fields = model._meta.concrete_fields
     converted = [
         field.from_db_value(value, None, connection) if hasattr(field, "from_db_value") else value

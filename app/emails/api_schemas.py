@@ -1,4 +1,4 @@
-"""What the API takes and answers."""
+"""The schemas of the API's requests and responses."""
 
 from collections.abc import Iterable, Sequence
 from datetime import datetime
@@ -16,13 +16,13 @@ from emails.states import State
 
 
 class Request(HttpRequest):
-    """One that has passed authentication."""
+    """An authenticated request."""
 
     auth: ApiKey
 
 
 def limit_count(attachments: Any) -> Any:
-    """Refuses too many attachments before each of them is looked at."""
+    """Refuses too many attachments before each one is validated."""
     if isinstance(attachments, list) and len(attachments) > conf.MAX_ATTACHMENTS:
         raise PydanticCustomError("too_many", f"must not be more than {conf.MAX_ATTACHMENTS}")
     return attachments
@@ -42,37 +42,37 @@ class EmailIn(Schema):
     subject: str
     text: str
     html: str = ""
-    sender: str = Field("", alias="from", description="An allowed sender; else the default one.")
+    sender: str = Field("", alias="from", description="An allowed sender. Default: the site's.")
     to: list[str] = Field(description="Each recipient gets a separate message.")
     cc: list[str] = []
-    bcc: list[str] = Field([], description="Recipients that no other one is shown.")
+    bcc: list[str] = Field([], description="Recipients that others do not see.")
     reply_to: list[str] = []
     headers: dict[str, str] = Field(
-        {}, description="Further headers, such as List-Unsubscribe. None that the fields make."
+        {}, description="Further headers, such as List-Unsubscribe. Not those of other fields."
     )
     attachments: Annotated[list[AttachmentIn], BeforeValidator(limit_count)] = []
     show_recipients: bool = Field(
         False,
-        description="Whether To and Cc are shown to all, as they are if there is a cc. Else each "
-        "recipient sees only its own address.",
+        description="Whether recipients see the addresses in To and Cc. They always do if there is "
+        "a cc. Otherwise each recipient sees only its own address.",
     )
-    send_at: datetime | None = Field(None, description="No attempt begins before it.")
+    send_at: datetime | None = Field(None, description="No attempt starts before this time.")
     deadline: datetime | None = Field(
-        None, description="No attempt begins after it. Later than send_at."
+        None, description="No attempt starts after this time. Must be later than send_at."
     )
     skip_suppressed: bool = Field(
-        False, description="Whether suppressed recipients are skipped. Else they are an error."
+        False, description="Whether suppressed recipients are skipped. Otherwise they are an error."
     )
 
 
 class BatchEmailIn(EmailIn):
-    idempotency_key: str | None = Field(None, description="As the header Idempotency-Key.")
+    idempotency_key: str | None = Field(None, description="Like the header Idempotency-Key.")
 
 
 class BatchIn(Schema):
     model_config = ConfigDict(extra="forbid")
 
-    # Each is validated by the view: one that is wrong doesn't stop the others.
+    # The view validates each email, so that an invalid one doesn't stop the others.
     emails: list[SkipValidation[BatchEmailIn]]
 
 
@@ -90,7 +90,7 @@ class Detail(Schema):
 
 
 def errors_by_field(problems: Iterable[tuple[Sequence[str | int], str]]) -> dict[str, list[str]]:
-    """Of messages and where each belongs: a field, and perhaps an index in a list and so on."""
+    """Groups messages by field. A problem has a location, which starts with the field."""
     errors: dict[str, list[str]] = {}
     for place, message in problems:
         errors.setdefault(str(place[0]) if place else "body", []).append(message)
@@ -111,7 +111,7 @@ class RefusedResult(Detail):
 
 class BatchResults(Schema):
     results: list[AcceptedResult | InvalidResult | RefusedResult] = Field(
-        description="One for each email of the request, in the same order."
+        description="One result per email of the request, in the same order."
     )
 
 
@@ -178,7 +178,7 @@ class SuppressionOut(Schema):
     id: int
     address: str = Field(description="In lower case.")
     reason: Suppression.Reason
-    detail: str = Field(description="The mail server's answer, if it refused the recipient.")
+    detail: str = Field(description="The mail server's reply, if it refused the recipient.")
     created_at: datetime
 
 

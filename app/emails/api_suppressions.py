@@ -24,12 +24,12 @@ router = Router()
 @router.get(
     "",
     response={200: SuppressionPage, 401: Detail, 422: Errors},
-    summary="List and search, the newest first",
+    summary="List and search suppressed addresses, newest first",
 )
 def list_suppressions(
     request: Request,
     q: str = Query("", description="Part of an address."),
-    before: int | None = Query(None, description="`next` of the page before."),
+    before: int | None = Query(None, description="`next` of the previous page."),
     limit: int = Query(50, ge=1, le=200),
 ) -> Any:
     found = listing.find_suppressions(request.auth.owner, q)
@@ -46,7 +46,7 @@ def list_suppressions(
     summary="Suppress an address",
 )
 def suppress(request: Request, suppression: SuppressionIn) -> Any:
-    """From now on no email of this owner is accepted for it. 200 if it is suppressed already."""
+    """Refuses the owner's emails to the address from now on. 200: it is suppressed already."""
     try:
         check_address(suppression.address)
     except ValidationError as error:
@@ -60,10 +60,10 @@ def suppress(request: Request, suppression: SuppressionIn) -> Any:
 @router.delete(
     "/{suppression_id}",
     response={204: None, 401: Detail, 404: Detail, 422: Errors},
-    summary="Send to an address again",
+    summary="Remove an address from the suppression list",
 )
 def unsuppress(request: Request, suppression_id: int) -> Any:
-    """By its id, so that no access log has the address."""
+    """Takes the id, so that no access log has the address."""
     found = Suppression.objects.filter(owner=request.auth.owner, pk=suppression_id)
     deleted, _ = found.delete()
     if not deleted:

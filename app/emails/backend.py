@@ -11,14 +11,14 @@ from django.db import transaction
 from emails import services
 from emails.validation import File
 
-# Django lets these headers replace the fields of a message.
+# In Django, these headers override the fields of a message.
 REPLACED_HEADERS = {"to", "cc", "bcc", "reply-to", "message-id", "date", "from"}
 
 
 class EmailBackend(BaseEmailBackend):
-    """EMAIL_BACKEND = "emails.backend.EmailBackend": stores what Django's mail functions send.
+    """EMAIL_BACKEND = "emails.backend.EmailBackend": stores the emails of Django's mail functions.
 
-    It does so within the caller's transaction. The relay and workers deliver it, by
+    It stores them in the caller's transaction. The workers deliver them with
     EMAILS_DELIVERY_BACKEND or EMAILS_DELIVERY_MAILER.
     """
 

@@ -7,13 +7,13 @@ from celery.utils.text import str_to_list
 
 from emails.queues import CONSUMED
 
-# The project's own settings win over these.
+# The project's settings override these.
 DEFAULTS: dict[str, Any] = {
     "worker_detect_quorum_queues": True,
     "broker_native_delayed_delivery_queue_type": "classic",
-    # Workers outlive any outage of the broker. Publishing ends in bounded time even if the broker
-    # has stopped reading (an alarm of memory or disk), and is not repeated: each try that timed
-    # out may have left a copy.
+    # Workers survive any outage of the broker. Publishing has a timeout, because a broker with a
+    # memory or disk alarm stops reading. It is not retried, because an attempt that timed out may
+    # have published a copy.
     "broker_connection_retry_on_startup": True,
     "broker_connection_max_retries": None,
     "broker_connection_timeout": 4,
@@ -30,9 +30,9 @@ DEFAULTS: dict[str, Any] = {
     },
     "task_publish_retry": False,
     "worker_cancel_long_running_tasks_on_connection_loss": False,
-    # With an exclusive control queue a worker exits when it reconnects before the broker noticed
-    # that the old connection is gone; RabbitMQ 4.3 refuses one that is neither exclusive nor
-    # durable.
+    # With an exclusive control queue, a worker exits when it reconnects before the broker has
+    # noticed the loss of the old connection. RabbitMQ 4.3 refuses queues that are neither
+    # exclusive nor durable.
     "control_queue_exclusive": False,
     "control_queue_durable": True,
     "event_queue_exclusive": True,
@@ -40,7 +40,7 @@ DEFAULTS: dict[str, Any] = {
 
 
 def configure(app: Celery) -> None:
-    """Makes a project's Celery application ready for the tasks of this app.
+    """Configures a project's Celery application for the tasks of this app.
 
     Call it in celery.py after config_from_object().
     """
@@ -51,16 +51,16 @@ def configure(app: Celery) -> None:
 
 
 def _add_defaults(source: Any, **_: Any) -> None:
-    """Celery's own add_defaults() would win over the project's settings."""
+    """Not Celery's add_defaults(), which would override the project's settings."""
     for maps in (source.maps, source.defaults):
         maps.insert(-1, DEFAULTS)
 
 
 def _prepare_worker(instance: Any, options: dict[str, Any], **_: Any) -> None:
-    """Prepares a worker of these queues. Other workers of the project stay as they are.
+    """Prepares a worker that consumes this app's queues. Other workers are not changed.
 
-    If one of its queues is a quorum queue, Celery handles tasks with an eta in another way. So no
-    other process gets these queues.
+    Celery handles tasks with an eta differently if a process has a quorum queue. So no other
+    process gets these queues.
     """
     queues = instance.app.amqp.queues
     names = str_to_list(options.get("queues")) or list(queues)
@@ -70,7 +70,7 @@ def _prepare_worker(instance: Any, options: dict[str, Any], **_: Any) -> None:
     for queue in consumed:
         if queue.name not in queues:
             queues.add(queue)
-    # Imported late: only workers need the module.
+    # Imported here, because only workers need the module.
     from emails import worker
 
     worker.prepare(instance.app)

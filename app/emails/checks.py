@@ -44,7 +44,7 @@ def delivery_errors() -> list[CheckMessage]:
             return [Error(message, id="emails.E003")]
     try:
         backend = smtp.new_backend()  # connects to nothing
-    except Exception as error:  # whatever a backend says of its settings
+    except Exception as error:  # backends raise any error for wrong settings
         return [Error(f"{name}: {type(error).__name__}: {error}", id="emails.E003")]
     if not isinstance(backend, BaseEmailBackend) or isinstance(backend, EmailBackend):
         path = f"{type(backend).__module__}.{type(backend).__qualname__}"

@@ -1,6 +1,6 @@
 """The settings of this app: EMAILS_… in the project's settings module.
 
-They are read when they are used. emails/checks.py reports wrong ones by Django's system checks.
+They are read at each use. emails/checks.py reports wrong ones in Django's system checks.
 """
 
 from collections.abc import Callable
@@ -9,14 +9,14 @@ from typing import Any, Generic, TypeVar, overload
 from django.conf import settings
 
 T = TypeVar("T")
-# A check returns what is allowed when the value is wrong, else None.
+# A check returns None for a valid value, else a description of the allowed values.
 Check = Callable[[Any], str | None]
 
 PREFIX = "EMAILS_"
 
 
 class Setting(Generic[T]):
-    """A setting with its default and the check of its value."""
+    """A setting with its default and check."""
 
     def __init__(self, default: T, check: Check) -> None:
         self.default, self.check = default, check
@@ -37,7 +37,7 @@ class Setting(Generic[T]):
 
 
 def is_number(value: Any, kinds: type | tuple[type, ...]) -> bool:
-    """Whether it is one of these kinds and finite."""
+    """Whether the value is a finite number of one of these types."""
     number = isinstance(value, kinds) and not isinstance(value, bool)
     return number and abs(value) < float("inf")
 
@@ -101,21 +101,21 @@ class Conf:
     MAX_ATTACHMENTS = Setting(50, whole(0))
     MAX_EMAIL_BYTES = Setting(10 * 1024**2, whole())
     MAX_BATCH = Setting(500, whole())
-    # Per owner; 0: no limit.
+    # Per owner; 0: unlimited.
     RECIPIENTS_PER_HOUR = Setting(0, whole(0))
 
     # ---- Delivery ----
-    # The mail server: an email backend by its path, or an alias of MAILERS (Django 6.1).
+    # The mail server: the path of an email backend, or an alias of MAILERS (Django 6.1).
     DELIVERY_BACKEND = Setting("django.core.mail.backends.smtp.EmailBackend", text)
     DELIVERY_MAILER = Setting("", text)
-    # Seconds to wait for a reply of the mail server, where EMAIL_TIMEOUT or the mailer has none.
+    # Seconds to wait for a reply of the mail server, unless EMAIL_TIMEOUT or the mailer sets them.
     DELIVERY_TIMEOUT = Setting[float](10, seconds(0.1))
     DEADLINE_SECONDS = Setting(86400, seconds(1))
     RETRY_SECONDS = Setting[float](30.0, seconds(0.1))
     UNCERTAIN_POLICY = Setting("resend", one_of("resend", "hold"))
-    # A worker's attempt ends within it; afterwards the relay takes the delivery back.
+    # A worker's attempt must end within this time. After it, the relay takes the delivery back.
     SENDING_LEASE_SECONDS = Setting[float](600, seconds(5))
-    # SMTP connections of all workers together; 0: as many as there are worker processes.
+    # The maximum of SMTP connections of all workers together; 0: one per worker process.
     SMTP_CONNECTIONS = Setting(0, whole(0))
     DOMAIN_LIMITS = Setting[dict[str, dict[str, float]]]({}, domain_limits)
 

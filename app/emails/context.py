@@ -1,4 +1,4 @@
-"""The ids that every log record of a request, a publication or a task carries."""
+"""The ids in the log records of a request, a publication or a task."""
 
 import logging
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ def get(name: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """The text with all that is not printable escaped: it starts no line, colours no terminal."""
+    """The text with unprintable characters escaped, such as line breaks and terminal codes."""
     if text.isprintable():
         return text
     return "".join(

@@ -1,7 +1,7 @@
-"""The state machine of deliveries: emails/sql/deliveries.sql as functions.
+"""The state machine of deliveries: a function for each statement of emails/sql/deliveries.sql.
 
-Relay: lease, then publish, or release if that failed. Worker: claim, then begin just before the
-message goes to the mail server, then record.
+The relay leases a delivery and publishes it, or releases it if publishing fails. A worker claims
+it, begins it just before the message goes to the mail server, and records the outcome.
 """
 
 import json
@@ -21,11 +21,11 @@ from emails.states import State
 
 SQL = load("deliveries.sql")
 
-# A published message may wait behind others; after this the delivery is published again.
+# How long a published message may wait in the queue; after this the delivery is published again.
 PUBLISHED_LEASE = timedelta(minutes=10)
-# A publication that no worker got within this time, though the queue is empty, is lost.
+# A publication is lost if the queue is empty and no worker has got it within this time,
 LOST_AFTER = timedelta(seconds=30)
-# So is one that was overtaken by what was published so much later.
+# or if a worker has got another one that was published this much later.
 OVERTAKEN_BY = timedelta(seconds=60)
 REQUEUE_BATCH = 1000
 BEGINNING_OF_TIME = datetime(1970, 1, 1, tzinfo=UTC)
@@ -33,14 +33,14 @@ ANSWER_LENGTH = 500
 
 
 def following(result: State, *, attempts: int, seconds_left: float) -> Step:
-    """What follows the result of an attempt, by the settings."""
+    """The next step after the result of an attempt, with the policy and waits of the settings."""
     return next_step(
         result,
         attempts=attempts,
         seconds_left=seconds_left,
         policy=conf.UNCERTAIN_POLICY,
         retry_seconds=conf.RETRY_SECONDS,
-        jitter=random.random(),  # noqa: S311 - spreads load, hides nothing
+        jitter=random.random(),  # noqa: S311 - spreads load, no cryptography
     )
 
 
@@ -48,15 +48,15 @@ def following(result: State, *, attempts: int, seconds_left: float) -> Step:
 
 
 def is_due(floor: datetime = BEGINNING_OF_TIME) -> bool:
-    """Whether a delivery is due since `floor` or later."""
+    """Whether a delivery has a due time at or after `floor` that has passed."""
     found: bool = fetch(SQL["due_exists"], {"floor": floor}, prepare=False)[0][0]
     return found
 
 
 def lease(most: int, floor: datetime = BEGINNING_OF_TIME) -> Lease:
-    """Takes up to `most` deliveries that are due since `floor` or later for publishing.
+    """Leases up to `most` due deliveries, with a due time at or after `floor`, for publishing.
 
-    On the way it fails those whose deadline passed, and ends attempts whose worker is gone.
+    It also expires deliveries whose deadline passed, and ends attempts whose worker has died.
     """
     with pacing.allowances() as allowed:
         values = {
@@ -67,7 +67,7 @@ def lease(most: int, floor: datetime = BEGINNING_OF_TIME) -> Lease:
             "allowances": json.dumps(allowed.by_domain),
             "allowance": allowed.others,
         }
-        # Planned each time: a plan for an empty table would read a full one from end to end.
+        # Not prepared, because a plan for an empty table would scan a full one completely.
         rows = fetch(SQL["lease"], values, prepare=False)
         allowed.spend([row[5] for row in rows if row[1]])
     taken = Lease()
@@ -91,31 +91,31 @@ def lease(most: int, floor: datetime = BEGINNING_OF_TIME) -> Lease:
 
 def _abandoned(pk: int, number: int, data_sent: bool, seconds: float, left: float) -> Ended:
     if data_sent:
-        result, answer = State.UNCERTAIN, "The worker was lost while it sent the message."
+        result, answer = State.UNCERTAIN, "The worker died while it was sending the message."
     else:
-        result, answer = State.DEFERRED, "The worker was lost before it sent the message."
+        result, answer = State.DEFERRED, "The worker died before it sent the message."
     step = following(result, attempts=number, seconds_left=max(left, 0))
     if step.state == State.DEFERRED:
-        step = Step(State.DEFERRED, 0)  # nothing is wrong with the mail server
+        step = Step(State.DEFERRED, 0)  # retry now, because the mail server did not fail
     return Ended(pk, number, step, None, answer, max(seconds, 0))
 
 
 def release(lease: Lease) -> None:
-    """Ends the leases of what was not published, unless somebody else has them by now."""
+    """Ends the leases of unpublished deliveries, unless another process has leased them again."""
     if lease.deliveries:
         ids = [delivery.id for delivery in lease.deliveries]
         _count("release", {"ids": ids, "published_at": lease.published_at})
 
 
 def is_waiting_for_worker() -> bool:
-    """Whether a delivery was published so long ago that its publication may be lost."""
+    """Whether a delivery has been waiting for a worker so long that its message may be lost."""
     values = {"published_lease": PUBLISHED_LEASE, "lost_after": LOST_AFTER}
     found: bool = fetch(SQL["published_exists"], values, prepare=False)[0][0]
     return found
 
 
 def requeue_lost(queue_is_empty: bool) -> int:
-    """Has the relay publish again what RabbitMQ confirmed and lost; returns how many."""
+    """Makes deliveries due whose message RabbitMQ confirmed and lost; returns how many."""
     values = {
         "queue_is_empty": queue_is_empty,
         "published_lease": PUBLISHED_LEASE,
@@ -128,7 +128,10 @@ def requeue_lost(queue_is_empty: bool) -> int:
 
 
 def reset_impossible_due_times() -> int:
-    """Makes due what waits longer than its state allows: a clock was wrong. Returns how many."""
+    """Makes deliveries due that wait longer than their state allows, because a clock was wrong.
+
+    Returns how many.
+    """
     values = {
         "published_lease": PUBLISHED_LEASE,
         "sending_lease": sending_lease(),
@@ -146,7 +149,7 @@ def sending_lease() -> timedelta:
 
 
 def claim(ids: Iterable[int]) -> list[Claimed]:
-    """Takes those of the deliveries that are queued. Of several copies of a message one gets it."""
+    """Claims those of the deliveries that are queued, so that only one copy of a message sends."""
     rows = fetch(SQL["claim"], {"ids": list(ids), "lease": sending_lease()})
     return [_claimed(*row) for row in sorted(rows)]
 
@@ -160,10 +163,9 @@ def _claimed(
 
 
 def record(ended: Sequence[Ended], begin: Sequence[Claimed] = ()) -> tuple[set[int], set[int]]:
-    """Ends attempts, and notes of others that the server may get the message from now on.
+    """Ends attempts, and marks others whose message is about to go to the mail server.
 
-    Returns the ids of those ended and of those begun. What is missing there is another's by now:
-    the lease was lost.
+    Returns the ids of the ended and of the begun ones. A missing id means that the lease was lost.
     """
     values = {
         "ids": [each.id for each in ended],
@@ -187,7 +189,7 @@ def record(ended: Sequence[Ended], begin: Sequence[Claimed] = ()) -> tuple[set[i
 
 
 def unclaim(claimed: Sequence[Claimed]) -> None:
-    """Gives back claimed deliveries of which nothing was sent."""
+    """Queues claimed deliveries again of which nothing was sent."""
     numbers = [each.number for each in claimed]
     _count("unclaim", {"ids": [each.id for each in claimed], "numbers": numbers})
 
@@ -197,11 +199,11 @@ def _bucket(seconds: float) -> float:
 
 
 def requeue(ids: Sequence[int]) -> None:
-    """Has the relay publish those again that still wait for a worker."""
+    """Makes those due again that still wait for a worker, so that the relay publishes them."""
     _count("requeue", {"ids": list(ids)})
 
 
-# ---- A person ----
+# ---- Operator ----
 
 
 def replay(ids: Sequence[int]) -> int:
@@ -211,7 +213,7 @@ def replay(ids: Sequence[int]) -> int:
 
 
 def cancel(ids: Sequence[int]) -> int:
-    """Cancels deliveries that no worker has begun to send; returns how many."""
+    """Cancels deliveries that no worker has started to send; returns how many."""
     return _count("cancel", {"ids": list(ids)})
 
 

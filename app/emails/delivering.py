@@ -1,4 +1,4 @@
-"""What a worker does with a message of the queue: claim, send, record."""
+"""Processes a message of the queue in a worker: claim, send, record."""
 
 import logging
 import time
@@ -18,16 +18,16 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Seconds between tries to reach a database that is being restarted.
+# Seconds between attempts to reach the database, such as during its restart.
 DATABASE_PAUSES = (0.2, 0.5, 1, 2, 3, 5, 5, 5, 5)
-# The emails that are claimed at a time are sent within about so many seconds, so that few become
-# uncertain when a worker dies. A fast server gets many at a time, a slow one a single email.
+# A chunk is as many emails as take about this time, so that few become uncertain when a worker
+# dies. With a fast server a chunk has many emails, with a slow one a single one.
 CHUNK_SECONDS = 0.25
 LARGEST_CHUNK = 20
 
 
 def retry_while_database_down(act: Callable[[], T]) -> T:
-    """Does it, and retries while the database is away: half a minute at most."""
+    """Calls `act`, and retries for up to half a minute while the database is unavailable."""
     for pause in DATABASE_PAUSES:
         try:
             return act()
@@ -41,13 +41,13 @@ def retry_while_database_down(act: Callable[[], T]) -> T:
 
 
 class Sender:
-    """Sends the deliveries of one message, a few at a time.
+    """Sends the deliveries of one message in chunks.
 
-    Attempts that ended are recorded together, in the statement that begins the next ones: one
-    durable commit for several emails of a fast server, and for each email of a slow one.
+    One statement records the ended attempts and begins the next ones. So several emails of a fast
+    server share a durable commit, and each email of a slow server has its own.
     """
 
-    # Seconds that the last email of this process took: how many to claim next.
+    # Seconds that the last email of this process took. The size of the next chunk depends on it.
     pace = float("inf")
 
     def __init__(self) -> None:
@@ -56,7 +56,7 @@ class Sender:
         self.built: dict[int, smtp.Envelope | Result] = {}
 
     def send(self, ids: Sequence[int]) -> None:
-        """Sends what is queued of these. What there is no time for goes back to the relay."""
+        """Sends the queued ones. Those that exceed the time limit go back to the relay."""
         end = time.monotonic() + conf.SENDING_LEASE_SECONDS / 5
         rest = deque(ids)
         first = True
@@ -70,7 +70,7 @@ class Sender:
                 claimed.pop(0)
                 first = False
             if claimed:
-                smtp.close()  # it may wait for the next message
+                smtp.close()  # the next message may be announced on the connection
                 retry_while_database_down(lambda left=claimed: deliveries.unclaim(left))  # type: ignore[misc]
                 rest.extend(each.id for each in claimed)
         self.flush()
@@ -80,13 +80,13 @@ class Sender:
 
     @classmethod
     def chunk_size(cls) -> int:
-        # A held delivery waits for a person, so only what was sent may become uncertain.
+        # An uncertain delivery waits for an operator, so only a sent one may become uncertain.
         if conf.UNCERTAIN_POLICY == "hold" or cls.pace <= 0:
             return 1
         return max(1, min(int(CHUNK_SECONDS / cls.pace), LARGEST_CHUNK))
 
     def attempt(self, claimed: Sequence[Claimed]) -> None:
-        """Sends the first of these; the others are those that come next."""
+        """Sends the first of these; the others are the next ones to send."""
         delivery, started = claimed[0], time.monotonic()
         ids = {"request_id": delivery.request_id, "email_id": delivery.email_id}
         with context.bind(**ids, delivery_id=delivery.id):
@@ -122,18 +122,18 @@ class Sender:
         return smtp.send(envelope, lambda: self.begin(claimed), upcoming)
 
     def build(self, delivery: Claimed) -> smtp.Envelope | Result:
-        """What is sent; or the result of an attempt that can't be made."""
+        """The envelope to send, or the result if the message can't be built."""
         try:
             message = messages.build(delivery)
             content = messages.as_bytes(message)
         except (DatabaseError, InterfaceError) as error:
             return Result(State.DEFERRED, None, type(error).__name__)
-        except Exception as error:  # this can't become a message, whatever the server is
+        except Exception as error:  # retries would fail too
             return Result(State.FAILED, None, f"{type(error).__name__}: {error}")
         return smtp.Envelope(delivery.sender, delivery.recipient, content, message)
 
     def begin(self, claimed: Sequence[Claimed]) -> bool:
-        """Notes that the server may get the first of these, and soon those after it."""
+        """Marks the first of these, and the rest of its chunk, as about to be sent."""
         if claimed[0].id not in self.begun:
             following = claimed[: self.chunk_size()]
             _, begun = deliveries.record(self.ended, following)
@@ -141,7 +141,7 @@ class Sender:
         return claimed[0].id in self.begun
 
     def flush(self) -> None:
-        """Records the attempts that ended."""
+        """Records the ended attempts."""
         if not self.ended:
             return
         done, _ = retry_while_database_down(lambda: deliveries.record(self.ended))
@@ -152,7 +152,7 @@ class Sender:
 
 
 def deliver(ids: Sequence[int]) -> None:
-    """Sends the deliveries of a message. Without a free SMTP connection they go back."""
+    """Sends the deliveries of a message, or requeues them if no SMTP connection is free."""
     with slots.smtp_slot(patience=conf.SENDING_LEASE_SECONDS / 5) as free:
         if free:
             Sender().send(ids)

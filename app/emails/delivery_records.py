@@ -1,4 +1,4 @@
-"""What the functions of emails/deliveries.py take and give."""
+"""Parameters and results of the functions in emails/deliveries.py."""
 
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -9,7 +9,7 @@ from emails.outcomes import Step
 
 @dataclass(frozen=True)
 class Leased:
-    """What the relay needs for publishing a delivery."""
+    """A delivery that the relay publishes."""
 
     id: int
     email_id: UUID
@@ -18,7 +18,7 @@ class Leased:
 
 @dataclass
 class Lease:
-    """Deliveries that one call took. `reached` is the due time up to which none was left."""
+    """The deliveries that a call has leased. `reached`: no earlier due delivery is left."""
 
     published_at: datetime | None = None
     deliveries: list[Leased] = field(default_factory=list)
@@ -34,7 +34,7 @@ class Claimed:
     number: int  # of the attempt, from 1
     recipient: str
     email_id: UUID
-    seconds_left: float  # until the deadline, when it was claimed
+    seconds_left: float  # from the claim to the deadline
     sender: str
     subject: str
     text: str
@@ -48,14 +48,14 @@ class Claimed:
 
     @property
     def message_id(self) -> str:
-        """The Message-ID header: the same at each attempt, so a duplicate is recognisable."""
+        """The Message-ID header. All attempts have the same one, so a duplicate can be detected."""
         domain = self.sender.rpartition("@")[2].rstrip(">")
         return f"<{self.email_id}.{self.id}@{domain}>"
 
 
 @dataclass(frozen=True)
 class Ended:
-    """An attempt that ended. `code` is the SMTP reply's; None if there was no reply."""
+    """An ended attempt. `code` is that of the SMTP reply, or None without a reply."""
 
     id: int
     number: int

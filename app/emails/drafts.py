@@ -1,4 +1,4 @@
-"""An email as it is submitted, and as it is once it was checked. Nothing here is stored."""
+"""A submitted email, before and after validation. Nothing is stored here."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from emails.validation import File
 
 @dataclass
 class Message:
-    """An email as it is submitted. An empty `sender` stands for DEFAULT_FROM_EMAIL."""
+    """A submitted email. An empty `sender` means DEFAULT_FROM_EMAIL."""
 
     subject: str
     text: str
@@ -35,7 +35,7 @@ class Message:
     skip_suppressed: bool = False
 
     def kinds(self) -> dict[str, str]:
-        """Each recipient and how it is named: to, cc or bcc."""
+        """The recipients, each with its kind: to, cc or bcc."""
         kinds: dict[str, str] = {}
         addresses = (self.recipients, self.cc, self.bcc)
         for kind, named in zip(Delivery.Kind, addresses, strict=True):
@@ -46,7 +46,7 @@ class Message:
 
 @dataclass
 class Draft:
-    """An email that was checked and isn't stored yet."""
+    """A valid email that isn't stored yet."""
 
     email: Email
     message: Message
@@ -54,7 +54,7 @@ class Draft:
 
 
 def prepare(owner: Any, message: Message, idempotency_key: str | None) -> Draft:
-    """Raises ValidationError if the message may not be sent."""
+    """Validates the message; raises ValidationError."""
     message.sender = message.sender or settings.DEFAULT_FROM_EMAIL
     kinds = message.kinds()
     check(owner, message, kinds, idempotency_key)
@@ -76,7 +76,7 @@ def prepare(owner: Any, message: Message, idempotency_key: str | None) -> Draft:
 
 
 def check(owner: Any, message: Message, kinds: Mapping[str, str], key: str | None) -> None:
-    """Raises ValidationError with all that is wrong, by field."""
+    """Raises ValidationError with all errors by field."""
     v = validation
     body = v.check_body if owner or not message.html else v.check_storable
     checks: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""How many recipients an owner may have within an hour."""
+"""The hourly limit of recipients of an owner."""
 
 from datetime import timedelta
 from typing import Any
@@ -11,11 +11,11 @@ from emails.models import Delivery, Email, SendingLimits
 
 
 class OverLimit(Exception):
-    """The owner has sent to as many recipients as it may within an hour."""
+    """The email exceeds the owner's hourly limit."""
 
 
 def limit_of(owner: Any) -> int | None:
-    """The owner's limit; None: it has none."""
+    """The owner's limit, or None."""
     if owner is None:
         return None
     limits: SendingLimits | None = getattr(owner, "sending_limits", None)
@@ -25,12 +25,12 @@ def limit_of(owner: Any) -> int | None:
 
 
 def lock(owner: Any) -> None:
-    """Has the owner's other batches, and its other emails if it has a limit, wait for this one."""
+    """Locks the owner: its batches, and its emails if it has a limit, are stored one by one."""
     get_user_model().objects.select_for_update(no_key=True).only("pk").get(pk=owner.pk)
 
 
 class Remaining:
-    """What the limit leaves to an owner, in a transaction that has the owner's lock."""
+    """The rest of an owner's limit, in a transaction that holds the owner's lock."""
 
     def __init__(self, owner: Any, limit: int) -> None:
         hour = timezone.now() - timedelta(hours=1)
@@ -38,7 +38,7 @@ class Remaining:
         self.recipients = limit - sent
 
     def check(self, email: Email, count: int) -> None:
-        """Raises OverLimit, unless the email has a key that is in use: then it isn't new."""
+        """Raises OverLimit, unless an email with the same key exists, because it isn't new then."""
         if count <= self.recipients:
             return
         key = email.idempotency_key

@@ -1,4 +1,4 @@
-"""What the page and the API show to an owner."""
+"""The lists and counts of the web page and the API."""
 
 from contextlib import suppress
 from typing import Any
@@ -9,13 +9,13 @@ from django.db.models import Count, Exists, OuterRef, Q, QuerySet
 from emails.models import Delivery, Email, Suppression
 from emails.states import State
 
-# A count goes no further: on a page of 20 it is enough to know that there are more.
+# Counts stop here. For a page of 20 it is enough to know that there are more.
 COUNT_LIMIT = 100
 
 
 def find(owner: Any, *, state: str | None = None, text: str = "") -> QuerySet[Email]:
-    """The owner's emails with a delivery in `state` and with `text` in the subject, a recipient or
-    as the id."""
+    """The owner's emails with a delivery in `state`, and with `text` in the subject or a recipient
+    or as the id."""
     found = Email.objects.filter(owner=owner)
     of_email = Delivery.objects.filter(email=OuterRef("pk"))
     if state:
@@ -29,7 +29,7 @@ def find(owner: Any, *, state: str | None = None, text: str = "") -> QuerySet[Em
 
 
 def find_suppressions(owner: Any, text: str = "") -> QuerySet[Suppression]:
-    """The addresses to which the owner sends nothing, with `text` in them."""
+    """The owner's suppressed addresses that contain `text`."""
     return Suppression.objects.filter(owner=owner, address__icontains=searchable(text))
 
 
@@ -38,19 +38,19 @@ def searchable(text: str) -> str:
 
 
 def count_by_state(owner: Any, text: str = "") -> dict[str, int | None]:
-    """How many emails `find` returns for each state; for "" in any state.
+    """How many emails `find` returns for each state; "" is for all states.
 
-    COUNT_LIMIT + 1 means more than COUNT_LIMIT. A state's count is None, as it would take too long,
-    if more than COUNT_LIMIT emails match `text`.
+    COUNT_LIMIT + 1 means more than COUNT_LIMIT. If more than COUNT_LIMIT emails match `text`, the
+    counts of states are None, because counting would take too long.
     """
 
-    # Unordered, so that the database may begin with the rare state or with the owner's emails.
+    # Unordered, so that the database can start with a rare state or with the owner's emails.
     def bounded(emails: QuerySet[Email]) -> QuerySet[Email]:
         return emails.order_by()[: COUNT_LIMIT + 1]
 
     if not text:
         return {state: bounded(find(owner, state=state)).count() for state in ("", *State.values)}
-    # A search reads all of the owner's emails if few match, so there is one search for all counts.
+    # If few emails match, a search reads all of the owner's emails. So all counts share a search.
     matching = list(bounded(find(owner, text=text)).values_list("pk", flat=True))
     counts: dict[str, int | None] = {"": len(matching)}
     if len(matching) > COUNT_LIMIT:

@@ -1,4 +1,4 @@
-"""The message of a delivery, by Django's own classes."""
+"""Builds the message of a delivery with Django's classes."""
 
 import email.policy
 from email._policybase import Compat32
@@ -44,13 +44,13 @@ def build(delivery: Claimed) -> EmailMultiAlternatives:
     if delivery.has_attachments:
         for attachment in Attachment.objects.filter(email=delivery.email_id):
             attach(message, attachment)
-    # The envelope has one recipient, whatever the header shows.
+    # The envelope has one recipient, even if the header names several.
     message.recipients = lambda: [delivery.recipient]  # type: ignore[method-assign]
     return message
 
 
 def attach(message: EmailMultiAlternatives, attachment: Attachment) -> None:
-    """In base64, so that no line end changes: Django sends text in another way."""
+    """Attaches a file in base64, so that its line ends stay. Django would encode text otherwise."""
     content = bytes(attachment.content)
     maintype, subtype = attachment.content_type.split("/")
     part: Any
@@ -80,8 +80,8 @@ def is_utf8(content: bytes) -> bool:
 
 
 class ShortHeaders(Compat32):
-    """Writes a header that is short and plain as it is. To fold it takes Python a third of the time
-    of the whole message, and changes nothing."""
+    """Writes short ASCII headers without folding them. Folding does not change them, and takes a
+    third of the time for a whole message."""
 
     LONGEST = 76
 
@@ -94,7 +94,7 @@ class ShortHeaders(Compat32):
 
 
 def as_bytes(message: EmailMultiAlternatives) -> bytes:
-    """The message with the line ends of SMTP."""
+    """The message with CRLF line ends."""
     if django.VERSION >= (6, 0):
         made: Any = message.message(policy=email.policy.SMTP)  # type: ignore[call-arg]
         return bytes(made.as_bytes())

@@ -1,4 +1,4 @@
-"""Figures for Prometheus. All of them are the database's, so any process tells the same."""
+"""Metrics for Prometheus. All come from the database, so every process returns the same values."""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -35,7 +35,7 @@ class Collector:
                 buckets[row["bucket"]] += row["total"]
 
         yield CounterMetricFamily(
-            "mailroom_accepted", "Deliveries accepted, one a recipient.", value=totals["accepted"]
+            "mailroom_accepted", "Deliveries accepted, one per recipient.", value=totals["accepted"]
         )
         attempts = CounterMetricFamily(
             "mailroom_attempts", "Attempts to send, by outcome.", labels=["outcome"]
@@ -48,12 +48,12 @@ class Collector:
         )
         yield CounterMetricFamily(
             "mailroom_publish_failures",
-            "Times that the relay could not publish.",
+            "Failed attempts of the relay to publish.",
             value=totals["publish_failures"],
         )
         yield CounterMetricFamily(
             "mailroom_republished",
-            "Deliveries published again, as no worker got what RabbitMQ had confirmed.",
+            "Deliveries published again because RabbitMQ lost the confirmed message.",
             value=totals["republished"],
         )
         below, cumulated = 0, []
@@ -63,7 +63,7 @@ class Collector:
         cumulated.append(("+Inf", below + buckets[0]))
         yield HistogramMetricFamily(
             "mailroom_send_seconds",
-            "How long an attempt took.",
+            "Duration of an attempt.",
             buckets=cumulated,
             sum_value=seconds["attempts"],
         )
@@ -82,13 +82,13 @@ class Collector:
         yield waiting
         yield GaugeMetricFamily(
             "mailroom_dead",
-            "Deliveries that failed or are held, for a person to decide about.",
+            "Failed and held deliveries, which need an operator.",
             value=Delivery.objects.filter(NEEDS_OPERATOR).count(),
         )
         queued = Delivery.objects.filter(state=State.QUEUED)
         yield GaugeMetricFamily(
             "mailroom_queue_age_seconds",
-            "Age of the oldest email that waits for a worker.",
+            "Age of the oldest email that is waiting for a worker.",
             value=seconds_since(queued.aggregate(at=Min("email__created_at"))["at"]),
         )
         due = Delivery.objects.filter(state__in=UNFINISHED, due_at__lte=timezone.now())

@@ -10,10 +10,10 @@ from django.db.models.functions import Now
 from emails.ids import uuid7
 from emails.states import CANCELLABLE, UNFINISHED, FailedBy, State
 
-# Deliveries that stay as they are until a person retries them.
+# Deliveries that only an operator can retry.
 NEEDS_OPERATOR = Q(state=State.FAILED) | Q(state=State.UNCERTAIN, due_at=None)
 
-# The state of an email is the first of these that one of its deliveries has.
+# An email has the first of these states that one of its deliveries has.
 STATE_ORDER = (
     State.SENDING,
     State.QUEUED,
@@ -28,10 +28,10 @@ STATE_ORDER = (
 
 
 class Email(models.Model):
-    """What was accepted. Each recipient has a delivery, which has the state."""
+    """An accepted email. It has a delivery per recipient, and the deliveries have the state."""
 
     id = models.UUIDField(primary_key=True, default=uuid7, editable=False)
-    # None: the email of the project's own code.
+    # None: an email of the project's own code.
     owner = models.ForeignKey(
         settings.AUTH_USER_MODEL,
         on_delete=models.PROTECT,
@@ -85,7 +85,7 @@ class Attachment(models.Model):
     email = models.ForeignKey(Email, on_delete=models.CASCADE, related_name="attachments")
     filename = models.CharField(max_length=255, blank=True)
     content_type = models.CharField(max_length=127)
-    content_id = models.CharField(max_length=255, blank=True)  # the HTML body's name for it
+    content_id = models.CharField(max_length=255, blank=True)  # referenced by the HTML body
     content = models.BinaryField()
 
     class Meta:
@@ -111,13 +111,13 @@ class Delivery(models.Model):
     failed_by = models.CharField(max_length=8, choices=FailedBy, default="", blank=True)
     attempts = models.PositiveIntegerField(default=0)
     uncertain_attempts = models.PositiveIntegerField(default=0)
-    # When the relay looks at it next: a new attempt, or the end of a lease. None: never.
+    # When the relay processes it next: a new attempt, or the end of a lease. None: never.
     due_at = models.DateTimeField(null=True, blank=True)
-    # When the relay last took it for publishing. None: not published since it became due.
+    # When the relay last leased it for publishing. None: not published since it became due.
     published_at = models.DateTimeField(null=True, blank=True, editable=False)
-    # No attempt begins after it.
+    # No attempt starts after this time.
     expires_at = models.DateTimeField()
-    # Of the last attempt: its start, and whether the server may have got the message.
+    # The last attempt: its start, and whether the server may have got the message.
     started_at = models.DateTimeField(null=True, blank=True)
     data_sent = models.BooleanField(default=False)
     sent_at = models.DateTimeField(null=True, blank=True)
@@ -161,7 +161,7 @@ class Delivery(models.Model):
 
 
 class Attempt(models.Model):
-    """The result of one attempt to send. `answer` is the server's reply, or the error."""
+    """The result of an attempt to send. `answer` is the server's reply or the error."""
 
     delivery = models.ForeignKey(Delivery, on_delete=models.CASCADE, related_name="log")
     number = models.PositiveIntegerField()
@@ -179,12 +179,12 @@ class Attempt(models.Model):
 
 
 class Counter(models.Model):
-    """Counts for the metrics, which survive the deletion of old emails.
+    """Counters for the metrics. They survive the deletion of old emails.
 
-    Each event is a new row, so no transaction waits for another. The relay merges the rows.
+    Each event adds a row, so no transaction waits for another. The relay merges the rows.
     """
 
-    # Seconds; upper bounds of the histogram. 0 stands for more than the last.
+    # Upper bounds of the histogram in seconds. 0 means more than the last one.
     BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
     name = models.CharField(max_length=40)
@@ -197,7 +197,7 @@ class Counter(models.Model):
 
 
 class DomainPace(models.Model):
-    """How many emails may go to a domain now, where EMAILS_DOMAIN_LIMITS sets a rate."""
+    """The rest of a domain's rate, if EMAILS_DOMAIN_LIMITS sets one."""
 
     domain = models.CharField(max_length=255, primary_key=True)
     tokens = models.FloatField()
@@ -240,7 +240,7 @@ class Suppression(models.Model):
 
 
 class SendingLimits(models.Model):
-    """What a user may send, where it differs from the settings."""
+    """A user's limits that override the settings."""
 
     owner = models.OneToOneField(
         settings.AUTH_USER_MODEL, on_delete=models.CASCADE, related_name="sending_limits"

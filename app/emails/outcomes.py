@@ -1,4 +1,4 @@
-"""What follows an attempt to send. Nothing here knows the database or the mail server."""
+"""The next state after an attempt: pure functions, without the database and the mail server."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ LARGEST_EXPONENT = 16
 
 @dataclass(frozen=True)
 class Step:
-    """The state after an attempt, and the seconds until the next one; None: there is none."""
+    """The state after an attempt, and the seconds until the next one, or None."""
 
     state: State
     wait: float | None
@@ -18,7 +18,7 @@ class Step:
 
 
 def longest_wait(attempts: int, retry_seconds: float) -> float:
-    """The longest wait in seconds after so many attempts: it doubles each time, up to an hour."""
+    """The longest wait in seconds after this many attempts. It doubles each time, up to an hour."""
     doubled = retry_seconds * 2.0 ** min(max(attempts, 1) - 1, LARGEST_EXPONENT)
     return min(doubled, LONGEST_RETRY_SECONDS)
 
@@ -32,11 +32,11 @@ def next_step(
     retry_seconds: float,
     jitter: float,
 ) -> Step:
-    """What follows the result of an attempt: sent, failed, deferred or uncertain.
+    """The next step after an attempt with the result sent, failed, deferred or uncertain.
 
-    `seconds_left` are those until the deadline, `jitter` is a random number from 0 to 1. The wait
-    is in the second half of its range: one in the first half would spend the short waits while the
-    server is still down, and long ones follow.
+    `seconds_left` is the time until the deadline, `jitter` a random number from 0 to 1. The wait is
+    at least half of the longest wait. Shorter waits would use up the early, quick retries while the
+    server is still down.
     """
     if result == State.SENT:
         return Step(State.SENT, None)

@@ -1,4 +1,4 @@
-"""EMAILS_DOMAIN_LIMITS: how many emails may be under way to a domain, and how many a minute."""
+"""EMAILS_DOMAIN_LIMITS: how many emails a domain may get at a time, and how many per minute."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -13,13 +13,13 @@ from emails.queries import execute, fetch, load
 SQL = load("emails.sql")
 
 OTHERS = "*"
-# What a domain may get that has no limit.
+# The allowance of a domain without a limit.
 UNLIMITED = 1_000_000
 
 
 @dataclass
 class Allowances:
-    """How many deliveries may be published now: by domain, and to each other domain."""
+    """How many deliveries may be published now: per domain, and for each other domain."""
 
     by_domain: dict[str, int] = field(default_factory=dict)
     others: int = UNLIMITED
@@ -30,7 +30,7 @@ class Allowances:
         return [domain for domain, count in self.by_domain.items() if count <= 0]
 
     def spend(self, domains: list[str]) -> None:
-        """Takes what was published from the rates."""
+        """Subtracts published deliveries from the rates."""
         spent = {}
         for domain, count in Counter(domains).items():
             rate = limits_of(domain).get("per_minute")
@@ -48,13 +48,13 @@ def limits_of(domain: str) -> dict[str, float]:
 
 
 def burst(per_minute: float) -> float:
-    """How many may go at once after a pause: those of a second, at least one."""
+    """How many may be published at once after a pause: those of a second, but at least one."""
     return max(per_minute / 60, 1)
 
 
 @contextmanager
 def allowances() -> Iterator[Allowances]:
-    """What may be published now. Where there are limits, one relay at a time is in here."""
+    """How much may be published now. If there are limits, a lock admits one relay at a time."""
     if not conf.DOMAIN_LIMITS:
         yield Allowances()
         return

@@ -16,20 +16,20 @@ from emails.tasks import deliver
 logger = logging.getLogger(__name__)
 
 BATCH = 100
-# While more than a batch is due. A message with one id costs as much as one with twenty.
+# Used while more than a batch is due. A message with 20 ids costs as much as one with a single id.
 DELIVERIES_PER_MESSAGE = 20
 CONFIRM_TIMEOUT = 5  # seconds
-PUBLISHING_SECONDS = 15  # for one batch; what is left then is released
-IDLE_SECONDS = 15  # the broker closes a connection that is silent for two heartbeats
-REPAIR_SECONDS = 15  # between looks for lost publications, and for what was committed late
-# A transaction that began so long ago may still commit deliveries that were due then.
+PUBLISHING_SECONDS = 15  # for one batch; the rest is released
+IDLE_SECONDS = 15  # the broker closes a connection that misses two heartbeats
+REPAIR_SECONDS = 15  # between searches for lost publications and for late commits
+# A transaction that started this long ago may still commit deliveries that were due then.
 FLOOR_MARGIN = timedelta(seconds=10)
 
 
 class Publisher:
-    """Publishes due deliveries over a broker connection of its own.
+    """Publishes due deliveries over its own broker connection.
 
-    It may crash, or run beside others, at any time: only the rows count.
+    All state is in the rows, so publishers can crash at any time and run in parallel.
     """
 
     def __init__(self) -> None:
@@ -44,12 +44,12 @@ class Publisher:
     def publish_due(self) -> int:
         """Publishes up to BATCH due deliveries, the oldest first; returns how many it found.
 
-        Raises what the broker's client raises; the deliveries concerned are due again.
+        Raises the errors of the broker's client; unpublished deliveries are due again then.
         """
         floor = self._next_floor()
         if not deliveries.is_due(floor):
             return 0
-        # First, so that nothing is leased while there is no broker.
+        # Before the lease, so that nothing is leased while the broker is down.
         self._connect()
         held = self._held = deliveries.lease(BATCH, floor)
         self._reached(held)
@@ -68,12 +68,12 @@ class Publisher:
         return held.found
 
     def release(self) -> None:
-        """Ends the leases of what is not published."""
+        """Ends the leases of unpublished deliveries."""
         held, self._held = self._held, Lease()
         deliveries.release(held)
 
     def requeue_lost(self) -> None:
-        """Has published again what RabbitMQ confirmed and lost."""
+        """Makes deliveries due again whose message RabbitMQ confirmed and lost."""
         self._repaired = time.monotonic()
         if not deliveries.is_waiting_for_worker():
             return
@@ -82,17 +82,18 @@ class Publisher:
         waiting = queue.queue_declare(passive=True).message_count
         self._used = time.monotonic()
         if count := deliveries.requeue_lost(queue_is_empty=waiting == 0):
-            logger.warning("%s publications were lost, published again", count)
+            logger.warning("%s publications were lost and will be published again", count)
 
     @property
     def repair_is_due(self) -> bool:
         return time.monotonic() - self._repaired > REPAIR_SECONDS
 
     def _next_floor(self) -> datetime:
-        """From which due time on to look.
+        """The due time from which to search.
 
-        Before it there is nothing but what vacuum can't remove yet, while an old transaction is
-        open. Now and then everything is looked at, for what was committed late.
+        While an old transaction is open, vacuum can't remove index entries of finished deliveries;
+        the floor skips these. Every REPAIR_SECONDS the search covers everything, because some
+        deliveries may have been committed late.
         """
         if time.monotonic() - self._floor_reset > REPAIR_SECONDS:
             self._floor_reset = time.monotonic()
@@ -118,7 +119,7 @@ class Publisher:
             self._used = time.monotonic()
 
     def _publish(self, leased: Sequence[Leased]) -> None:
-        """Returns when the broker has the message in a queue; takes seconds at most."""
+        """Publishes, and waits a few seconds at most until the broker has queued the message."""
         ids = {}
         if len(leased) == 1:
             ids = {"request_id": leased[0].request_id, "email_id": str(leased[0].email_id)}
@@ -137,7 +138,7 @@ class Publisher:
                 logger.debug("delivery %s published", each.id)
 
     def discard_connection(self) -> None:
-        """Closes the connection without a goodbye: a broker that is stuck would not answer it."""
+        """Closes the socket only, because a stuck broker would not answer a proper close."""
         if self._connection is not None:
             self._connection.collect()
             self._connection = None

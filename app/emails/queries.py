@@ -1,7 +1,7 @@
 """Runs the named statements of emails/sql/ on PostgreSQL.
 
-The server plans each statement once per connection and keeps the plan (psycopg prepares it), which
-halves what an email costs. The lookups are by key, so that a kept plan is right for every value.
+psycopg prepares the statements, so the server plans each one once per connection. That halves the
+cost of an email. The lookups are by key, so the same plan is good for every value.
 """
 
 import re
@@ -17,7 +17,7 @@ Row = tuple[Any, ...]
 
 
 def load(filename: str) -> dict[str, str]:
-    """The statements of a file of emails/sql/, by the names in its `-- name:` lines."""
+    """The statements of a file in emails/sql/, by the names in its `-- name:` lines."""
     text = (resources.files("emails") / "sql" / filename).read_text()
     _, *parts = re.split(r"^-- name: (\w+)\n", text, flags=re.MULTILINE)
     return dict(zip(parts[::2], parts[1::2], strict=True))
@@ -25,11 +25,11 @@ def load(filename: str) -> dict[str, str]:
 
 @contextmanager
 def execute(statement: str, values: Any = None, *, prepare: bool | None = None) -> Iterator[Any]:
-    """Runs the statement; gives the cursor. `prepare=False`: planned anew for each execution."""
+    """Runs the statement; yields the cursor. With `prepare=False` each execution is planned."""
     try:
         cursor = _run(statement, values, prepare)
     except NotSupportedError:
-        # A migration has changed a column's type since the statement was planned. Nothing was done.
+        # A migration has changed a column's type since the statement was planned. It did not run.
         if connection.in_atomic_block:
             raise
         connection.close()
@@ -39,17 +39,17 @@ def execute(statement: str, values: Any = None, *, prepare: bool | None = None) 
 
 
 def fetch(statement: str, values: Any = None, *, prepare: bool | None = None) -> list[Row]:
-    """Runs the statement; gives all its rows."""
+    """Runs the statement; returns its rows."""
     with execute(statement, values, prepare=prepare) as cursor:
         rows: list[Row] = cursor.fetchall()
         return rows
 
 
 class _Cursor(psycopg.Cursor[Row]):
-    """Sends the values apart from the statement.
+    """Sends the values as parameters.
 
-    Django's own cursor puts them into the text, so the server would see another statement each
-    time.
+    Django's cursor puts them into the text, so each execution would be another statement for the
+    server.
     """
 
     prepare: bool | None = None
@@ -60,7 +60,7 @@ class _Cursor(psycopg.Cursor[Row]):
 
 def _run(statement: str, values: Any, prepare: bool | None) -> Any:
     cursor: Any = connection.cursor()
-    cursor.cursor = _Cursor(cursor.connection)  # Django's wrapper around it translates errors
+    cursor.cursor = _Cursor(cursor.connection)  # Django's wrapper translates its errors
     cursor.cursor.prepare = prepare
     cursor.execute(statement, values)
     return cursor

@@ -1,4 +1,4 @@
-"""The process that publishes: several publishers, and the repairs of the table."""
+"""The relay process: runs several publishers and repairs the table."""
 
 import logging
 import threading
@@ -18,15 +18,15 @@ from emails.services import CHANNEL, NOTIFY_SECONDS
 logger = logging.getLogger(__name__)
 
 SQL = load("emails.sql")
-LONGEST_PAUSE = 5  # seconds between tries while the broker or the database is down
+LONGEST_PAUSE = 5  # seconds between attempts while the broker or the database is down
 STUCK_SECONDS = 120  # longer than any wait of a publisher for the broker or the database
 NOTIFY_SETTLE_SECONDS = 2 * NOTIFY_SECONDS
 
 
 class Relay:
-    """Several publishers, woken when an email is stored, and at least each RELAY_POLL_SECONDS.
+    """Wakes its publishers when an email is stored, and at least every RELAY_POLL_SECONDS.
 
-    `run` returns after `stop`, which may be called from a signal handler of the same thread.
+    `run` returns after `stop`, which a signal handler of the same thread may call.
     """
 
     def __init__(self) -> None:
@@ -75,7 +75,7 @@ class Relay:
             pass
 
     def _wait(self) -> None:
-        """Until an email is stored, or RELAY_POLL_SECONDS have passed."""
+        """Waits until an email is stored or RELAY_POLL_SECONDS have passed."""
         connection.ensure_connection()
         if self._listening is not connection.connection:
             with connection.cursor() as cursor:
@@ -83,11 +83,11 @@ class Relay:
             self._listening = connection.connection
         deadline = time.monotonic() + min(conf.RELAY_POLL_SECONDS, 10)
         while not self._stopping.is_set() and (left := deadline - time.monotonic()) > 0:
-            # The driver's connection raises the driver's errors.
+            # This calls psycopg's connection, whose errors have to be translated.
             with connection.wrap_database_errors:
                 notifications = list(self._listening.notifies(timeout=min(left, 0.5), stop_after=1))
                 if notifications:
-                    # A later one may stand for emails that the next query doesn't see yet.
+                    # Not after the wait: a later one may be for emails that the next query misses.
                     list(self._listening.notifies(timeout=0))
                     self._stopping.wait(NOTIFY_SETTLE_SECONDS)
                     return
@@ -105,7 +105,7 @@ class Relay:
             except DatabaseError as error:
                 self._report_down("database", error)
                 connection.close()
-            except Exception as error:  # of the many kinds that the AMQP client raises
+            except Exception as error:  # the AMQP client raises many types
                 self._report_down("broker", error)
                 with suppress(DatabaseError), execute(SQL["count"], ("publish_failures", 1)):
                     pass
@@ -114,7 +114,7 @@ class Relay:
                 if found:
                     self._report_up()
                 if found == BATCH:
-                    self._wake.release()  # there is work for another one
+                    self._wake.release()  # another publisher can help
                     continue
                 self._wake.acquire(timeout=LONGEST_PAUSE)
                 continue
@@ -124,7 +124,7 @@ class Relay:
         connection.close()
 
     def _end(self, threads: list[threading.Thread]) -> None:
-        """Waits a second for publishers that wait for the broker, then releases what they hold."""
+        """Waits a second for the publishers, then releases the leases of those still running."""
         for publisher in self._publishers:
             publisher.stopping.set()
         for _ in threads:

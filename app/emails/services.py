@@ -1,4 +1,4 @@
-"""What the API, the page, the task and the email backend call: accept, retry, cancel."""
+"""Accept, retry and cancel emails: called by the API, the web page, the task and the backend."""
 
 import hmac
 import json
@@ -37,27 +37,27 @@ logger = logging.getLogger(__name__)
 
 SQL = load("emails.sql")
 CHANNEL = "emails_due"
-# A process sends at most one NOTIFY in so many seconds. The relay waits twice as long after a
-# NOTIFY before it queries, so it sees what was stored meanwhile.
+# A process sends at most one NOTIFY within this time. After a NOTIFY, the relay waits twice as long
+# before it queries, so it sees the emails that were stored meanwhile.
 NOTIFY_SECONDS = 0.01
 
 _notified_at = float("-inf")
 
 
 class Conflict(Exception):
-    """The idempotency key belongs to an email with other content."""
+    """The idempotency key was used with other content."""
 
 
 def accept(owner: Any, message: Message, idempotency_key: str | None = None) -> Email:
     """Stores an email and its deliveries in one transaction; a worker sends it later.
 
-    Without `owner` it is the project's own email, which may have any sender. Raises
-    ValidationError with the messages by field, the fields named as in the API; Conflict; or
-    OverLimit. With the key and the content of an earlier email it returns that one.
+    Without `owner`, the email is the project's own, which may have any sender. Raises
+    ValidationError with messages by API field, Conflict, or OverLimit. Returns the earlier email
+    if one has the same key and content.
     """
     draft = prepare(owner, message, idempotency_key)
     limit = hourly_limit.limit_of(owner)
-    # One statement needs no transaction.
+    # Without a limit there is only one statement, which needs no transaction.
     with nullcontext() if limit is None else transaction.atomic():
         if limit is not None:
             hourly_limit.lock(owner)
@@ -73,14 +73,14 @@ def accept(owner: Any, message: Message, idempotency_key: str | None = None) -> 
 def accept_batch(
     owner: Any, batch: Iterable[tuple[Message, str | None]]
 ) -> list[Email | ValidationError | Conflict | OverLimit]:
-    """Stores an owner's emails, each with its idempotency key or None, in one transaction.
+    """Stores an owner's emails, each with an idempotency key or None, in one transaction.
 
-    Returns for each the email, or why it was refused. That doesn't stop the others.
+    Returns an email or an error for each. An error doesn't stop the others.
     """
     results: list[Email | ValidationError | Conflict | OverLimit] = []
     new: list[Draft] = []
     with transaction.atomic():
-        # Two batches with the same keys in another order would wait for each other.
+        # Two batches with the same keys in a different order would deadlock.
         hourly_limit.lock(owner)
         limit = hourly_limit.limit_of(owner)
         remaining = None if limit is None else Remaining(owner, limit)
@@ -106,7 +106,7 @@ def accept_batch(
 
 
 def store_once(draft: Draft) -> Email:
-    """Stores the email, or finds the earlier one with its key."""
+    """Stores the email, or returns the earlier one with the same key."""
     email, kinds = draft.email, draft.kinds
     stored, suppressed = store(draft)
     if stored:
@@ -131,7 +131,7 @@ def log_accepted(draft: Draft) -> None:
 
 
 def store(draft: Draft) -> tuple[bool, list[str]]:
-    """Whether the email was stored, and which of its recipients are suppressed."""
+    """Stores the email unless it is refused. Returns whether, and its suppressed recipients."""
     email, message, kinds = draft.email, draft.message, draft.kinds
     addresses = [address.lower() for address in kinds]
     values = {
@@ -158,7 +158,7 @@ def store(draft: Draft) -> tuple[bool, list[str]]:
         "send_at": message.send_at,
         "deadline": message.deadline,
         "lifetime": timedelta(seconds=conf.DEADLINE_SECONDS),
-        # Nobody waits for the refusal of the project's own email.
+        # The project's own code would not handle a refusal.
         "skip_suppressed": message.skip_suppressed or email.owner_id is None,
         "count": len(kinds),
     }
@@ -169,7 +169,7 @@ def store(draft: Draft) -> tuple[bool, list[str]]:
 
 
 def notify_relay() -> None:
-    """Spares new emails the wait for the relay's next poll."""
+    """Wakes the relay, so that new emails do not wait for its next poll."""
     global _notified_at
     if time.monotonic() < _notified_at + NOTIFY_SECONDS:
         return
@@ -182,12 +182,12 @@ def notify_relay() -> None:
 
 
 def replay(chosen: QuerySet[Delivery]) -> int:
-    """Queues the failed and held ones among these again; returns how many."""
+    """Queues those of the deliveries again that failed or are held; returns how many."""
     count = deliveries.replay(list(chosen.order_by().values_list("pk", flat=True)))
     transaction.on_commit(notify_relay)
     return count
 
 
 def cancel(chosen: QuerySet[Delivery]) -> int:
-    """Cancels those among these that no worker has begun to send; returns how many."""
+    """Cancels those of the deliveries that no worker has started to send; returns how many."""
     return deliveries.cancel(list(chosen.order_by().values_list("pk", flat=True)))

@@ -1,4 +1,4 @@
-"""EMAILS_SMTP_CONNECTIONS: a cap on the SMTP connections of all workers together."""
+"""EMAILS_SMTP_CONNECTIONS: the maximum of SMTP connections of all workers together."""
 
 import random
 import threading
@@ -15,7 +15,7 @@ from emails.conf import conf
 from emails.queries import load
 
 SQL = load("emails.sql")
-# How long to wait for one slot before any other is tried.
+# How long to wait for one slot before trying all again.
 WAIT_SECONDS = 0.5
 
 _own = threading.local()
@@ -23,10 +23,10 @@ _own = threading.local()
 
 @contextmanager
 def smtp_slot(patience: float) -> Iterator[bool]:
-    """Holds one of the connections that are allowed; false if none is free for so many seconds.
+    """Holds a slot for an SMTP connection; yields False if none is free within `patience` seconds.
 
-    The slot is a lock in an open transaction of a database connection of its own: it is free as
-    soon as the process is gone. The SMTP connection ends with it, or it would not count.
+    The slot is an advisory lock in a transaction of a separate database connection, so it is free
+    as soon as the process dies. The SMTP connection is closed with the slot.
     """
     limit = conf.SMTP_CONNECTIONS
     if not limit:
@@ -58,12 +58,12 @@ def _database() -> BaseDatabaseWrapper:
 
 
 def _take(database: BaseDatabaseWrapper, limit: int) -> bool:
-    """Takes a free slot, or waits for one; false if that was in vain."""
+    """Takes a free slot, or waits for one; returns whether it got a slot."""
     with database.cursor() as cursor:
         cursor.execute(SQL["take_slot"], (limit,))
         if cursor.fetchone() is not None:
             return True
-        slot = random.randint(1, limit)  # noqa: S311 - spreads those who wait, hides nothing
+        slot = random.randint(1, limit)  # noqa: S311 - spreads the waiting workers, no cryptography
         try:
             cursor.execute(SQL["wait_for_slot"], (f"{WAIT_SECONDS * 1000:.0f}ms", slot))
         except OperationalError as error:

@@ -1,4 +1,4 @@
-"""One SMTP transaction for one recipient, over a connection that is kept from one to the next."""
+"""SMTP transactions for one recipient each, over a connection that is reused."""
 
 import re
 import smtplib
@@ -18,7 +18,7 @@ from emails.conf import conf
 from emails.smtp_replies import ACCEPTED, NothingSent, Result, classify_error, first_refusal
 from emails.states import State
 
-# Servers close a connection that is idle or was used often; we close it before they do.
+# Close a connection before the server does because of idle time or the number of messages.
 IDLE_SECONDS = 20
 MESSAGES_PER_CONNECTION = 100
 
@@ -29,21 +29,21 @@ _kept = threading.local()
 class Envelope:
     sender: str
     recipient: str
-    content: bytes  # the message, with the line ends of SMTP
-    message: EmailMessage  # the same, for a backend that is not SMTP
+    content: bytes  # the message with CRLF line ends
+    message: EmailMessage  # the message for backends other than SMTP
 
 
 class LeaseLost(Exception):
-    """Another worker has the delivery by now."""
+    """Another worker has the delivery now."""
 
 
 def send(envelope: Envelope, begin: Callable[[], bool], upcoming: Envelope | None = None) -> Result:
-    """Sends to one recipient: Django's backend says nothing about one refused among several.
+    """Sends to one recipient, because Django's backend does not report one refused among several.
 
-    `begin` is called just before the server gets the message. If it returns false the message is
-    not sent and LeaseLost is raised. Waits EMAIL_TIMEOUT seconds at most for each reply. A server
-    that offers PIPELINING gets the commands of the `upcoming` one with the end of this message
-    (RFC 2920, 3.1), which saves a round trip.
+    Calls `begin` just before it sends the message. If that returns False, it does not send and
+    raises LeaseLost. Waits EMAIL_TIMEOUT seconds at most for each reply. If the server offers
+    PIPELINING, the commands of the `upcoming` envelope follow the end of this message (RFC 2920,
+    3.1), which saves a round trip.
     """
     data_sent = False
 
@@ -64,7 +64,7 @@ def send(envelope: Envelope, begin: Callable[[], bool], upcoming: Envelope | Non
         raise
     except NothingSent as error:
         return classify_error(error, data_sent=False)
-    except Exception as error:  # whatever it was, the delivery must not stay in "sending"
+    except Exception as error:  # any error: the delivery must not stay in "sending"
         return classify_error(error, data_sent)
 
 
@@ -72,7 +72,7 @@ def send(envelope: Envelope, begin: Callable[[], bool], upcoming: Envelope | Non
 
 
 def pooled_backend() -> Any:
-    """The email backend of this thread, with its connection."""
+    """This thread's email backend, with its connection."""
     backend = getattr(_kept, "backend", None)
     if backend is not None and getattr(backend, "connection", None) is not None:
         idle = time.monotonic() - _kept.used > IDLE_SECONDS
@@ -96,10 +96,10 @@ def new_backend() -> Any:
 
 
 def close() -> None:
-    """Closes the connection of this thread, if there is one."""
+    """Closes this thread's connection, if there is one."""
     backend: Any = getattr(_kept, "backend", None)
     if getattr(_kept, "announced", None) is not None:
-        abort(backend)  # the server would take QUIT for the message
+        abort(backend)  # the server would read QUIT as the message
     _kept.backend = None
     connection = getattr(backend, "connection", None)
     if isinstance(backend, EmailBackend) and connection is not None:
@@ -120,10 +120,10 @@ def abort(backend: EmailBackend) -> None:
 
 
 def reset_or_abort(backend: EmailBackend, code: int) -> None:
-    """Makes the connection ready for the next email after a refusal."""
+    """Resets the connection for the next email after a refusal, or aborts it."""
     if code == 421 or backend.connection is None:
         return abort(backend)
-    if _kept.announced is not None:  # the next email began already
+    if _kept.announced is not None:  # the next email's commands have been sent
         return None
     try:
         backend.connection.rset()
@@ -144,7 +144,7 @@ def send_envelope(
     """MAIL, RCPT, DATA. Returns the server's reply to the message; raises smtplib's exceptions."""
     sender, recipient = envelope_address(envelope.sender), envelope_address(envelope.recipient)
     if _kept.announced is not None and _kept.announced is not envelope:
-        abort(backend)  # it waits for another message
+        abort(backend)  # the server expects another message
     announced, _kept.announced = _kept.announced, None
     try:
         reused = not backend.open()
@@ -163,7 +163,7 @@ def send_envelope(
             send_commands(backend.connection, envelope)
             replies = read_replies(backend.connection, envelope)
         if refusal := first_refusal(replies, sender, recipient):
-            if replies[-1][0] == 354:  # it waits for a message nevertheless, and must get none
+            if replies[-1][0] == 354:  # the server expects a message in spite of the refusal
                 abort(backend)
             raise refusal
         begin_data()
@@ -193,9 +193,9 @@ def send_envelope(
 
 
 def envelope_address(address: str) -> str:
-    """In angle brackets, without a name, the domain in ASCII. Raises ValueError if it can't be."""
+    """The address in angle brackets, without a name, with an ASCII domain. Raises ValueError."""
     if "\r" in address or "\n" in address:
-        raise ValueError("a line break in an address")
+        raise ValueError("the address contains a line break")
     bare = address.rpartition("<")[2].rstrip().removesuffix(">") if "<" in address else address
     if not bare.isascii():
         local, _, domain = bare.rpartition("@")
@@ -205,7 +205,7 @@ def envelope_address(address: str) -> str:
 
 
 def takes_many(smtp: Any) -> bool:
-    """Whether the server offers PIPELINING (RFC 2920): several commands at a time."""
+    """Whether the server offers PIPELINING (RFC 2920)."""
     return bool(smtp.has_extn("pipelining"))
 
 
@@ -219,7 +219,7 @@ def commands(smtp: Any, envelope: Envelope) -> list[str]:
 
 
 def send_commands(smtp: Any, envelope: Envelope) -> None:
-    """All three commands to a server that takes many; to others read_replies sends each."""
+    """Sends all three commands if the server offers PIPELINING; else read_replies sends each."""
     smtp.ehlo_or_helo_if_needed()
     if takes_many(smtp):
         smtp.send("".join(commands(smtp, envelope)))
@@ -236,7 +236,7 @@ def read_replies(smtp: Any, envelope: Envelope) -> list[tuple[int, bytes]]:
         except (smtplib.SMTPServerDisconnected, OSError):
             if not refused:
                 raise
-            break  # the refusal stands that it sent before it hung up
+            break  # keep the refusal that preceded the disconnect
         refused = refused or replies[-1][0] not in good
         if refused and (not at_once or replies[-1][0] == 421):
             break
@@ -244,7 +244,7 @@ def read_replies(smtp: Any, envelope: Envelope) -> list[tuple[int, bytes]]:
 
 
 def send_via_backend(backend: Any, message: EmailMessage, begin_data: Callable[[], None]) -> None:
-    """By a backend other than Django's SMTP: one call, of which no part is known."""
+    """Sends with a backend other than Django's SMTP: a single call, without intermediate steps."""
     begin_data()
     if not backend.send_messages([message]):
-        raise NothingSent("the email backend says that it sent nothing")
+        raise NothingSent("the email backend reports that it sent nothing")

@@ -1,4 +1,4 @@
-"""What the replies of a mail server mean."""
+"""Interprets the replies of a mail server."""
 
 import re
 import smtplib
@@ -8,16 +8,16 @@ from typing import Any
 
 from emails.states import State
 
-# Codes with which MAIL, RCPT and DATA go on.
+# Success codes of MAIL, RCPT and DATA.
 ACCEPTED = ((250,), (250, 251), (354,))
-# Enhanced status codes (RFC 3463) of a recipient that does not exist or takes no mail.
+# Enhanced status codes (RFC 3463): the recipient does not exist or accepts no mail.
 NO_SUCH_RECIPIENT = re.compile(r"\b5\.(1\.[1236]|1\.10|2\.1)\b")
 ENHANCED_CODE = re.compile(r"\b5\.\d{1,3}\.\d{1,3}\b")
 
 
 @dataclass(frozen=True)
 class Result:
-    """What came of an attempt. `code` is the SMTP reply's; None if there was no reply."""
+    """The result of an attempt. `code` is that of the SMTP reply, or None without a reply."""
 
     state: State
     code: int | None
@@ -26,7 +26,7 @@ class Result:
 
 
 class NothingSent(RuntimeError):
-    """The email backend says that it sent nothing."""
+    """The email backend reports that it sent nothing."""
 
 
 def first_refusal(
@@ -44,10 +44,10 @@ def first_refusal(
 
 
 def classify_error(error: Exception, data_sent: bool) -> Result:
-    """Failed only if the server refused this very message for good.
+    """Failed only if the server refused this message permanently.
 
-    A failed login, or a server that refuses everything, is for the operator to repair; meanwhile
-    the email waits. Without a reply to the message itself the outcome is uncertain.
+    After a failed login, or if the server refuses everything, the email is deferred until the
+    operator has solved the problem. Without a reply to the message, the outcome is uncertain.
     """
     code: Any = getattr(error, "status_code", None)
     reason = str(error)
@@ -79,7 +79,7 @@ def classify_error(error: Exception, data_sent: bool) -> Result:
 
 
 def no_such_recipient(code: int, reply: str) -> bool:
-    """Whether a refusal of the recipient is about the address, not about policy or the sender."""
+    """Whether the recipient was refused because of its address, not because of policy or sender."""
     if code < 500:
         return False
     if ENHANCED_CODE.search(reply):

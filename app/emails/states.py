@@ -4,7 +4,7 @@ from django.db.models import TextChoices
 class State(TextChoices):
     SCHEDULED = "scheduled"  # waits for its send_at
     QUEUED = "queued"  # waits for a worker
-    SENDING = "sending"  # a worker holds it
+    SENDING = "sending"  # a worker is sending it
     DEFERRED = "deferred"  # not accepted by the server yet; retried at due_at
     UNCERTAIN = "uncertain"  # the server may have accepted it; retried at due_at, or held
     SENT = "sent"
@@ -13,13 +13,13 @@ class State(TextChoices):
     SKIPPED = "skipped"  # the recipient is on the owner's suppression list
 
 
-# States in which the relay or a worker still has something to do.
+# States that are not final.
 UNFINISHED = (State.SCHEDULED, State.QUEUED, State.SENDING, State.DEFERRED, State.UNCERTAIN)
 CANCELLABLE = (State.SCHEDULED, State.QUEUED, State.DEFERRED)
 
 
 class FailedBy(TextChoices):
-    """What made a delivery fail."""
+    """Why a delivery failed."""
 
     SERVER = "server"
     DEADLINE = "deadline"

@@ -4,7 +4,7 @@ from contextlib import suppress
 
 
 def notify(state: str) -> None:
-    """Tells systemd, if it started this process and asked for it (Type=notify)."""
+    """Sends a state to systemd, if it started this process with Type=notify."""
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return

@@ -1,4 +1,4 @@
-"""The Celery tasks. What they need of Celery is said here, not in the project's settings."""
+"""The Celery tasks. Their options are set here, not in the project's settings."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 PURGE_BATCH = 500
 PURGE_BATCHES = 20
 
-# A message is acknowledged after its task ended; the claim of the row makes a copy harmless. The
-# row holds the result.
+# A message is acknowledged after its task. The claim of the row makes duplicate messages harmless.
+# The row has the result.
 OPTIONS: dict[str, Any] = {
     "acks_late": True,
     "reject_on_worker_lost": True,
@@ -36,7 +36,7 @@ OPTIONS: dict[str, Any] = {
 
 @contextmanager
 def requeued_without_database() -> Iterator[None]:
-    """Has RabbitMQ keep the message: Celery acknowledges that of a task that failed."""
+    """Requeues the message if the database is down. Celery would acknowledge it."""
     try:
         yield
     except DatabaseError as error:
@@ -44,7 +44,7 @@ def requeued_without_database() -> Iterator[None]:
 
 
 class StoredTask(Task):  # type: ignore[misc]
-    """A task whose call is stored, in the caller's transaction, instead of published."""
+    """A task whose call is stored in the caller's transaction, not published."""
 
     def apply_async(
         self,
@@ -55,13 +55,13 @@ class StoredTask(Task):  # type: ignore[misc]
         **options: Any,
     ) -> Any:
         if options:
-            raise TypeError(f"{self.name} takes no {', '.join(options)}: a row has none")
+            raise TypeError(f"{self.name} takes no {', '.join(options)}: calls are stored")
         email = store(task_id or uuid(), *(args or ()), **(kwargs or {}))
         return self.AsyncResult(str(email.pk))
 
 
 class MaintenanceTask(Task):  # type: ignore[misc]
-    """A task that is published to the queue for maintenance, whatever the project's routes are."""
+    """A task that is published to the maintenance queue, regardless of the project's routes."""
 
     def apply_async(self, *args: Any, **options: Any) -> Any:
         return super().apply_async(*args, **{"queue": MAINTENANCE_QUEUE} | options)
@@ -76,11 +76,11 @@ def send_email(
     to: str | Sequence[str],
     html_content: str | None = None,
 ) -> str:
-    """Sends an email, to one address or to several. The result's id is the email's.
+    """Sends an email to one or several addresses. The result's id is the email's.
 
-    `send_email.delay(…)` only writes a row, as part of the caller's transaction: it needs no
-    broker, and no message has the text or an address. A worker runs this body for a message from a
-    project that knows nothing but the task's name.
+    `send_email.delay(…)` only writes rows in the caller's transaction. It needs no broker, and no
+    message has the text or an address. A worker runs this body if another project publishes the
+    task by its name.
     """
     key = self.request.id
     with requeued_without_database():
@@ -111,16 +111,16 @@ def store(
 
 @shared_task(**OPTIONS)  # type: ignore[untyped-decorator]
 def deliver(*delivery_ids: int) -> None:
-    """Sends deliveries that are queued. The message may come twice, late, or for deleted rows."""
+    """Sends queued deliveries. The message may be a duplicate, late, or for deleted rows."""
     with requeued_without_database():
         delivering.deliver(delivery_ids)
 
 
 @shared_task(base=MaintenanceTask, **OPTIONS)  # type: ignore[untyped-decorator]
 def purge() -> None:
-    """Deletes emails that are finished and older than EMAILS_RETENTION_DAYS.
+    """Deletes finished emails that are older than EMAILS_RETENTION_DAYS.
 
-    In small transactions, so that no other waits long; the rest at the next run.
+    It uses small transactions, so that others do not wait long. The next run deletes the rest.
     """
     oldest_kept = timezone.now() - timedelta(days=conf.RETENTION_DAYS)
     waiting = Delivery.objects.filter(

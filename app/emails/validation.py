@@ -1,4 +1,4 @@
-"""The checks of an email before it is stored. Each raises ValidationError with a sentence."""
+"""Validates an email before it is stored. Each check raises ValidationError with a message."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ from django.utils import timezone
 from emails.conf import conf
 from emails.models import Attachment, Email, SendingLimits
 
-# Line separators and other control characters: in a header they start a new one.
+# Line separators and other control characters, which could start a new header.
 FORBIDDEN_IN_HEADERS = ("Cc", "Zl", "Zp")
 LONGEST_HEADER = 998
 LONGEST_LOCAL_PART = 64
@@ -26,7 +26,7 @@ LONGEST_ADDRESS = 254
 CONTENT_TYPE = re.compile(r"(?!multipart/|message/)[a-z0-9][\w.+-]*/[a-z0-9][\w.+-]*", re.I | re.A)
 HEADER_NAME = re.compile(r"[!-9;-~]{1,76}")
 MAX_HEADERS = 50
-# Headers that are made from the fields, or by the servers on the way.
+# Headers that other fields set, or that mail servers add.
 OWN_HEADERS = {
     *("from", "to", "cc", "bcc", "reply-to", "subject", "date", "message-id", "sender"),
     *("return-path", "received", "content-type", "content-transfer-encoding", "mime-version"),
@@ -48,7 +48,7 @@ def field_length(model: Any, name: str) -> int:
 
 
 def check_storable(value: str) -> None:
-    # PostgreSQL has no null character, and half of a surrogate pair has no UTF-8.
+    # PostgreSQL can't store null characters, and lone surrogates have no UTF-8 encoding.
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -79,7 +79,7 @@ def check_subject(value: str) -> None:
 
 
 def check_address(value: str) -> None:
-    """An address without a name, of a form that mail servers accept."""
+    """Requires an address without a name that mail servers accept."""
     validate_email(value)
     local, _, domain = value.rpartition("@")
     longest = LONGEST_ADDRESS - len(local) - 1
@@ -90,7 +90,7 @@ def check_address(value: str) -> None:
 def ascii_domain(domain: str) -> str:
     if domain.isascii():
         return domain
-    # Characters that IDNA drops or replaces, such as a soft hyphen, name another domain.
+    # IDNA drops or replaces some characters, such as a soft hyphen; the result is another domain.
     try:
         encoded = domain.encode("idna")
         same = encoded.decode("idna") == domain.lower() and is_normalized("NFKC", domain)
@@ -111,15 +111,15 @@ def bare_address(value: str) -> str:
     try:
         parsed = email_policy.header_factory("From", value)
         groups = parsed.groups
-    except (ValueError, IndexError, AttributeError, TypeError):  # of Python's parser
+    except (ValueError, IndexError, AttributeError, TypeError):  # raised by Python's parser
         raise ValidationError("is not one address") from None
-    # Obsolete is a period in a name without quotes, which many names have.
+    # A period in a name without quotes is obsolete syntax, but common.
     defects = [each for each in parsed.defects if not isinstance(each, ObsoleteHeaderDefect)]
     if len(groups) != 1 or len(groups[0].addresses) != 1 or defects:
         raise ValidationError("is not one address")
     address = str(groups[0].addresses[0].addr_spec)
     check_address(address)
-    # The envelope gets what is in the last angle brackets, so nothing may follow them.
+    # The envelope uses the text in the last angle brackets, so nothing may follow them.
     if not value.endswith(f"<{address}>"):
         raise ValidationError("is not one address")
     return address
@@ -147,7 +147,7 @@ def check_recipients(value: Sequence[str], kinds: Mapping[str, str]) -> None:
 
 
 def check_addresses(value: Sequence[str], kinds: Mapping[str, str]) -> None:
-    if len(kinds) > conf.MAX_RECIPIENTS:  # so said check_recipients
+    if len(kinds) > conf.MAX_RECIPIENTS:  # check_recipients has reported it
         return
     for recipient in dict.fromkeys(value):
         try:
@@ -171,13 +171,13 @@ def check_reply_to(value: Sequence[str]) -> None:
 
 def check_headers(value: Mapping[str, str]) -> None:
     if len(value) > MAX_HEADERS:
-        raise ValidationError(f"must not hold more than {MAX_HEADERS} headers")
+        raise ValidationError(f"must not contain more than {MAX_HEADERS} headers")
     seen = set()
     for name, content in value.items():
         if not HEADER_NAME.fullmatch(name) or name.lower() in OWN_HEADERS:
-            raise ValidationError(f"must not hold {name[:40]!r}")
+            raise ValidationError(f"must not contain {name[:40]!r}")
         if name.lower() in seen:
-            raise ValidationError(f"must hold {name!r} once")
+            raise ValidationError(f"must not contain {name!r} more than once")
         seen.add(name.lower())
         check_header(content)
 
@@ -206,7 +206,7 @@ def check_attachments(value: Sequence[File], text: str, html: str) -> None:
 
 
 def check_time(value: datetime | None, after: datetime | None = None) -> None:
-    """`after`: what the time must not precede; None: now."""
+    """Requires a time after `after`, or after now if that is None."""
     if value is None:
         return
     if timezone.is_naive(value):

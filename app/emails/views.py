@@ -26,9 +26,9 @@ from emails.models import Attachment
 from emails.states import State
 
 PAGE_SIZE = 20
-# Characters of a text on its page, which the browser loads again every few seconds.
+# The page shows at most this many characters of a text, because it reloads every few seconds.
 TEXT_LIMIT = 20_000
-# An email's HTML may style itself, and nothing else: no script, no form, nothing from elsewhere.
+# An email's HTML may have inline styles only: no scripts, no forms, nothing from other hosts.
 HTML_POLICY = "; ".join(
     (
         "sandbox",
@@ -95,7 +95,7 @@ def shown(count: int | None) -> str:
 @never_cache
 @require_http_methods(["GET", "POST"])
 def show_email(request: HttpRequest, email_id: UUID) -> HttpResponse:
-    """An email and its deliveries. POST sends again what failed, or cancels what can be."""
+    """Shows an email and its deliveries. POST retries failed ones, or cancels pending ones."""
     emails = listing.find(request.user).defer("text", "html")
     emails = emails.annotate(shown_text=Left("text", TEXT_LIMIT), text_length=Length("text"))
     emails = emails.annotate(has_html=~Q(html=""))
@@ -130,13 +130,13 @@ def deliveries(count: int) -> str:
 @require_safe
 @xframe_options_sameorigin
 def show_html(request: HttpRequest, email_id: UUID) -> HttpResponse:
-    """The HTML of an email, for a frame in its page."""
+    """Shows the HTML of an email, for the frame on its page."""
     email = get_object_or_404(listing.find(request.user).exclude(html="").only("html"), pk=email_id)
     return HttpResponse(
         email.html,
         headers={
             "Content-Security-Policy": HTML_POLICY,
-            "X-DNS-Prefetch-Control": "off",  # or a link would tell a name server of the reader
+            "X-DNS-Prefetch-Control": "off",  # hides from name servers that the email was opened
         },
     )
 
@@ -144,7 +144,7 @@ def show_html(request: HttpRequest, email_id: UUID) -> HttpResponse:
 @never_cache
 @require_safe
 def healthz(request: HttpRequest) -> JsonResponse:
-    """200 if the database answers, else 503. The broker may be down: emails are accepted anyway."""
+    """200 if the database responds, else 503. Emails are accepted even if the broker is down."""
     try:
         with connection.cursor() as cursor:
             cursor.execute("SELECT 1")
@@ -156,7 +156,7 @@ def healthz(request: HttpRequest) -> JsonResponse:
 @never_cache
 @require_safe
 def metrics(request: HttpRequest) -> HttpResponse:
-    """For Prometheus, with METRICS_TOKEN as its bearer token; without one nobody sees them."""
+    """Metrics for Prometheus, with METRICS_TOKEN as bearer token. Without the setting, 404."""
     if not conf.METRICS_TOKEN:
         raise Http404
     given = request.headers.get("Authorization", "").encode(errors="replace")

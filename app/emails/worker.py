@@ -1,5 +1,5 @@
-"""What a Celery worker gets from this app: queues, systemd's watchdog, and a consumer that no
-message can end."""
+"""Extensions of the Celery worker: queues, systemd's watchdog, and a consumer that survives
+malformed messages."""
 
 import bz2
 import logging
@@ -26,13 +26,13 @@ from emails.queues import DEAD_LETTERS
 
 logger = logging.getLogger(__name__)
 
-# The control commands that Flower and `celery inspect` need. A worker that answers the others can
-# be shut down or starved by whoever may publish to it.
+# The control commands that Flower and `celery inspect` need. With the others, anybody who may
+# publish to a worker could shut it down or starve it.
 CONTROL_COMMANDS = {
     *("ping", "stats", "report", "conf", "enable_events"),
     *("active", "active_queues", "registered", "reserved", "revoked", "scheduled", "query_task"),
 }
-# Settings that `inspect conf` shows; all others may hold a secret under some name.
+# Settings that `inspect conf` shows. The others may contain secrets.
 SHOWN_SETTINGS = (
     *("accept_content", "broker_heartbeat", "broker_pool_limit", "enable_utc", "timezone"),
     *("task_acks_late", "task_default_queue", "task_ignore_result", "task_serializer"),
@@ -43,18 +43,18 @@ SHOWN_SETTINGS = (
 
 
 def prepare(app: Celery) -> None:
-    """Before a worker starts: adds the steps, bounds what messages and commands can do."""
+    """Adds the steps, and limits messages and commands, before a worker starts."""
     app.conf.worker_consumer = "emails.worker:Consumer"
     app.steps["consumer"].add(DeclareQueues)
-    # Celery binds every queue to its exchanges for delayed messages, so all must exist by then.
+    # Celery binds every queue to its exchanges for delayed messages, so all queues must exist.
     DelayedDelivery.requires = (*DelayedDelivery.requires, DeclareQueues)
     if os.environ.get("NOTIFY_SOCKET"):
         app.steps["consumer"].add(Systemd)
     for name in set(Panel.data) - CONTROL_COMMANDS:
         del Panel.data[name]
     inspect_command(name="conf")(shown_settings)
-    # Talk between workers needs the command "hello", by which tasks can be revoked, and takes tasks
-    # from whoever may publish an event.
+    # Gossip and Mingle need the command "hello", which can revoke tasks, and accept tasks from
+    # anybody who may publish an event.
     for step in (Gossip, Mingle):
         step.compatible_transports = frozenset()
     bound_decompression()
@@ -62,15 +62,15 @@ def prepare(app: Celery) -> None:
 
 
 def shown_settings(state: Any, with_defaults: bool = False, **_: Any) -> dict[str, Any]:
-    """The worker's settings that are no secrets."""
+    """The worker's settings without secrets."""
     return {name: repr(getattr(state.app.conf, name, None)) for name in SHOWN_SETTINGS}
 
 
-# ---- Messages that are no task of ours ----
+# ---- Malformed messages ----
 
 
 def bound_decompression() -> None:
-    """Kombu decompresses a message when it arrives, before anybody can look at it."""
+    """Limits decompression, because kombu decompresses a message before a consumer can check it."""
     decoders: dict[str, Callable[[], Any]] = {
         "application/x-gzip": zlib.decompressobj,
         "application/x-bz2": bz2.BZ2Decompressor,
@@ -89,14 +89,14 @@ def bounded_decoder(make: Callable[[], Any]) -> Callable[[bytes], bytes]:
         decompressor = make()
         decoded: bytes = decompressor.decompress(data, conf.MAX_EMAIL_BYTES)
         if not decompressor.eof:
-            raise DecodeError("the decompressed body is too large, or broken")
+            raise DecodeError("the decompressed body is too large or invalid")
         return decoded
 
     return decode
 
 
 class Consumer(celery_consumer.Consumer):  # type: ignore[misc]
-    """Dead-letters a message that Celery can't handle, and goes on. Its body is never logged."""
+    """Dead-letters messages that Celery can't handle. Their bodies are never logged."""
 
     def create_task_handler(self, *arguments: Any, **options: Any) -> Callable[[Any], Any]:
         handle = super().create_task_handler(*arguments, **options)
@@ -114,7 +114,7 @@ class Consumer(celery_consumer.Consumer):  # type: ignore[misc]
         return on_task_received
 
     def problem(self, message: Any) -> str | None:
-        """What is wrong with a message of this app's tasks; None: nothing, or it is no such one."""
+        """The error in a message for this app's tasks, or None. Other tasks are not checked."""
         if message.errors:
             return "it can't be decompressed"
         if len(message.body or b"") > conf.MAX_EMAIL_BYTES:
@@ -124,7 +124,7 @@ class Consumer(celery_consumer.Consumer):  # type: ignore[misc]
         if not isinstance(name, str) or not name.startswith("emails.tasks."):
             return None if isinstance(name, str) else "it names no task"
         if headers.get("eta") or headers.get("expires"):
-            return "it has an eta or expires, which this task never has"
+            return "it has an eta or expires, which this app never sets"
         try:
             if message.content_type != "application/json":
                 return "its content type is not JSON"
@@ -151,7 +151,7 @@ class Consumer(celery_consumer.Consumer):  # type: ignore[misc]
         self.dead_letter(message, "it names no task")
 
     def on_unknown_task(self, body: Any, message: Any, exc: Exception) -> None:
-        self.dead_letter(message, "its task is unknown here")
+        self.dead_letter(message, "its task is unknown")
 
     def on_invalid_task(self, body: Any, message: Any, exc: Exception) -> None:
         self.dead_letter(message, type(exc).__name__)
@@ -160,13 +160,13 @@ class Consumer(celery_consumer.Consumer):  # type: ignore[misc]
         self.dead_letter(message, type(exc).__name__)
 
 
-# ---- Steps of the worker's start ----
+# ---- Bootsteps ----
 
 
 class DeclareQueues(bootsteps.StartStopStep):  # type: ignore[misc]
-    """Declares every queue of the project, on each connection to the broker.
+    """Declares all queues of the project on each connection to the broker.
 
-    A worker by itself declares only what it consumes, and nobody consumes the dead letters.
+    Celery declares only the queues that the worker consumes, and none consumes the dead letters.
     """
 
     requires = ("celery.worker.consumer.connection:Connection",)
@@ -178,10 +178,10 @@ class DeclareQueues(bootsteps.StartStopStep):  # type: ignore[misc]
 
 
 class Systemd(bootsteps.StartStopStep):  # type: ignore[misc]
-    """Tells systemd that the worker is ready, and that it is alive.
+    """Notifies systemd when the worker is ready, and pings the watchdog.
 
-    Ready means that it consumes. Without a ping of the watchdog systemd restarts it: that happens
-    when its loop is stuck, and not while it reconnects to the broker.
+    The worker is ready when it consumes. Pings stop when its loop is stuck, so systemd restarts it.
+    They go on while it reconnects to the broker.
     """
 
     requires = ("celery.worker.consumer.tasks:Tasks",)
@@ -190,7 +190,7 @@ class Systemd(bootsteps.StartStopStep):  # type: ignore[misc]
 
     def __init__(self, consumer: Any, **_: Any) -> None:
         self.timer: Any = None
-        self.ticked: float | None = None  # when the loop last ran; None: there is no connection
+        self.ticked: float | None = None  # when the loop last ran; None without a connection
         self.thread: threading.Thread | None = None
         self.stopping = threading.Event()
 

@@ -1,4 +1,4 @@
-# Imported with the package, so that shared tasks publish through this app and not Celery's default.
+# Imported with the package, so that shared tasks use this Celery application.
 from mailroom.celery import app as celery_app
 
 __all__ = ["celery_app"]

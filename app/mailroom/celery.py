@@ -15,4 +15,4 @@ celery_config.configure(app)
 
 @signals.setup_logging.connect  # type: ignore[untyped-decorator]
 def keep_django_logging(**_: Any) -> None:
-    """A receiver of this signal keeps Celery from replacing Django's LOGGING."""
+    """Celery does not replace Django's LOGGING if this signal has a receiver."""

@@ -1,4 +1,4 @@
-"""Reads environment variables. A wrong value ends the process with the variable's name."""
+"""Reads environment variables. An invalid value raises an error that names the variable."""
 
 import json
 from collections.abc import Callable
@@ -16,12 +16,12 @@ env = environ.Env()
 
 
 def wrong(name: str, expected: str) -> ImproperlyConfigured:
-    """The error for a bad value. It leaves the value out: many of them hold a password."""
+    """The error for an invalid value. It omits the value, which may contain a password."""
     return ImproperlyConfigured(f"environment variable {name}: expected {expected}")
 
 
 def boolean(name: str, default: bool) -> bool:
-    # django-environ reads every word that it doesn't know as false.
+    # django-environ reads unknown words as false.
     match env.str(name, str(default)).lower():
         case "true" | "yes" | "on" | "1":
             return True
@@ -68,7 +68,7 @@ def address(name: str, value: str) -> str:
 
 
 def limits(name: str) -> dict[str, dict[str, float]]:
-    """JSON: a domain, or * for every other, to its limits (EMAILS_DOMAIN_LIMITS)."""
+    """Reads JSON: the limits per domain, with * for all others (EMAILS_DOMAIN_LIMITS)."""
     try:
         value: Any = json.loads(env.str(name, "") or "{}")
     except ValueError:
@@ -80,7 +80,7 @@ def limits(name: str) -> dict[str, dict[str, float]]:
 
 
 def broker_urls(value: str) -> str:
-    """Checks `value`, one URL or several with `;` between them: the nodes of a cluster."""
+    """Checks `value`: one URL, or those of a cluster's nodes, separated by `;`."""
     for node in value.split(";"):
         parts = urlsplit(node)
         if parts.scheme not in ("amqp", "amqps") or not parts.hostname or parts.port == 0:

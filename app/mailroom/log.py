@@ -6,13 +6,13 @@ from emails.context import FIELDS, one_line
 
 
 def ids(record: logging.LogRecord) -> dict[str, str]:
-    """The ids that the record has: of the request, the email, the delivery."""
+    """The record's ids of the request, email and delivery."""
     found = {name.removesuffix("_id"): getattr(record, name, "") for name in FIELDS}
     return {name: str(value) for name, value in found.items() if value}
 
 
 class OneLineFormatter(logging.Formatter):
-    """One line per record, tracebacks included; names the request and the email it belongs to."""
+    """Writes a record, including its traceback, as one line with the ids."""
 
     def format(self, record: logging.LogRecord) -> str:
         line = one_line(super().format(record))
@@ -20,7 +20,7 @@ class OneLineFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """The same as an object of JSON."""
+    """Writes a record as a JSON object."""
 
     def format(self, record: logging.LogRecord) -> str:
         fields = {
@@ -36,7 +36,7 @@ class JsonFormatter(logging.Formatter):
 
 
 class NoTraceback(logging.Filter):
-    """A request for an unknown host is somebody's probe, not a fault to trace."""
+    """Removes the traceback of requests for unknown hosts, because these are scans, not errors."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         record.exc_info = record.exc_text = None

@@ -1,4 +1,4 @@
-"""Settings, all of them from environment variables. README.md lists them."""
+"""Settings from environment variables, which README.md lists."""
 
 import logging
 from pathlib import Path
@@ -41,7 +41,7 @@ INSTALLED_APPS = [
     "django.contrib.sessions",
     "django.contrib.messages",
     "django.contrib.staticfiles",
-    "ninja",  # serves the API documentation's scripts from here instead of from a CDN
+    "ninja",  # serves the API documentation's scripts, which otherwise come from a CDN
     "emails",
 ]
 
@@ -67,7 +67,7 @@ LOGOUT_REDIRECT_URL = "login"
 TEMPLATES = [
     {
         "BACKEND": "django.template.backends.django.DjangoTemplates",
-        # The site's error pages and its frame for the API's documentation.
+        # The site's error pages and its template for the API documentation.
         "DIRS": [BASE_DIR / "mailroom" / "templates"],
         "APP_DIRS": True,
         "OPTIONS": {
@@ -103,13 +103,13 @@ STORAGES = {
 
 # --- Transport security -----------------------------------------------------------------------
 
-# Off only where the site is served over plain HTTP: a sandbox, a test.
+# Off only if the site is served over plain HTTP, as in a sandbox or a test.
 HTTPS_ONLY = boolean("HTTPS_ONLY", not DEBUG)
 SECURE_SSL_REDIRECT = SESSION_COOKIE_SECURE = CSRF_COOKIE_SECURE = HTTPS_ONLY
 SECURE_HSTS_SECONDS = 30 * 86400 if HTTPS_ONLY else 0
-# Probes come over plain HTTP from the same machine.
+# Probes use plain HTTP from the same machine.
 SECURE_REDIRECT_EXEMPT = [r"^healthz$"]
-# Whether sibling hosts of the domain speak HTTPS (includeSubDomains, preload) isn't known here.
+# includeSubDomains and preload are not set, because other hosts of the domain may lack HTTPS.
 SILENCED_SYSTEM_CHECKS = ["security.W005", "security.W021"]
 
 # --- Database ---------------------------------------------------------------------------------
@@ -118,8 +118,8 @@ DATABASE = url("DATABASE_URL", "", env.db_url_config, ("postgresql", "postgres")
 PREPARED_STATEMENTS = boolean("PREPARED_STATEMENTS", True)
 DATABASE.setdefault("CONN_MAX_AGE", 60)
 DATABASE["CONN_HEALTH_CHECKS"] = True
-# A database that falls silent is noticed within seconds: when it is connected to, when it doesn't
-# acknowledge what was sent (milliseconds), and when nothing is sent (the relay listens).
+# Detect an unresponsive database within seconds: while connecting, while sent data is not
+# acknowledged (milliseconds), and on an idle connection (the relay listens).
 DATABASE["OPTIONS"] = {
     "connect_timeout": 2,
     "tcp_user_timeout": 2500,
@@ -128,7 +128,7 @@ DATABASE["OPTIONS"] = {
     "keepalives_count": 3,
 } | DATABASE.get("OPTIONS", {})
 if PREPARED_STATEMENTS:
-    # Executions on a connection before the server keeps a statement; Django's own is never.
+    # Executions before a statement is prepared. Django's own statements never are.
     DATABASE["OPTIONS"].setdefault("prepare_threshold", 5)
 DATABASES = {"default": DATABASE}
 
@@ -140,7 +140,7 @@ SMTP = url(
     env.email_url_config,
     ("smtp", "smtp+tls", "smtp+ssl", "consolemail"),
 )
-# Django's own mail functions store an email; this is what workers send by.
+# Django's mail functions store emails; workers send with this backend.
 EMAIL_BACKEND = "emails.backend.EmailBackend"
 EMAILS_DELIVERY_BACKEND = env.str("DELIVERY_BACKEND", SMTP["EMAIL_BACKEND"])
 try:
@@ -165,7 +165,7 @@ EMAILS_MAX_RECIPIENTS = number("MAX_RECIPIENTS", 50)
 EMAILS_MAX_ATTACHMENTS = number("MAX_ATTACHMENTS", 50, minimum=0)
 EMAILS_MAX_EMAIL_BYTES = number("MAX_EMAIL_BYTES", 10 * 1024**2)
 EMAILS_MAX_BATCH = number("MAX_BATCH", 500)
-# As JSON, attachments in base64; the form's fields are smaller.
+# For JSON with attachments in base64; the form's fields are smaller.
 DATA_UPLOAD_MAX_MEMORY_SIZE = EMAILS_MAX_EMAIL_BYTES * 2 + 65536
 EMAILS_RECIPIENTS_PER_HOUR = number("RECIPIENTS_PER_HOUR", 0, minimum=0)
 EMAILS_DEADLINE_SECONDS = number("DEADLINE_SECONDS", 86400)
@@ -197,10 +197,10 @@ CELERY_ACCEPT_CONTENT = ["json"]
 CELERY_WORKER_PREFETCH_MULTIPLIER = 4
 CELERY_WORKER_MAX_TASKS_PER_CHILD = 2000
 CELERY_WORKER_SEND_TASK_EVENTS = True
-# Without it Celery closes the database connection before and after each task.
+# Otherwise Celery closes the database connection before and after each task.
 CELERY_DB_REUSE_MAX = 1000
 
-# Seconds. The lease of a delivery outlives the hard limit: when it ends, the task is dead.
+# Seconds. The lease of a delivery is longer than the hard limit, so the task has ended before it.
 CELERY_TASK_TIME_LIMIT = number("TASK_TIME_LIMIT", 120, minimum=6)
 CELERY_TASK_SOFT_TIME_LIMIT = CELERY_TASK_TIME_LIMIT * 5 // 6
 EMAILS_SENDING_LEASE_SECONDS = CELERY_TASK_TIME_LIMIT * 5 // 4
@@ -238,7 +238,7 @@ LOGGING = {
         }
     },
     "root": {"handlers": ["stderr"], "level": LOG_LEVEL},
-    # Django's own configuration mails errors to ADMINS and colours the development server's lines.
+    # Django's default configuration emails errors to ADMINS and colours the development log.
     "loggers": {
         "django": {"handlers": [], "propagate": True},
         "django.server": {"handlers": [], "propagate": True},

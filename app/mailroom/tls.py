@@ -2,10 +2,10 @@ from typing import Any
 
 
 class VerifiedTLS(dict[str, Any]):
-    """TLS options that check a broker's certificate against the host name of its own URL.
+    """TLS options that verify a broker's certificate against the host name of its URL.
 
-    Kombu does so while it reads None as `server_hostname`, but writes the name it used back into
-    the options, and would then expect the first node's name from every other node.
+    Kombu does so as long as `server_hostname` is None, but it writes the first node's name into the
+    options and would then expect that name from every other node.
     """
 
     def __init__(self, **options: Any) -> None:

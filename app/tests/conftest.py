@@ -13,12 +13,12 @@ OTHER_KEY = "a-key-of-another-owner-0123456789ab"
 
 
 class Mailbox:
-    """An SMTP server on a loopback port: keeps what it takes, answers as it is told.
+    """An SMTP server on a loopback port: stores accepted messages, sends configured replies.
 
-    `reply` is the answer to the message itself, `recipient_reply` the one to its recipient; None
-    ends the connection instead. While `gate` is cleared it lets every message wait. If it
-    `hangs_up` it does so after its reply to the sender. One that is `lax` asks for the message of
-    a recipient whom it has refused, as RFC 2920 allows.
+    `reply` is the reply to the message, `recipient_reply` that to its recipient; None closes the
+    connection instead. While `gate` is cleared, every message waits. With `hangs_up`, it closes the
+    connection after its reply to the sender. With `lax`, it requests the message even if it has
+    refused the recipient, as RFC 2920 allows.
     """
 
     def __init__(self, pipelining: bool) -> None:
@@ -26,8 +26,8 @@ class Mailbox:
         self.lax = False
         self.hangs_up = False
         self.reply = "250 taken"
-        self.replies = []  # one after the other; then `reply`
-        self.sender_replies = []  # one after the other; then "250 fine"
+        self.replies = []  # in order; afterwards `reply`
+        self.sender_replies = []  # in order; afterwards "250 fine"
         self.recipient_reply = "250 fine"
         self.messages = []
         self.connections = 0
@@ -74,7 +74,7 @@ class Mailbox:
 
 @pytest.fixture(autouse=True)
 def real_smtp(settings):
-    """Django's test set-up replaces the backend by one that only remembers."""
+    """Restores the SMTP backend, which Django's test set-up replaces with one in memory."""
     settings.EMAIL_BACKEND = "emails.backend.EmailBackend"
     yield
     smtp.close()
@@ -82,7 +82,7 @@ def real_smtp(settings):
 
 @pytest.fixture
 def mailbox(settings, request):
-    """One that offers PIPELINING, unless the test's parameter says otherwise."""
+    """A server with PIPELINING, unless the test's parameter disables it."""
     box = Mailbox(pipelining=getattr(request, "param", True))
     settings.EMAIL_HOST, settings.EMAIL_PORT = "127.0.0.1", free_port()
     server = Controller(box, hostname=settings.EMAIL_HOST, port=settings.EMAIL_PORT)
@@ -123,7 +123,7 @@ def api(client, api_key):
 
 @pytest.fixture
 def accept(user):
-    """Accepts an email with the given differences from a good one."""
+    """Accepts a valid email with the given changes."""
 
     def accept(owner=user, key=None, **fields):
         good = {"subject": "Hello", "text": "Body", "recipients": ["bob@example.org"]}

@@ -1,7 +1,7 @@
-"""A PostgreSQL of its own for a test run: python -m tests.postgresql COMMAND…
+"""A temporary PostgreSQL server for a test run: python -m tests.postgresql COMMAND…
 
-From the programs of the installed server, on a free loopback port, in a directory of its own
-that is gone afterwards. The command gets it as TEST_DATABASE_URL.
+Runs the programs of the installed server on a free loopback port with a temporary directory. The
+command gets its URL as TEST_DATABASE_URL.
 """
 
 import os
@@ -20,13 +20,13 @@ UNPRIVILEGED = {"user": "nobody", "group": pwd.getpwnam("nobody").pw_gid, "extra
 
 
 def programs() -> Path:
-    """Where the newest installed server has its programs: Debian keeps them off the PATH."""
+    """The directory of the newest installed server's programs, which Debian keeps off the PATH."""
     found = sorted(
         Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name)
     )
     on_path = shutil.which("initdb")
     if not found and not on_path:
-        sys.exit("no PostgreSQL server here; tests/install installs it")
+        sys.exit("PostgreSQL server not found; install it with tests/install")
     return found[-1] if found else Path(on_path).parent
 
 
@@ -67,14 +67,14 @@ class Postgresql:
             capture_output=True,
             text=True,
             check=False,
-            # Ctrl-C is for the caller, which then stops the server.
+            # Ctrl-C must only reach the caller, which then stops the server.
             start_new_session=True,
         )
         if done.returncode:
             raise RuntimeError(f"{program} failed: {done.stdout}{done.stderr}")
 
     def start(self) -> None:
-        """The port is the same at each start; at the first, another program may have taken it."""
+        """Uses the same port at each start. At the first one, another program may have taken it."""
         command = ("pg_ctl", "start", "-w", "-l", str(self.directory / "log"))
         for left in (2, 1, 0):
             try:
@@ -103,7 +103,7 @@ class Postgresql:
 
 
 def main() -> int:
-    # Nothing that a test writes has to outlive the machine.
+    # Test data needn't survive a crash.
     with Postgresql(fsync="off") as server:
         environment = os.environ | {"TEST_DATABASE_URL": server.url()}
         return subprocess.run(sys.argv[1:], env=environment, check=False).returncode

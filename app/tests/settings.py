@@ -1,4 +1,4 @@
-"""The project's settings with an environment of their own, whatever the developer's shell holds."""
+"""The project's settings with a fixed environment, independent of the developer's shell."""
 
 import os
 
@@ -29,4 +29,4 @@ from mailroom.settings import *  # noqa: E402, F403
 STORAGES["staticfiles"]["BACKEND"] = "django.contrib.staticfiles.storage.StaticFilesStorage"  # noqa: F405
 MIDDLEWARE.remove("whitenoise.middleware.WhiteNoiseMiddleware")  # noqa: F405
 PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]
-LOGGING["loggers"]["mail.log"] = {"level": "ERROR"}  # noqa: F405 - aiosmtpd repeats the dialogue
+LOGGING["loggers"]["mail.log"] = {"level": "ERROR"}  # noqa: F405 - aiosmtpd logs the dialogue

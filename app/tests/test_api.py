@@ -32,7 +32,7 @@ def post(client, api_key):
     return post
 
 
-def test_accepts_an_email_and_tells_its_state(post, client):
+def test_accepts_an_email_and_reports_its_state(post, client):
     response = post(GOOD | {"html": "<p>Body</p>", "from": "News <news@example.com>"})
     assert response.status_code == 202
     accepted = response.json()
@@ -88,7 +88,7 @@ def test_accepts_an_email_and_tells_its_state(post, client):
         ("form", "a field that doesn't exist"),
     ],
 )
-def test_refuses_bad_input_and_names_the_field(post, field, value):
+def test_refuses_invalid_input_and_names_the_field(post, field, value):
     response = post(GOOD | {field: value})
     assert response.status_code == 422
     assert list(response.json()["errors"]) == [field]
@@ -128,7 +128,7 @@ def test_refuses_a_revoked_key_and_an_inactive_owner(post, api_key, user):
 
 
 @pytest.mark.parametrize("limit", [None, 6])
-def test_a_key_brings_its_owner_and_the_limits_in_one_query(
+def test_key_owner_and_limits_are_loaded_in_one_query(
     api_key, user, limit, django_assert_num_queries
 ):
     ApiKey.objects.create(owner=user, name="another", digest=api_keys.hash_key("another"))
@@ -165,14 +165,14 @@ def test_emails_of_others_are_not_found(client, api_key, accept, django_user_mod
         ((State.QUEUED, State.SENDING), State.SENDING),
     ],
 )
-def test_the_state_of_an_email_is_its_least_finished_delivery(accept, states, whole):
+def test_email_has_the_state_of_its_least_finished_delivery(accept, states, whole):
     email = accept(recipients=["bob@example.org", "eve@example.org"])
     for delivery, state in zip(email.deliveries.all(), states, strict=True):
         email.deliveries.filter(pk=delivery.pk).update(state=state)
     assert email.state == whole
 
 
-def test_documents_itself_without_a_cdn(client):
+def test_api_documentation_needs_no_cdn(client):
     paths = client.get("/api/openapi.json").json()["paths"]
     assert set(paths) == {
         "/api/emails",
@@ -191,7 +191,7 @@ def test_documents_itself_without_a_cdn(client):
 # Idempotency
 
 
-def test_a_key_sent_again_gives_the_first_id_again(post):
+def test_repeated_key_returns_the_first_id(post):
     first = post(GOOD, idempotency_key="order 17")
     again = post(GOOD, idempotency_key="order 17")
     assert (first.status_code, again.status_code) == (202, 202)
@@ -219,7 +219,7 @@ def test_a_key_sent_again_gives_the_first_id_again(post):
         {"skip_suppressed": True},
     ],
 )
-def test_a_key_with_other_content_is_a_conflict(post, settings, change):
+def test_key_with_other_content_is_a_conflict(post, settings, change):
     settings.EMAILS_RETENTION_DAYS = 100_000
     assert post(GOOD, idempotency_key="order 17").status_code == 202
     answer = post(GOOD | change, idempotency_key="order 17")
@@ -236,28 +236,28 @@ def test_a_key_with_other_content_is_a_conflict(post, settings, change):
         ("headers", {"X-Campaign": "spring"}, {"X-Campaign": "autumn"}),
     ],
 )
-def test_a_key_with_another_value_of_a_field_is_a_conflict(post, settings, field, one, other):
+def test_key_with_another_value_of_a_field_is_a_conflict(post, settings, field, one, other):
     settings.EMAILS_RETENTION_DAYS = 100_000
     assert post(GOOD | {field: one}, idempotency_key="order 17").status_code == 202
     assert post(GOOD | {field: one}, idempotency_key="order 17").status_code == 202
     assert post(GOOD | {field: other}, idempotency_key="order 17").status_code == 409
 
 
-def test_a_key_is_its_owners_own(post, django_user_model):
+def test_owners_can_use_the_same_key(post, django_user_model):
     first = post(GOOD, idempotency_key="order 17").json()["id"]
     ApiKey.objects.update(owner=django_user_model.objects.create_user("mallory"))
     assert post(GOOD, idempotency_key="order 17").json()["id"] != first
 
 
 @pytest.mark.parametrize("key", ["", "x" * 256, "grün"])
-def test_refuses_a_bad_key(post, key):
+def test_refuses_an_invalid_key(post, key):
     answer = post(GOOD, idempotency_key=key)
     assert answer.status_code == 422
     assert list(answer.json()["errors"]) == ["idempotency_key"]
 
 
 @pytest.mark.django_db(transaction=True)
-def test_of_requests_with_one_key_at_the_same_time_one_is_stored(post):
+def test_concurrent_requests_with_one_key_store_one_email(post):
     together = Barrier(8, timeout=20)
 
     def request(_):
@@ -315,7 +315,7 @@ ATTACHMENT = {"filename": "a.txt", "content_type": "text/plain", "content": "YQ=
         ("deadline", "tomorrow"),
     ],
 )
-def test_refuses_bad_extras_and_names_the_field(post, settings, field, value):
+def test_refuses_invalid_optional_fields_and_names_the_field(post, settings, field, value):
     settings.EMAILS_MAX_EMAIL_BYTES = 1000
     response = post(GOOD | {"to": ["bob@example.org"], "bcc": ["dan@example.org"], field: value})
     assert response.status_code == 422
@@ -323,7 +323,7 @@ def test_refuses_bad_extras_and_names_the_field(post, settings, field, value):
     assert not Email.objects.exists()
 
 
-def test_a_request_that_is_too_large_is_refused_before_it_is_read(post, settings):
+def test_too_large_request_is_refused_before_it_is_read(post, settings):
     settings.DATA_UPLOAD_MAX_MEMORY_SIZE = 1000
     response = post(GOOD | {"text": "x" * 1000})
     assert response.status_code == 413
@@ -332,23 +332,23 @@ def test_a_request_that_is_too_large_is_refused_before_it_is_read(post, settings
 # Owners
 
 
-def test_an_owner_has_senders_of_its_own(post, user):
+def test_owner_can_have_its_own_senders(post, user):
     SendingLimits.objects.create(owner=user, senders="shop@example.net @shop.example")
     assert post(GOOD | {"from": "Shop <shop@example.net>"}).status_code == 202
     assert post(GOOD | {"from": "any@shop.example"}).status_code == 202
     assert post(GOOD | {"from": "news@example.com"}).status_code == 422
-    assert post(GOOD).status_code == 422, "the default sender is none of them"
+    assert post(GOOD).status_code == 422, "the default sender is not one of them"
 
 
 @pytest.mark.django_db(transaction=True)
-def test_an_owner_has_a_limit_of_recipients_an_hour(post, user, settings):
+def test_owner_can_have_an_hourly_limit(post, user, settings):
     settings.EMAILS_RECIPIENTS_PER_HOUR = 4
     assert post(GOOD, idempotency_key="first").status_code == 202
     assert post(GOOD).status_code == 202
     refused = post(GOOD)
     assert refused.status_code == 429
     assert int(refused.headers["Retry-After"]) > 0
-    assert post(GOOD, idempotency_key="first").status_code == 202, "it is no new one"
+    assert post(GOOD, idempotency_key="first").status_code == 202, "a repeated email does not count"
     SendingLimits.objects.create(owner=user, recipients_per_hour=6)
     assert post(GOOD).status_code == 202
     assert post(GOOD).status_code == 429
@@ -356,21 +356,21 @@ def test_an_owner_has_a_limit_of_recipients_an_hour(post, user, settings):
     assert post(GOOD).status_code == 202
 
 
-def test_a_deadline_is_every_delivery_s(accept):
+def test_deadline_applies_to_every_delivery(accept):
     deadline = timezone.now() + timedelta(hours=3)
     email = accept(recipients=["bob@example.org", "eve@example.org"], deadline=deadline)
     assert [delivery.expires_at for delivery in email.deliveries.all()] == [deadline, deadline]
 
 
 @pytest.mark.django_db(transaction=True)
-def test_an_email_whose_attachments_are_not_stored_is_not_there(accept):
-    # Longer than the column: the database refuses what the check would have refused.
+def test_email_is_not_stored_without_its_attachments(accept):
+    # Longer than the column, so that the database refuses it, without the validation.
     with patch.object(validation, "check_attachments"), pytest.raises(DataError):
         accept(attachments=[File("a.txt", "x" * 200, b"a")])
     assert not Email.objects.exists()
 
 
-def test_an_email_is_sent_at_its_time_and_has_its_deadline_from_then_on(api, settings):
+def test_send_at_delays_an_email_and_its_deadline(api, settings):
     settings.EMAILS_DEADLINE_SECONDS = 600
     send_at = timezone.now() + timedelta(hours=3)
     accepted = api("post", "emails", GOOD | {"send_at": send_at.isoformat()}).json()
@@ -386,7 +386,7 @@ def test_an_email_is_sent_at_its_time_and_has_its_deadline_from_then_on(api, set
 
 
 @pytest.mark.parametrize(("minutes", "status"), [(59, 422), (60, 422), (61, 202)])
-def test_the_deadline_is_later_than_the_time_of_sending(post, minutes, status):
+def test_deadline_must_be_later_than_send_at(post, minutes, status):
     now = timezone.now()
     send_at, deadline = now + timedelta(hours=1), now + timedelta(minutes=minutes)
     answer = post(GOOD | {"send_at": send_at.isoformat(), "deadline": deadline.isoformat()})
@@ -395,7 +395,7 @@ def test_the_deadline_is_later_than_the_time_of_sending(post, minutes, status):
 
 
 @pytest.mark.parametrize("way", ["send_at", "deadline"])
-def test_a_time_without_a_zone_is_refused(post, way):
+def test_time_without_a_zone_is_refused(post, way):
     time = (timezone.now() + timedelta(hours=1)).replace(tzinfo=None).isoformat()
     assert list(post(GOOD | {way: time}).json()["errors"]) == [way]
 
@@ -409,7 +409,7 @@ def get(client, api_key):
 
 
 def test_lists_by_state_text_and_page(get, accept):
-    # Ids sort by the millisecond, and at random within it.
+    # Ids are ordered by millisecond, and random within one.
     emails = sorted((accept(subject=f"Email {n}.") for n in range(5)), key=lambda email: email.pk)
     emails[1].deliveries.update(state=State.FAILED, due_at=None)
     emails[2].deliveries.update(recipient="carl@example.org")
@@ -429,7 +429,7 @@ def test_lists_by_state_text_and_page(get, accept):
     assert get("/api/emails?limit=5")["next"] is None
 
 
-def test_replays_what_is_dead_and_nothing_else(client, get, post, accept):
+def test_replays_only_failed_and_held_deliveries(client, get, post, accept):
     email = accept(recipients=["a@example.org", "b@example.org", "c@example.org"])
     failed, held, sent = email.deliveries.all()
     email.deliveries.filter(pk=failed.pk).update(state=State.FAILED, due_at=None)
@@ -441,13 +441,13 @@ def test_replays_what_is_dead_and_nothing_else(client, get, post, accept):
     assert (response.status_code, response.json()) == (202, {"replayed": 2})
     assert [delivery.state for delivery in email.deliveries.all()] == ["queued", "queued", "sent"]
     assert {leased.id for leased in deliveries.lease(9).deliveries} == {failed.pk, held.pk}, (
-        "they have a new deadline"
+        "the deadline is not renewed"
     )
     response = client.post(f"/api/emails/{email.pk}/replay", headers=headers)
     assert response.json() == {"replayed": 0}
 
 
-def test_cancels_what_no_worker_has_begun_to_send(api, accept):
+def test_cancels_deliveries_that_no_worker_has_started_to_send(api, accept):
     email = accept(recipients=[f"{name}@example.org" for name in "abc"])
     sending, deferred, queued = email.deliveries.all()
     claim(sending)
@@ -461,7 +461,7 @@ def test_cancels_what_no_worker_has_begun_to_send(api, accept):
     assert api("post", f"emails/{email.pk}/replay").json() == {"replayed": 0}
 
 
-def test_a_scheduled_email_is_cancelled_for_good(api, accept):
+def test_cancelled_scheduled_email_is_never_sent(api, accept):
     email = accept(send_at=timezone.now() + timedelta(minutes=1))
     assert api("post", f"emails/{email.pk}/cancel").json() == {"cancelled": 1}
     Email.objects.update(created_at=timezone.now() - timedelta(hours=1))
@@ -470,7 +470,7 @@ def test_a_scheduled_email_is_cancelled_for_good(api, accept):
 
 
 @pytest.mark.parametrize("error", [OperationalError, InterfaceError])
-def test_a_database_that_is_away_is_told_from_a_fault(post, monkeypatch, error):
+def test_unavailable_database_is_a_503(post, monkeypatch, error):
     def fail(*_):
         raise error("server closed the connection")
 
@@ -482,14 +482,14 @@ def test_a_database_that_is_away_is_told_from_a_fault(post, monkeypatch, error):
 
 
 @pytest.mark.django_db(transaction=True)
-def test_a_notification_that_fails_makes_no_error_of_an_accepted_email(post, monkeypatch):
+def test_failed_notification_does_not_fail_the_request(post, monkeypatch):
     monkeypatch.setattr(services, "_notified_at", float("-inf"))
     monkeypatch.setitem(services.SQL, "notify", "SELECT no_such_function()")
     assert post(GOOD).status_code == 202
     assert Email.objects.count() == 1
 
 
-def test_no_answer_is_kept_in_a_cache(api, accept):
+def test_responses_are_not_cached(api, accept):
     email = accept()
     for answer in (
         api("get", "emails"),
@@ -504,9 +504,9 @@ def test_no_answer_is_kept_in_a_cache(api, accept):
         assert answer.headers["Cache-Control"] == "no-store", answer
 
 
-def test_an_accepted_email_needs_no_broker(post, monkeypatch):
+def test_accepting_an_email_needs_no_broker(post, monkeypatch):
     def refuse(*_, **__):
-        raise AssertionError("a connection to the broker")
+        raise AssertionError("connected to the broker")
 
     monkeypatch.setattr("kombu.connection.Connection.connect", refuse)
     monkeypatch.setattr("kombu.connection.Connection._ensure_connection", refuse)
@@ -514,7 +514,7 @@ def test_an_accepted_email_needs_no_broker(post, monkeypatch):
     assert post(GOOD).status_code == 202
 
 
-def test_a_request_has_an_id_that_the_email_keeps(client, post, caplog):
+def test_email_stores_the_request_id(client, post, caplog):
     answer = post(GOOD, request_id="order-17.a")
     assert answer.headers["X-Request-ID"] == "order-17.a"
     assert Email.objects.get().request_id == "order-17.a"

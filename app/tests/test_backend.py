@@ -1,4 +1,4 @@
-"""What Django's mail functions and the task store, and what the admin keeps as it is."""
+"""Emails of Django's mail functions and of the task, and read-only parts of the admin."""
 
 import pytest
 from django.core.exceptions import ValidationError
@@ -10,7 +10,7 @@ from emails.tasks import send_email
 pytestmark = pytest.mark.django_db
 
 
-def test_a_list_is_stored_whole_or_not_at_all():
+def test_list_of_emails_is_stored_completely_or_not_at_all():
     good = EmailMessage("Hello", "Body", None, ["bob@example.org"])
     bad = EmailMessage("Hello", "Body", None, ["no address"])
     with pytest.raises(ValidationError):
@@ -26,7 +26,7 @@ def test_recipients_see_each_other_as_the_sender_wrote_them():
     assert list(Email.objects.values_list("show_recipients", flat=True)) == [True, True]
 
 
-def test_the_admin_deletes_no_email(admin_client, accept):
+def test_admin_cannot_delete_emails(admin_client, accept):
     email = accept()
     url = f"/admin/emails/email/{email.pk}/delete/"
     assert admin_client.post(url, {"post": "yes"}).status_code == 403
@@ -35,7 +35,7 @@ def test_the_admin_deletes_no_email(admin_client, accept):
     assert Email.objects.filter(pk=email.pk).exists()
 
 
-def test_the_admin_does_not_change_a_keys_owner(admin_client, api_key, other_user):
+def test_admin_cannot_change_the_owner_of_a_key(admin_client, api_key, other_user):
     url = f"/admin/emails/apikey/{api_key.pk}/change/"
     admin_client.post(url, {"owner": other_user.pk, "name": "other", "revoked": "on"})
     owner, name = api_key.owner, api_key.name

@@ -30,7 +30,7 @@ def statuses(results):
     return [result["status"] for result in results]
 
 
-def test_stores_each_email_and_answers_in_their_order(batch, api):
+def test_stores_each_email_and_returns_results_in_order(batch, api):
     results = batch(*(GOOD | {"subject": f"Email {number}"} for number in range(20)))
     assert statuses(results) == [202] * 20
     for number, result in enumerate(results):
@@ -57,7 +57,7 @@ def test_stores_each_email_and_answers_in_their_order(batch, api):
         ({}, "subject"),
     ],
 )
-def test_an_email_that_is_wrong_does_not_stop_the_others(batch, wrong, field):
+def test_invalid_email_does_not_stop_the_others(batch, wrong, field):
     results = batch(GOOD, wrong, GOOD)
     assert statuses(results) == [202, 422, 202]
     assert set(results[1]) == {"status", "errors"}
@@ -68,14 +68,14 @@ def test_an_email_that_is_wrong_does_not_stop_the_others(batch, wrong, field):
 @pytest.mark.parametrize(
     "body", [{}, [], [GOOD], {"emails": None}, {"emails": GOOD}, {"emails": [], "more": 1}]
 )
-def test_what_is_no_batch_is_refused_whole(api, body):
+def test_invalid_batch_is_refused(api, body):
     answer = api("post", "emails/batch", body)
     assert answer.status_code == 422
     assert answer.json()["errors"]
 
 
 @pytest.mark.parametrize(("count", "status"), [(3, 200), (4, 422)])
-def test_a_batch_has_a_largest_number_of_emails(api, settings, count, status):
+def test_number_of_emails_in_a_batch_is_limited(api, settings, count, status):
     settings.EMAILS_MAX_BATCH = 3
     answer = api("post", "emails/batch", {"emails": [GOOD] * count})
     assert answer.status_code == status
@@ -88,14 +88,14 @@ def test_each_email_may_have_a_key(batch, api):
     assert statuses(results) == [202, 202, 202, 409]
     assert results[0]["id"] == results[2]["id"] != results[1]["id"]
     assert set(results[3]) == {"status", "detail"}
-    assert batch(first)[0] == results[0], "a repeated batch gets the first ids"
+    assert batch(first)[0] == results[0], "a repeated batch must get the first ids"
     single = api("post", "emails", GOOD, **{"Idempotency-Key": "order 17"})
     assert single.json()["id"] == results[0]["id"]
     assert Email.objects.count() == 2
 
 
 @pytest.mark.django_db(transaction=True)
-def test_the_hourly_limit_counts_across_the_batch(batch, user):
+def test_hourly_limit_applies_within_a_batch(batch, user):
     SendingLimits.objects.create(owner=user, recipients_per_hour=3)
     two = GOOD | {"to": ["bob@example.org", "eve@example.org"], "idempotency_key": "two"}
     wrong = GOOD | {"to": ["bob"]}
@@ -106,7 +106,7 @@ def test_the_hourly_limit_counts_across_the_batch(batch, user):
 
 
 @pytest.mark.django_db(transaction=True)
-def test_without_the_database_nothing_of_a_batch_is_stored(api, monkeypatch):
+def test_failed_batch_stores_nothing(api, monkeypatch):
     stored = []
 
     def store(draft):
@@ -124,7 +124,7 @@ def test_without_the_database_nothing_of_a_batch_is_stored(api, monkeypatch):
 
 
 @pytest.mark.django_db(transaction=True)
-def test_a_batch_notifies_the_relay_once_and_commits_once(batch, monkeypatch):
+def test_batch_notifies_the_relay_once_and_commits_once(batch, monkeypatch):
     monkeypatch.setattr(services, "NOTIFY_SECONDS", 0)
     notified = []
     monkeypatch.setattr(services, "notify_relay", lambda: notified.append(Email.objects.count()))
@@ -133,7 +133,7 @@ def test_a_batch_notifies_the_relay_once_and_commits_once(batch, monkeypatch):
 
 
 @pytest.mark.django_db(transaction=True)
-def test_batches_with_the_same_keys_in_another_order_do_not_block_each_other(batch):
+def test_batches_with_the_same_keys_in_another_order_do_not_deadlock(batch):
     emails = [GOOD | {"idempotency_key": f"order {number}"} for number in range(40)]
     together = Barrier(2, timeout=20)
 
@@ -151,7 +151,7 @@ def test_batches_with_the_same_keys_in_another_order_do_not_block_each_other(bat
     assert Email.objects.count() == 40
 
 
-def test_the_emails_of_a_batch_are_their_owner_s(batch, api, other_user):
+def test_emails_of_a_batch_belong_to_the_keys_owner(batch, api, other_user):
     (result,) = batch(GOOD | {"idempotency_key": "order 17"}, key=OTHER_KEY)
     assert Email.objects.get().owner == other_user
     assert api("get", f"emails/{result['id']}").status_code == 404

@@ -14,7 +14,7 @@ from tests.tools import claim, end
 
 ARGUMENTS = [
     "--headless",
-    "--no-sandbox",  # Chromium refuses its sandbox to root
+    "--no-sandbox",  # Chromium's sandbox does not work for root
     "--disable-gpu",
     "--disable-quic",
     "--no-first-run",
@@ -27,7 +27,7 @@ ARGUMENTS = [
 @pytest.fixture
 def browser():
     executable = shutil.which("chromium") or shutil.which("chromium-browser")
-    assert executable, "no chromium on the PATH"
+    assert executable, "no Chromium on the PATH"
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=executable, args=ARGUMENTS)
         yield browser
@@ -51,7 +51,7 @@ def phone(browser):
 
 @pytest.fixture
 def elsewhere():
-    """A web server that is not ours: its `url`, and the paths that were requested of it."""
+    """A foreign web server: its `url` and the requested paths."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -86,7 +86,7 @@ def send(page, subject: str) -> None:
 
 
 def in_thread(act):
-    """Playwright runs an event loop in the test's thread, where Django allows no query."""
+    """Runs `act` in another thread, because Playwright's event loop forbids queries in this one."""
 
     def run():
         try:
@@ -99,7 +99,7 @@ def in_thread(act):
 
 
 def fail_first(answer: str = "no such user") -> None:
-    """As a worker does after a refusal."""
+    """Fails a delivery as a worker does after a refusal."""
     delivery = claim(Delivery.objects.order_by("pk").first())
     end(delivery, State.FAILED, code=550, answer=answer, seconds=0.1)
 
@@ -125,7 +125,7 @@ def test_log_in_send_and_see_it_in_the_list(live_server, user, page):
     expect(emails.first).to_contain_text("From another tab")
     expect(page.get_by_label("Subject")).to_have_value("Half-written")
 
-    # Counts and states are live, and so is an email's own page.
+    # Counts and states are refreshed, also on an email's page.
     failed = page.get_by_role("link", name="failed")
     expect(failed).to_have_text("failed 0")
     in_thread(fail_first)
@@ -142,11 +142,11 @@ def test_log_in_send_and_see_it_in_the_list(live_server, user, page):
     expect(page.get_by_text("Accept an email")).to_be_visible()
     page.get_by_role("link", name="Back to Mailroom").click()
     expect(emails).to_have_count(2)
-    assert complaints == [], "a script, a style or an image was refused"
+    assert complaints == [], "the browser blocked a script, a style or an image"
 
 
 @pytest.mark.browser
-def test_a_narrow_screen_holds_what_is_long_and_searches(live_server, accept, phone):
+def test_long_content_fits_a_narrow_screen_and_search_works(live_server, accept, phone):
     in_thread(lambda: accept(subject="Other", recipients=[f"{'x' * 60}@example.org"]))
     in_thread(lambda: accept(subject="Long" * 60))
     in_thread(lambda: fail_first("no" * 200))
@@ -162,7 +162,7 @@ def test_a_narrow_screen_holds_what_is_long_and_searches(live_server, accept, ph
     expect(emails).to_have_count(2)
     assert fits()
     new = phone.get_by_role("heading", name="New email")
-    assert top(new) > top(emails.last), "the list comes before the form"
+    assert top(new) > top(emails.last), "the list must come before the form"
     phone.get_by_role("link", name="New email").click()
     expect(new).to_be_in_viewport()
     phone.get_by_label("To").fill("bob")
@@ -170,7 +170,7 @@ def test_a_narrow_screen_holds_what_is_long_and_searches(live_server, accept, ph
     phone.get_by_label("Message").fill("Body")
     phone.get_by_role("button", name="Send").click()
     expect(phone.locator(".field .error")).to_be_visible()
-    assert top(new) < top(emails.first), "the form comes first while it has errors"
+    assert top(new) < top(emails.first), "the form must come first while it has errors"
     phone.get_by_role("searchbox", name="Search").fill("OTHER")
     phone.get_by_role("button", name="Search").click()
     expect(emails).to_have_count(1)
@@ -179,11 +179,11 @@ def test_a_narrow_screen_holds_what_is_long_and_searches(live_server, accept, ph
     expect(answer).to_contain_text("550 nono")
     assert fits()
     wide = "element => element.scrollWidth > element.clientWidth"
-    assert not phone.locator(".scroll").evaluate(wide), "the answer is read without scrolling"
+    assert not phone.locator(".scroll").evaluate(wide), "the answer must fit without scrolling"
 
 
 @pytest.mark.browser
-def test_times_are_in_the_readers_zone(live_server, accept, user, browser):
+def test_times_are_in_the_browsers_time_zone(live_server, accept, user, browser):
     accepted = datetime(2026, 1, 31, 20, 45, 1, tzinfo=UTC)
     in_thread(lambda: (accept(), Email.objects.update(created_at=accepted)))
     context = browser.new_context(timezone_id="Asia/Kolkata")
@@ -202,7 +202,7 @@ def test_times_are_in_the_readers_zone(live_server, accept, user, browser):
 
 
 @pytest.mark.browser
-def test_an_emails_html_runs_nothing_and_loads_nothing(live_server, accept, user, page, elsewhere):
+def test_html_of_an_email_runs_and_loads_nothing(live_server, accept, user, page, elsewhere):
     html = (
         f"<style>@import '{elsewhere.url}/css'; p {{ color: rgb(1, 2, 3) }}</style>"
         f"<p id=text>Styled</p><img src='{elsewhere.url}/pixel'>"

@@ -1,4 +1,4 @@
-"""What `configure` does to the Celery application of a project."""
+"""The effects of `configure` on a project's Celery application."""
 
 import pytest
 from celery import Celery
@@ -15,8 +15,8 @@ CELERYS_CONSUMER = "celery.worker.consumer:Consumer"
 
 @pytest.fixture
 def shop(monkeypatch):
-    """The application of a project that has tasks of its own, without side effects on Celery."""
-    # It would make the new application the current one, also for the tests that follow.
+    """A project's application with its own tasks, without side effects on Celery."""
+    # Otherwise the new application would become the current one for later tests.
     monkeypatch.setattr("celery.apps.worker.trace.setup_worker_optimizations", lambda *_: None)
     monkeypatch.setattr(celery_config.signals.celeryd_init, "receivers", [])
     monkeypatch.setattr(Panel, "data", Panel.data.copy())
@@ -30,7 +30,7 @@ def shop(monkeypatch):
 
 
 @pytest.mark.parametrize("named", [None, "celery", ["celery", "reports"]])
-def test_workers_of_other_queues_stay_as_they_are(shop, named):
+def test_workers_of_other_queues_are_not_changed(shop, named):
     commands = set(Panel.data)
     started = shop.Worker(queues=named)
     assert started.consumer_cls == CELERYS_CONSUMER
@@ -50,7 +50,7 @@ def test_worker_of_a_queue_of_this_app_is_prepared(shop, named):
 
 
 def test_publishers_of_the_project_have_no_quorum_queue(shop):
-    """Celery would warn of every task of theirs that has an eta."""
+    """Otherwise Celery would warn of each of their tasks with an eta."""
     assert set(shop.amqp.queues) == {"celery"}
     assert detect_quorum_queues(shop, "amqp") == (False, "")
 
@@ -60,7 +60,7 @@ def test_publishers_of_the_project_have_no_quorum_queue(shop):
     ("config", "namespace"),
     [({"broker_heartbeat": 10}, None), ({"CELERY_BROKER_HEARTBEAT": 10}, "CELERY")],
 )
-def test_settings_of_the_project_win(shop, loaded, config, namespace):
+def test_project_settings_override_defaults(shop, loaded, config, namespace):
     app = Celery("shop", set_as_current=False)
     app.config_from_object(config, namespace=namespace)
     if loaded:

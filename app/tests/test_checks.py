@@ -1,4 +1,4 @@
-"""What `manage.py check` says about the settings of the app emails."""
+"""The system checks of the settings of the app emails."""
 
 import json
 import re
@@ -23,11 +23,11 @@ def errors() -> list[tuple[str, str]]:
     return [(each.id, each.msg) for each in run_checks() if each.id.startswith("emails.")]
 
 
-def test_settings_of_this_project_are_right():
+def test_settings_of_this_project_are_valid():
     assert errors() == []
 
 
-def test_defaults_are_right():
+def test_defaults_are_valid():
     assert [each.name for each in all_settings() if each.check(each.default)] == []
 
 
@@ -66,7 +66,7 @@ def test_defaults_are_right():
         ("METRICS_TOKEN", None, "a string"),
     ],
 )
-def test_wrong_value_is_named_with_what_is_allowed(settings, name, wrong, expected):
+def test_invalid_value_is_reported_with_the_allowed_ones(settings, name, wrong, expected):
     setattr(settings, f"EMAILS_{name}", wrong)
     ((identity, message),) = errors()
     assert identity == "emails.E001"
@@ -101,7 +101,7 @@ def test_delivery_backend_with_contradictory_settings_is_refused(settings):
 
 
 def test_delivery_mailer_needs_mailers(settings):
-    """Django 6.0 ignores MAILERS."""
+    """Django before 6.1 ignores MAILERS."""
     settings.MAILERS = {"smtp": {}}
     assert errors() == []
     settings.EMAILS_DELIVERY_MAILER = "smtp"
@@ -118,7 +118,7 @@ def test_delivery_mailer_needs_mailers(settings):
     ],
 )
 def test_delivery_mailer_must_send(settings, monkeypatch, alias, reason):
-    """As in Django 6.1; the scenario any-project has the real one."""
+    """Imitates Django 6.1, which the scenario any-project uses."""
     mailers: dict[str, BaseEmailBackend] = {"default": EmailBackend(), "smtp": Memory()}
     monkeypatch.setattr(mail, "mailers", mailers, raising=False)
     settings.MAILERS = dict.fromkeys(mailers, {})
@@ -133,7 +133,7 @@ def test_delivery_mailer_must_send(settings, monkeypatch, alias, reason):
 
 
 @pytest.mark.parametrize(("limit", "allowed"), [(None, True), (149, True), (150, False)])
-def test_lease_must_outlive_the_task(settings, limit, allowed):
+def test_lease_must_be_longer_than_the_time_limit(settings, limit, allowed):
     settings.CELERY_TASK_TIME_LIMIT = limit
     settings.EMAILS_SENDING_LEASE_SECONDS = 150
     message = (

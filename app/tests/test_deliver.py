@@ -25,7 +25,7 @@ pytestmark = pytest.mark.django_db
 
 
 def pytest_generate_tests(metafunc):
-    """Each dialogue with a server that takes one command at a time, and with one that takes all."""
+    """Runs each test with a server without PIPELINING and with one that offers it."""
     if "mailbox" in metafunc.fixturenames:
         kinds = {"argvalues": [False, True], "ids": ["plain", "pipelining"]}
         metafunc.parametrize("mailbox", indirect=True, **kinds)
@@ -59,7 +59,7 @@ def test_sends_one_message_to_each_recipient(accept, mailbox):
     assert message.get_body(("html",)).get_content().strip() == "<p>Body</p>"
 
 
-def test_an_attempt_is_recorded_as_it_was(delivery, mailbox):
+def test_attempt_is_recorded(delivery, mailbox):
     for number, reply in enumerate(("451 wait", "250 taken", "550 no"), start=1):
         mailbox.reply = reply
         Delivery.objects.update(state=State.QUEUED, started_at=None)
@@ -73,7 +73,7 @@ def test_an_attempt_is_recorded_as_it_was(delivery, mailbox):
         assert attempt.answer.endswith(reply[4:])
         assert bool(delivery.due_at) == (reply == "451 wait")
         assert bool(delivery.last_error) == (reply != "250 taken")
-        # When it was sent stays, whatever comes after.
+        # The time of sending never changes.
         assert (delivery.sent_at is not None) == (number > 1)
 
 
@@ -83,7 +83,7 @@ def test_two_copies_of_a_message_send_once(delivery, mailbox):
     assert len(mailbox.messages) == 1
 
 
-def test_a_message_for_a_row_that_is_gone_is_nothing(db, mailbox):
+def test_message_for_a_deleted_row_is_ignored(db, mailbox):
     deliver(4711)
     assert mailbox.messages == []
 
@@ -97,19 +97,19 @@ def test_several_deliveries_of_a_message_are_sent_one_by_one(accept, mailbox):
         assert (delivery.state, delivery.attempts) == (State.SENT, 1)
 
 
-def test_what_a_slow_server_leaves_no_time_for_goes_back(accept, mailbox, settings, monkeypatch):
+def test_slow_server_requeues_the_rest(accept, mailbox, settings, monkeypatch):
     monkeypatch.setattr(delivering.Sender, "pace", float("inf"))
     settings.EMAILS_SENDING_LEASE_SECONDS = 0
     waiting = [accept().deliveries.get() for _ in range(3)]
     deliveries.lease(3)
     deliver(*(delivery.pk for delivery in waiting))
-    assert len(mailbox.messages) == 1, "one is sent however little time there is"
+    assert len(mailbox.messages) == 1, "at least one must be sent"
     assert set(due()) == set(waiting[1:])
     assert {delivery.attempts for delivery in due()} == {0}
 
 
 @pytest.mark.parametrize("stage", ["reply", "recipient_reply"])
-def test_a_temporary_refusal_defers(delivery, mailbox, stage):
+def test_temporary_refusal_defers(delivery, mailbox, stage):
     setattr(mailbox, stage, "451 try again later")
     before = timezone.now()
     assert run(delivery).state == State.DEFERRED
@@ -126,7 +126,7 @@ def test_a_temporary_refusal_defers(delivery, mailbox, stage):
 
 
 @pytest.mark.parametrize("stage", ["reply", "recipient_reply"])
-def test_a_permanent_refusal_fails(delivery, mailbox, stage):
+def test_permanent_refusal_fails(delivery, mailbox, stage):
     setattr(mailbox, stage, "550 no such user")
     assert run(delivery).state == State.FAILED
     assert delivery.last_smtp_code == 550
@@ -134,22 +134,22 @@ def test_a_permanent_refusal_fails(delivery, mailbox, stage):
     assert not due().exists()
 
 
-def test_a_refusal_stands_when_the_server_hangs_up_after_it(delivery, mailbox):
+def test_refusal_counts_if_the_server_disconnects_after_it(delivery, mailbox):
     mailbox.sender_replies, mailbox.hangs_up = ["550 blocked"], True
     assert run(delivery).state == State.FAILED
     assert delivery.last_smtp_code == 550
 
 
-def test_a_server_that_is_away_defers(delivery):
+def test_unreachable_server_defers(delivery):
     assert run(delivery).state == State.DEFERRED
     assert delivery.last_smtp_code is None
     assert "ConnectionRefusedError" in delivery.last_error
 
 
-# Uncertain: the server may have taken it, its answer didn't come
+# Uncertain: the server may have accepted the message, but its reply did not arrive
 
 
-def test_an_answer_that_does_not_come_is_uncertain_and_sent_again(delivery, mailbox):
+def test_missing_reply_is_uncertain_and_retried(delivery, mailbox):
     mailbox.reply = None
     delivery = run(delivery)
     assert (delivery.state, delivery.uncertain_attempts) == (State.UNCERTAIN, 1)
@@ -168,7 +168,7 @@ def test_an_answer_that_does_not_come_is_uncertain_and_sent_again(delivery, mail
     assert log == [(1, State.UNCERTAIN), (2, State.SENT)]
 
 
-def test_it_is_held_back_where_the_policy_says_so(delivery, mailbox, settings):
+def test_uncertain_delivery_is_held_with_the_policy_hold(delivery, mailbox, settings):
     settings.EMAILS_UNCERTAIN_POLICY = "hold"
     mailbox.reply = None
     delivery = run(delivery)
@@ -182,7 +182,7 @@ def test_it_is_held_back_where_the_policy_says_so(delivery, mailbox, settings):
     assert due().exists()
 
 
-def test_a_slow_answer_to_the_message_is_uncertain(delivery, mailbox, settings):
+def test_late_reply_to_the_message_is_uncertain(delivery, mailbox, settings):
     settings.EMAIL_TIMEOUT = 1
     mailbox.gate.clear()
     assert run(delivery).state == State.UNCERTAIN
@@ -190,7 +190,7 @@ def test_a_slow_answer_to_the_message_is_uncertain(delivery, mailbox, settings):
 
 
 @pytest.mark.parametrize("stage", ["sender", "recipient"])
-def test_a_connection_lost_before_the_message_is_certain(delivery, mailbox, stage):
+def test_connection_lost_before_the_message_is_not_uncertain(delivery, mailbox, stage):
     if stage == "sender":
         mailbox.sender_replies = [None]
     else:
@@ -200,8 +200,8 @@ def test_a_connection_lost_before_the_message_is_certain(delivery, mailbox, stag
     assert mailbox.messages == []
 
 
-def test_who_lost_its_lease_sends_nothing(delivery, mailbox, monkeypatch):
-    """Such as after a clock that jumped: the relay gave the delivery to somebody else."""
+def test_worker_without_the_lease_sends_nothing(delivery, mailbox, monkeypatch):
+    """Another worker may have the delivery, for example after a clock jump."""
     introduce = smtp.send_commands
 
     def lose(*arguments):
@@ -219,7 +219,7 @@ def test_who_lost_its_lease_sends_nothing(delivery, mailbox, monkeypatch):
 # Connections
 
 
-def test_a_connection_serves_many_emails(accept, mailbox):
+def test_connection_is_reused_for_many_emails(accept, mailbox):
     for _ in range(5):
         assert run(accept().deliveries.get()).state == State.SENT
     mailbox.recipient_reply = "550 5.7.1 not from you"
@@ -231,7 +231,7 @@ def test_a_connection_serves_many_emails(accept, mailbox):
 
 @pytest.fixture
 def sent(monkeypatch):
-    """What the SMTP client sends, as it is sent."""
+    """The data that the SMTP client sends, per write."""
     pieces, send = [], smtplib.SMTP.send
 
     def note(self, data):
@@ -242,13 +242,13 @@ def sent(monkeypatch):
     return pieces
 
 
-def test_a_server_that_offers_it_gets_the_commands_at_once(delivery, mailbox, sent):
+def test_pipelining_server_gets_the_commands_in_one_write(delivery, mailbox, sent):
     assert run(delivery).state == State.SENT
     # The greeting, the commands, the message.
     assert len(sent) == (3 if mailbox.pipelining else 5)
 
 
-def test_a_line_break_in_a_stored_address_makes_no_command(accept, mailbox, sent):
+def test_line_break_in_a_stored_address_injects_no_command(accept, mailbox, sent):
     delivery = accept(show_recipients=True).deliveries.get()
     delivery.kind, delivery.recipient = Delivery.Kind.BCC, "<,\r\nrcpt TO:<eve@example.org>"
     delivery.save()
@@ -257,10 +257,10 @@ def test_a_line_break_in_a_stored_address_makes_no_command(accept, mailbox, sent
     assert not [line for line in sent if "eve" in str(line)]
 
 
-def test_a_server_that_asks_for_the_message_of_one_whom_it_refused_gets_none(accept, mailbox, sent):
+def test_message_for_a_refused_recipient_is_not_sent(accept, mailbox, sent):
     mailbox.lax, mailbox.recipient_reply = True, "550 5.7.1 not from you"
     assert run(accept().deliveries.get()).state == State.FAILED
-    # Whatever came after DATA would be the message.
+    # The server would read anything after DATA as the message.
     assert sent[-1].endswith("data\r\n" if mailbox.pipelining else "rset\r\n")
     assert "data\r\n" not in sent
     mailbox.recipient_reply = "250 fine"
@@ -269,7 +269,7 @@ def test_a_server_that_asks_for_the_message_of_one_whom_it_refused_gets_none(acc
 
 
 @pytest.mark.parametrize("reply", [None, "421 too many messages"])
-def test_a_server_that_ends_an_old_connection_costs_no_attempt(accept, mailbox, reply):
+def test_disconnect_of_a_reused_connection_costs_no_attempt(accept, mailbox, reply):
     run(accept().deliveries.get())
     delivery = accept().deliveries.get()
     mailbox.sender_replies = [reply]
@@ -277,7 +277,7 @@ def test_a_server_that_ends_an_old_connection_costs_no_attempt(accept, mailbox, 
     assert (Delivery.objects.get(pk=delivery.pk).attempts, mailbox.connections) == (1, 2)
 
 
-def test_an_idle_connection_is_renewed(accept, mailbox, monkeypatch):
+def test_idle_connection_is_replaced(accept, mailbox, monkeypatch):
     run(accept().deliveries.get())
     monkeypatch.setattr(smtp, "IDLE_SECONDS", -1)
     assert run(accept().deliveries.get()).state == State.SENT
@@ -312,13 +312,13 @@ def test_logs_in_over_tls(accept, mailbox, settings, tmp_path, monkeypatch, way)
     settings.EMAIL_HOST_USER, settings.EMAIL_HOST_PASSWORD = "mailroom", "secret"
     try:
         delivery = run(accept().deliveries.get())
-        assert delivery.state == State.DEFERRED, "nobody vouches for the certificate"
+        assert delivery.state == State.DEFERRED, "the certificate is not trusted"
         assert "CERTIFICATE_VERIFY_FAILED" in delivery.last_error
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
         settings.EMAIL_HOST_PASSWORD = "wrong"
         smtp.close()
         delivery = run(accept().deliveries.get())
-        assert delivery.state == State.DEFERRED, "for the operator to mend"
+        assert delivery.state == State.DEFERRED, "a failed login must not fail the delivery"
         assert delivery.last_smtp_code == 535
         settings.EMAIL_HOST_PASSWORD = "secret"
         smtp.close()
@@ -339,7 +339,7 @@ def test_any_email_backend_can_deliver(delivery, settings):
 
 
 class ProviderError(Exception):
-    """As django-anymail raises it."""
+    """Like django-anymail's error."""
 
     def __init__(self, status_code):
         super().__init__("no")
@@ -359,7 +359,7 @@ class ProviderError(Exception):
         (ConnectionRefusedError(), State.DEFERRED),
     ],
 )
-def test_a_providers_error_is_sorted_by_what_is_known(
+def test_error_of_a_provider_is_classified_by_its_status(
     delivery, settings, monkeypatch, error, state
 ):
     settings.EMAILS_DELIVERY_BACKEND = "django.core.mail.backends.locmem.EmailBackend"
@@ -389,7 +389,7 @@ def test_recipients_see_to_and_cc_but_never_bcc(accept, mailbox, settings):
     assert [each.rcpt_tos[0][0] for each in mailbox.messages] == ["b", "c", "d"]
 
 
-def test_recipients_do_not_see_each_other_unless_they_shall(accept, mailbox):
+def test_recipients_see_each_other_only_with_show_recipients(accept, mailbox):
     both = ["bob@example.org", "eve@example.org"]
     for delivery in accept(recipients=both).deliveries.all():
         run(delivery)
@@ -398,7 +398,7 @@ def test_recipients_do_not_see_each_other_unless_they_shall(accept, mailbox):
     assert headers(mailbox)[2][0] == ", ".join(both)
 
 
-def test_attachments_and_dots_arrive_as_they_are(accept, mailbox):
+def test_attachments_and_dots_arrive_unchanged(accept, mailbox):
     text = "one\n.two\n..three\n.\nfour"
     content = bytes(range(256)) * 10
     run(
@@ -416,7 +416,7 @@ def test_attachments_and_dots_arrive_as_they_are(accept, mailbox):
     assert message["Reply-To"] == "help@example.org"
 
 
-def test_what_no_message_can_be_made_of_fails_at_once(accept, mailbox):
+def test_email_that_cannot_become_a_message_fails_immediately(accept, mailbox):
     delivery = accept().deliveries.get()
     Email.objects.update(subject="two\nlines")
     assert run(delivery).state == State.FAILED
@@ -433,7 +433,7 @@ def test_gives_up_at_the_deadline(delivery):
     assert delivery.due_at is None
 
 
-def test_an_outcome_after_the_lease_was_lost_changes_nothing(delivery):
+def test_outcome_without_the_lease_changes_nothing(delivery):
     late = claim(delivery)
     Delivery.objects.update(state=State.QUEUED)
     assert not end(late, State.FAILED, code=550, answer="", seconds=1)
@@ -446,7 +446,7 @@ def test_an_outcome_after_the_lease_was_lost_changes_nothing(delivery):
     assert end(current, State.DEFERRED, code=451, answer="", seconds=1, wait=0)
 
 
-def test_that_it_was_sent_is_recorded_whoever_has_it_now(delivery):
+def test_sent_is_recorded_even_without_the_lease(delivery):
     late = claim(delivery)
     Delivery.objects.update(state=State.QUEUED)
     current = claim(delivery)
@@ -471,7 +471,7 @@ def test_logs_name_the_email_but_no_address_and_no_body(delivery, mailbox, caplo
     assert "Body" not in caplog.text
 
 
-def test_a_traceback_is_logged_on_one_line():
+def test_traceback_is_logged_in_one_line():
     try:
         raise ValueError("first\nsecond")
     except ValueError:

@@ -23,7 +23,7 @@ BROKER_URL = os.environ.get("TEST_BROKER_URL", "")
 
 
 class Run:
-    """A run in a session of its own, whose terminal sends Ctrl-C to its process group."""
+    """A run in its own session, as in a terminal that sends Ctrl-C to its process group."""
 
     def __init__(self, directory: Path, **variables: str) -> None:
         self.directory = directory
@@ -47,7 +47,7 @@ class Run:
             )
 
     def pids(self) -> set[int]:
-        """All of its processes: no others have a TMPDIR in this folder."""
+        """The run's processes, found by their TMPDIR."""
         found = set()
         for path in Path("/proc").glob("[0-9]*/environ"):
             with suppress(OSError):  # it has ended
@@ -65,7 +65,7 @@ class Run:
 
 @contextmanager
 def running(**variables: str):
-    # Not in pytest's own folder, which the database server's user may not enter.
+    # Not in pytest's folder, which the database server's user can't access.
     directory = Path(tempfile.mkdtemp(prefix="dev-"))
     directory.chmod(0o755)
     run = Run(directory, **variables)
@@ -81,7 +81,7 @@ def running(**variables: str):
 
 
 def gone(pid: int) -> bool:
-    """A zombie is gone too: whose child it was, nobody may have asked yet."""
+    """A zombie counts as ended, because its parent may not have waited for it yet."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except OSError:
@@ -98,7 +98,7 @@ def page(url: str) -> str:
 
 @pytest.mark.broker
 @pytest.mark.skipif(not BROKER_URL, reason="TEST_BROKER_URL names no broker")
-def test_an_email_posted_with_the_printed_key_is_on_the_mail_page_and_ctrl_c_ends_all():
+def test_posted_email_is_on_the_mail_page_and_ctrl_c_stops_everything():
     with running() as run:
         eventually(lambda: page(f"http://127.0.0.1:{run.web_port}/healthz"))
         email = {"subject": "To <all>", "text": "1 < 2", "to": ["bob@example.org"]}
@@ -126,7 +126,7 @@ def test_an_email_posted_with_the_printed_key_is_on_the_mail_page_and_ctrl_c_end
         assert run.process.wait(timeout=20) == 0
         assert [pid for pid in pids if not gone(pid)] == []
         assert run.folders() == []
-        # Each line after the table begins with the name of its process; the relay is silent.
+        # Each line after the table starts with the name of its process; the relay prints nothing.
         _, _, output = run.log.read_text().partition("database  ")
         lines = [line.partition(" | ")[0].rstrip() for line in output.splitlines()[1:]]
         assert set(lines) == {"mail", "web", "worker"}
@@ -134,7 +134,7 @@ def test_an_email_posted_with_the_printed_key_is_on_the_mail_page_and_ctrl_c_end
 
 @pytest.mark.broker
 @pytest.mark.skipif(not BROKER_URL, reason="TEST_BROKER_URL names no broker")
-def test_a_signal_while_it_starts_leaves_nothing_behind():
+def test_signal_during_the_start_leaves_nothing_behind():
     with running() as run:
         eventually(run.folders)
         os.killpg(run.process.pid, signal.SIGTERM)
@@ -143,7 +143,7 @@ def test_a_signal_while_it_starts_leaves_nothing_behind():
         assert run.pids() == set()
 
 
-def test_a_taken_port_is_named_before_anything_starts():
+def test_taken_port_is_reported_before_anything_starts():
     port = free_port()
     with dev.socket.create_server(("127.0.0.1", port)), running(WEB_PORT=str(port)) as run:
         assert run.process.wait(timeout=10) == 1
@@ -152,11 +152,11 @@ def test_a_taken_port_is_named_before_anything_starts():
         assert run.folders() == []
 
 
-def test_without_a_broker_it_says_so_before_anything_starts():
+def test_missing_broker_is_reported_before_anything_starts():
     with running(BROKER_URL="amqp://guest:guest@127.0.0.1:1//") as run:
         assert run.process.wait(timeout=10) == 1
         (line,) = run.log.read_text().splitlines()
-        assert line == "No broker answers at the host and port of BROKER_URL."
+        assert line == "No broker responds at the host and port of BROKER_URL."
         assert run.folders() == []
 
 
@@ -164,7 +164,7 @@ def test_without_a_broker_it_says_so_before_anything_starts():
     "script",
     ("exit 1", "echo 'amqp://mailroom:<< error 1 >>@127.0.0.1:<< error 2 >>/mailroom'", None),
 )
-def test_a_test_host_that_is_not_up_is_no_broker(monkeypatch, script):
+def test_stopped_test_host_is_no_broker(monkeypatch, script):
     monkeypatch.delenv("BROKER_URL", raising=False)
     command = ("sh", "-c", script) if script else ("/nowhere/python",)
     monkeypatch.setattr(dev, "TEST_HOST", command)
@@ -172,7 +172,7 @@ def test_a_test_host_that_is_not_up_is_no_broker(monkeypatch, script):
         dev.broker_url()
 
 
-def test_the_test_host_is_the_broker_where_none_is_named(monkeypatch):
+def test_test_host_is_the_default_broker(monkeypatch):
     monkeypatch.delenv("BROKER_URL", raising=False)
     with dev.socket.create_server(("127.0.0.1", 0)) as server:
         url = f"amqp://mailroom:secret@127.0.0.1:{server.getsockname()[1]}/mailroom"

@@ -26,7 +26,7 @@ def ensure(monkeypatch, capsys):
     return ensure
 
 
-def test_creates_then_changes_nothing(ensure, django_user_model):
+def test_creates_a_user_and_then_changes_nothing(ensure, django_user_model):
     wanted = WANTED | {"api_key": KEY}
     assert ensure(wanted) == "created"
     user = django_user_model.objects.get(username="root")
@@ -49,14 +49,14 @@ def test_updates_what_differs(ensure, change):
     assert ensure(wanted | change) == "unchanged"
 
 
-def test_a_new_api_key_ends_the_old_one(ensure):
+def test_new_api_key_replaces_the_old_one(ensure):
     ensure(WANTED | {"api_key": KEY})
     ensure(WANTED | {"api_key": KEY[::-1]})
     assert api_keys.authenticate(KEY) is None
     assert api_keys.authenticate(KEY[::-1]) is not None
 
 
-def test_repairs_what_was_changed_by_hand(ensure, django_user_model):
+def test_repairs_manual_changes(ensure, django_user_model):
     ensure(WANTED | {"api_key": KEY})
     django_user_model.objects.update(is_active=False)
     ApiKey.objects.update(revoked=True)
@@ -76,7 +76,7 @@ def test_repairs_what_was_changed_by_hand(ensure, django_user_model):
         (WANTED | {"api_key": "short secret"}, "api_key: expected 32"),
     ],
 )
-def test_says_what_is_wrong_in_one_line_without_the_secret(
+def test_reports_invalid_input_in_one_line_without_the_secret(
     ensure, django_user_model, wanted, problem
 ):
     with pytest.raises(CommandError, match=problem) as caught:

@@ -1,4 +1,4 @@
-"""Only the holder of a delivery changes it, whatever several relays and workers do at once."""
+"""Only the holder of a delivery can change it, even with several relays and workers."""
 
 import threading
 import time
@@ -30,12 +30,12 @@ def row(delivery: Delivery) -> dict:
 
 
 def lease_again(delivery: Delivery) -> None:
-    """As the relay does for an attempt whose worker is gone."""
+    """Leases as the relay does for an attempt whose worker has died."""
     Delivery.objects.filter(pk=delivery.pk).update(state=State.QUEUED)
 
 
 def all_at_once(*acts) -> list:
-    """The results of the acts, each in a thread with its own connection."""
+    """Runs each act in a thread with its own connection; returns the results."""
     together = threading.Barrier(len(acts))
 
     def run(act):
@@ -65,7 +65,7 @@ def all_at_once(*acts) -> list:
         ("replay", {State.FAILED}),  # and a held one, below
     ],
 )
-def test_a_change_starts_from_its_states_only(delivery, name, states):
+def test_change_requires_a_previous_state(delivery, name, states):
     leased = deliveries.lease(1)
     claimed = claim(delivery)
     act = {
@@ -98,7 +98,7 @@ def test_only_a_held_uncertain_delivery_is_replayed(delivery):
 # ---- Attempts ----
 
 
-def test_an_earlier_attempt_does_not_give_back_the_present_one(delivery):
+def test_earlier_attempt_cannot_unclaim_the_current_one(delivery):
     earlier = claim(delivery)
     lease_again(delivery)
     present = claim(delivery)
@@ -110,7 +110,7 @@ def test_an_earlier_attempt_does_not_give_back_the_present_one(delivery):
     assert (after["state"], after["attempts"], after["published_at"]) == (State.QUEUED, 1, None)
 
 
-def test_an_earlier_attempt_does_not_begin_the_present_one(delivery):
+def test_earlier_attempt_cannot_begin_the_current_one(delivery):
     earlier = claim(delivery)
     lease_again(delivery)
     present = claim(delivery)
@@ -120,7 +120,7 @@ def test_an_earlier_attempt_does_not_begin_the_present_one(delivery):
 
 
 @pytest.mark.django_db(transaction=True)
-def test_of_two_workers_at_once_only_the_one_with_the_lease_begins(accept):
+def test_only_the_worker_with_the_lease_begins(accept):
     for _ in range(10):
         delivery = accept().deliveries.get()
         earlier = claim(delivery)
@@ -131,7 +131,7 @@ def test_of_two_workers_at_once_only_the_one_with_the_lease_begins(accept):
 
 
 @pytest.mark.django_db(transaction=True)
-def test_of_several_workers_at_once_one_claims_a_delivery(accept):
+def test_only_one_worker_claims_a_delivery(accept):
     ids = [accept().deliveries.get().pk for _ in range(30)]
     claims = all_at_once(*[lambda: deliveries.claim(ids)] * 4)
     assert sorted(each.id for claimed in claims for each in claimed) == ids
@@ -141,7 +141,7 @@ def test_of_several_workers_at_once_one_claims_a_delivery(accept):
 # ---- The relay's leases ----
 
 
-def test_a_release_leaves_the_lease_of_another_relay(delivery):
+def test_release_keeps_the_lease_of_another_relay(delivery):
     earlier = deliveries.lease(1)
     deliveries.requeue([delivery.pk])
     present = deliveries.lease(1)
@@ -162,7 +162,7 @@ def test_the_oldest_due_goes_first(accept):
 
 
 def test_publishing_ends_before_its_lease(accept, monkeypatch):
-    """A batch that a slow broker takes minutes for would be published by others meanwhile."""
+    """Otherwise others would publish a batch again for which a slow broker needs minutes."""
     first, *others = (accept().deliveries.get() for _ in range(3))
     published = []
 
@@ -178,7 +178,7 @@ def test_publishing_ends_before_its_lease(accept, monkeypatch):
     assert list(due()) == others
 
 
-def test_an_uncertain_delivery_is_not_retried_past_its_deadline(delivery):
+def test_uncertain_delivery_is_not_retried_after_its_deadline(delivery):
     begin(claim(delivery))
     past = timezone.now() - timedelta(seconds=1)
     Delivery.objects.update(due_at=past, expires_at=past)
@@ -187,12 +187,12 @@ def test_an_uncertain_delivery_is_not_retried_past_its_deadline(delivery):
     assert (after["state"], after["due_at"]) == (State.UNCERTAIN, None)
 
 
-# ---- What the relay does beside publishing ----
+# ---- Repairs by the relay ----
 
 
 @pytest.fixture
 def running(monkeypatch, settings):
-    """A relay that runs, with a queue in which so many messages wait; gives what it publishes."""
+    """Runs a relay with this many messages in the queue; returns the published ids."""
     settings.EMAILS_RELAY_POLL_SECONDS = 0.05
     settings.EMAILS_RELAY_THREADS = 1
     published, threads, relays = [], [], []
@@ -224,7 +224,7 @@ def test_the_relay_resets_due_times_of_a_wrong_clock(delivery, running):
 
 @pytest.mark.django_db(transaction=True)
 @pytest.mark.parametrize("waiting", [0, 1])
-def test_the_relay_publishes_again_what_an_empty_queue_lost(delivery, running, waiting):
+def test_relay_republishes_deliveries_that_an_empty_queue_lost(delivery, running, waiting):
     deliveries.lease(1)
     earlier = timedelta(seconds=31)
     Delivery.objects.update(due_at=F("due_at") - earlier, published_at=F("published_at") - earlier)
@@ -237,7 +237,7 @@ def test_the_relay_publishes_again_what_an_empty_queue_lost(delivery, running, w
 
 
 @pytest.mark.django_db(transaction=True)
-def test_counters_lose_nothing_when_they_are_merged(db):
+def test_merging_counters_loses_nothing(db):
     def add():
         for _ in range(100):
             with execute(relay_module.SQL["count"], ("accepted", 1)):
@@ -257,7 +257,7 @@ def test_counters_lose_nothing_when_they_are_merged(db):
 
 
 @pytest.mark.parametrize("idle", [False, True])
-def test_an_idle_broker_connection_is_replaced(delivery, monkeypatch, idle):
+def test_idle_broker_connection_is_replaced(delivery, monkeypatch, idle):
     old, new = Mock(), Mock()
     monkeypatch.setattr(deliver.app, "connection_for_write", lambda **_: new)
     monkeypatch.setattr(deliver, "apply_async", lambda *_, **__: None)
@@ -274,7 +274,7 @@ def test_an_idle_broker_connection_is_replaced(delivery, monkeypatch, idle):
 # ---- A commit whose answer was lost ----
 
 
-def test_an_outcome_that_is_recorded_twice_counts_once(delivery):
+def test_outcome_that_is_recorded_twice_counts_once(delivery):
     claimed = claim(delivery)
     assert end(claimed, State.SENT, code=250)
     assert not end(claimed, State.SENT, code=250)

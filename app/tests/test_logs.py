@@ -1,4 +1,4 @@
-"""What a client sends can't write a log entry of its own: gunicorn and Django as they run."""
+"""Clients can't forge log entries: tests of the running gunicorn and Django."""
 
 import os
 import re
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.django_db(transaction=True)
 
 @pytest.fixture
 def web(tmp_path, request):
-    """A function that sends a request to the web server, and one that gives its log's lines."""
+    """A function that sends a request to the web server, and one that returns its log lines."""
     port, log = free_port(), tmp_path / "log"
     gunicorn = Path(sys.executable).parent / "gunicorn"
     options = ("--no-control-socket", "--access-logfile=-", f"--bind=127.0.0.1:{port}")
@@ -29,7 +29,7 @@ def web(tmp_path, request):
         "ALLOWED_HOSTS": "127.0.0.1",
         "DATABASE_URL": database_url(),
     }
-    # The pages of errors name static files.
+    # The error pages refer to static files.
     environment["STATIC_ROOT"] = str(tmp_path / "static")
     collect = [sys.executable, "manage.py", "collectstatic", "-v0", "--no-input"]
     subprocess.run(collect, cwd=settings.BASE_DIR, env=environment, check=True)
@@ -65,7 +65,7 @@ def web(tmp_path, request):
         process.wait(timeout=20)
 
 
-def test_a_path_makes_no_log_entry_of_its_own(web):
+def test_path_cannot_forge_a_log_entry(web):
     send, lines = web
     forged = "2026-11-26 00:00:00,000 INFO emails.services: accepted".replace(" ", "%20")
     for separator in ("%0a", "%0d", "%e2%80%a8", "%c2%85", "%0b", "%1b%5b31m"):
@@ -76,7 +76,7 @@ def test_a_path_makes_no_log_entry_of_its_own(web):
     assert not [line for line in found if re.search(r"[\x00-\x1f\x7f\x85\u2028]", line)]
 
 
-def test_a_request_for_an_unknown_host_is_one_line(web):
+def test_request_for_an_unknown_host_is_one_line(web):
     send, lines = web
     assert send("/", Host="evil.example.com") == 400
 
@@ -99,6 +99,6 @@ def test_https_only_redirects_and_sends_hsts(web):
     send, _ = web
     plain = send.respond("/login/", Host="127.0.0.1")
     assert (plain.status, plain.headers["Location"]) == (301, "https://127.0.0.1/login/")
-    assert send("/healthz") == 200, "the load balancer's check comes without TLS"
+    assert send("/healthz") == 200, "the load balancer's check must work without TLS"
     secure = send.respond("/login/", **{"X-Forwarded-Proto": "https"})
     assert secure.headers["Strict-Transport-Security"] == "max-age=2592000"

@@ -1,4 +1,4 @@
-"""A message is what Django makes of it, written faster."""
+"""Messages are the same as Django's, but written faster."""
 
 import pytest
 from django.core.mail import EmailMultiAlternatives
@@ -21,7 +21,7 @@ from emails import messages
     ],
 )
 @pytest.mark.parametrize("parts", ["text", "html", "attachment"])
-def test_a_message_has_the_bytes_that_django_writes(subject, sender, headers, parts):
+def test_message_has_the_same_bytes_as_djangos(subject, sender, headers, parts):
     message = EmailMultiAlternatives(
         subject,
         "Body\n.dot\nÜ",

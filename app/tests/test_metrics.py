@@ -38,7 +38,7 @@ def test_counts_each_recipient_of_every_email(accept, metrics):
     assert metrics()["mailroom_accepted_total"] == 3
 
 
-def test_counts_what_becomes_of_emails_and_keeps_it_after_the_purge(accept, mailbox, metrics):
+def test_counts_outcomes_and_keeps_them_after_the_purge(accept, mailbox, metrics):
     email = accept(recipients=["bob@example.org", "eve@example.org"])
     assert metrics()["mailroom_accepted_total"] == 2
     first, second = email.deliveries.all()
@@ -61,7 +61,7 @@ def test_counts_what_becomes_of_emails_and_keeps_it_after_the_purge(accept, mail
     assert found["mailroom_dead"] == 0
 
 
-def test_tells_what_waits_and_for_how_long(accept, metrics):
+def test_reports_waiting_deliveries_and_their_age(accept, metrics):
     assert metrics()["mailroom_oldest_due_seconds"] == metrics()["mailroom_queue_age_seconds"] == 0
     earlier = timezone.now() - timedelta(minutes=10)
     for state in (State.QUEUED, State.QUEUED, State.DEFERRED):
@@ -76,7 +76,7 @@ def test_tells_what_waits_and_for_how_long(accept, metrics):
     assert metrics()["mailroom_oldest_due_seconds"] == 0
 
 
-def test_counts_an_attempt_in_its_bucket(accept, metrics):
+def test_counts_attempt_in_its_bucket(accept, metrics):
     durations = (0.01, 0.3, 0.3, 500)
     for seconds in durations:
         claimed = claim(accept().deliveries.get())
@@ -89,8 +89,8 @@ def test_counts_an_attempt_in_its_bucket(accept, metrics):
     assert found["mailroom_send_seconds_sum"] == pytest.approx(sum(durations))
 
 
-def test_counts_what_could_not_be_published(delivery, metrics, monkeypatch):
-    # The thread's connection is the test's own here, in the middle of its transaction.
+def test_counts_failed_publications(delivery, metrics, monkeypatch):
+    # The thread uses the test's connection, within its transaction.
     monkeypatch.setattr("emails.relay.close_old_connections", lambda: None)
     monkeypatch.setattr("emails.relay.connection", Mock())
     relay = Relay()
@@ -107,7 +107,7 @@ def test_counts_what_could_not_be_published(delivery, metrics, monkeypatch):
     assert metrics()["mailroom_publish_failures_total"] == 1
 
 
-def test_nobody_sees_them_without_the_token(client, settings):
+def test_metrics_require_the_token(client, settings):
     assert client.get("/metrics").status_code == 404
     settings.EMAILS_METRICS_TOKEN = "a-token"
     for given in ("", "Bearer wrong", "a-token", "Bearer \u00fc"):

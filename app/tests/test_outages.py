@@ -1,4 +1,4 @@
-"""A database that falls silent or is full: the real processes, a PostgreSQL server of their own."""
+"""A database that is silent or full: tests of real processes with their own PostgreSQL server."""
 
 import os
 import shutil
@@ -50,7 +50,7 @@ def chain(tmp_path, mailbox, settings, database):
 
 @contextmanager
 def packets_dropped(port: int):
-    """Nothing arrives at the port, nor from it; nothing is refused."""
+    """Drops all packets to and from the port."""
     rules = [
         ("INPUT", "-i", "lo", "-p", "tcp", side, str(port), "-j", "DROP")
         for side in ("--dport", "--sport")
@@ -65,7 +65,7 @@ def packets_dropped(port: int):
 
 
 def answer(chain: System, path: str) -> tuple[int, float]:
-    """The status of an answer and the seconds that it took."""
+    """The status and duration of a request."""
     began = time.monotonic()
     try:
         email = {"subject": "Hello", "text": "Body", "to": ["bob@example.org"]}
@@ -76,7 +76,7 @@ def answer(chain: System, path: str) -> tuple[int, float]:
 
 
 @needs_firewall
-def test_a_silent_database_is_answered_in_time_and_forgotten_at_its_return(chain, database):
+def test_requests_get_timely_503s_from_a_silent_database_and_recover(chain, database):
     with packets_dropped(database.port):
         for _ in range(2):  # with the connection that was open, then without one
             for path in ("/api/emails", "/healthz"):
@@ -86,18 +86,18 @@ def test_a_silent_database_is_answered_in_time_and_forgotten_at_its_return(chain
     restored = time.monotonic()
     eventually(lambda: answer(chain, "/healthz")[0] == 200, seconds=RECOVERY_SECONDS)
     email_id = chain.post()
-    # The relay's connection that listens was half open, too.
+    # The relay's listening connection was half open, too.
     chain.wait_for(email_id, "sent", timeout=RECOVERY_SECONDS)
     assert time.monotonic() - restored < RECOVERY_SECONDS + 2
     with psycopg.connect(database.url()) as connection:
         count = connection.execute("SELECT count(*) FROM emails_email").fetchone()[0]
-    assert count == 2, "the one before and the one after: a 503 stored nothing here"
+    assert count == 2, "expected the emails before and after; a 503 must store nothing"
 
 
-def test_a_full_database_is_answered_in_time_and_loses_nothing(chain, database):
+def test_requests_get_timely_503s_from_a_full_database_and_no_email_is_lost(chain, database):
     taken = []
     with psycopg.connect(database.url(), autocommit=True) as admin:
-        # The application's connections end; others take every place.
+        # Terminates the application's connections; others take all slots.
         admin.execute(
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
             " WHERE pid <> pg_backend_pid() AND datname = current_database()"
@@ -120,7 +120,7 @@ def test_a_full_database_is_answered_in_time_and_loses_nothing(chain, database):
     eventually(lambda: answer(chain, "/healthz")[0] == 200, seconds=RECOVERY_SECONDS)
     chain.wait_for(chain.post(), "sent", timeout=RECOVERY_SECONDS)
     with psycopg.connect(database.url()) as connection:
-        # What was accepted meanwhile, if any, is sent as well.
+        # Emails that were accepted meanwhile are sent too.
         def unsent():
             states = connection.execute(
                 "SELECT count(*) FROM emails_delivery WHERE state <> 'sent'"

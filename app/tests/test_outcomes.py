@@ -1,4 +1,4 @@
-"""What follows the result of an attempt: one pure function, one table."""
+"""The next step after an attempt: a table for a pure function."""
 
 import pytest
 
@@ -31,7 +31,7 @@ DAY = 86400.0
         (UNCERTAIN, "hold", 1, DAY, 0.0, (UNCERTAIN, None, "")),
     ],
 )
-def test_what_follows_an_attempt(result, policy, attempts, left, jitter, expected):
+def test_next_step(result, policy, attempts, left, jitter, expected):
     step = next_step(
         result,
         attempts=attempts,
@@ -43,6 +43,6 @@ def test_what_follows_an_attempt(result, policy, attempts, left, jitter, expecte
     assert (step.state, step.wait, step.failed_by) == expected
 
 
-def test_the_longest_wait_doubles_up_to_an_hour():
+def test_longest_wait_doubles_up_to_an_hour():
     waits = [longest_wait(attempts, 30.0) for attempts in (0, 1, 2, 3, 8, 1000)]
     assert waits == [30, 30, 60, 120, 3600, 3600]

@@ -1,4 +1,4 @@
-"""Two owners: neither sees, changes or uses up what the other one has."""
+"""Two owners: neither can see or change the other's emails, or use up the other's limit."""
 
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.django_db
 GOOD = {"subject": "Hello", "text": "Body", "to": ["bob@example.org"]}
 
 
-def test_another_owner_reads_replays_and_cancels_nothing(api, accept, other_user):
+def test_another_owner_cannot_read_replay_or_cancel(api, accept, other_user):
     dead, queued = accept(), accept()
     dead.deliveries.update(state=State.FAILED, due_at=None)
     calls = [
@@ -31,7 +31,7 @@ def test_another_owner_reads_replays_and_cancels_nothing(api, accept, other_user
         assert api(method, path).status_code in (200, 202)
 
 
-def test_a_list_has_its_owner_s_emails_and_suppressions(api, accept, user, other_user):
+def test_lists_contain_only_the_owners_emails_and_suppressions(api, accept, user, other_user):
     own, _ = accept(), accept(other_user)
     for owner in (user, other_user, None):
         Suppression.objects.create(owner=owner, address=f"{owner}@example.org".lower())
@@ -42,7 +42,7 @@ def test_a_list_has_its_owner_s_emails_and_suppressions(api, accept, user, other
 
 
 @pytest.mark.django_db(transaction=True)
-def test_the_limit_counts_an_owner_s_own_emails(api, other_user, settings):
+def test_limit_counts_only_the_owners_emails(api, other_user, settings):
     settings.EMAILS_RECIPIENTS_PER_HOUR = 1
     for key in ({}, {"key": OTHER_KEY}):
         assert api("post", "emails", GOOD, **key).status_code == 202
@@ -50,7 +50,7 @@ def test_the_limit_counts_an_owner_s_own_emails(api, other_user, settings):
 
 
 @pytest.mark.django_db(transaction=True)
-def test_a_key_of_another_owner_does_not_lift_the_limit(api, user, other_user):
+def test_key_of_another_owner_does_not_bypass_the_limit(api, user, other_user):
     SendingLimits.objects.create(owner=user, recipients_per_hour=1)
     used = {"Idempotency-Key": "order 17"}
     assert api("post", "emails", GOOD, OTHER_KEY, **used).status_code == 202
@@ -61,9 +61,7 @@ def test_a_key_of_another_owner_does_not_lift_the_limit(api, user, other_user):
 
 
 @pytest.mark.django_db(transaction=True)
-def test_an_owner_s_limit_of_0_is_none_at_all_and_that_of_the_settings_no_limit(
-    api, user, settings
-):
+def test_limit_0_allows_nothing_for_an_owner_and_everything_in_the_settings(api, user, settings):
     settings.EMAILS_RECIPIENTS_PER_HOUR = 0
     assert api("post", "emails", GOOD).status_code == 202
     SendingLimits.objects.create(owner=user, recipients_per_hour=0)
@@ -74,7 +72,7 @@ def test_an_owner_s_limit_of_0_is_none_at_all_and_that_of_the_settings_no_limit(
 
 @pytest.mark.django_db(transaction=True)
 @pytest.mark.parametrize("way", ["emails", "emails/batch"])
-def test_requests_at_the_same_time_do_not_exceed_the_limit(api, user, way):
+def test_concurrent_requests_do_not_exceed_the_limit(api, user, way):
     SendingLimits.objects.create(owner=user, recipients_per_hour=5)
     together = Barrier(6, timeout=20)
     data = GOOD if way == "emails" else {"emails": [GOOD, GOOD]}

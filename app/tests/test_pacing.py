@@ -1,4 +1,4 @@
-"""EMAILS_DOMAIN_LIMITS: what is under way to a domain, and how many a minute."""
+"""EMAILS_DOMAIN_LIMITS: limits per domain on concurrent emails and emails per minute."""
 
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.django_db
 
 @pytest.fixture
 def accept_to(accept):
-    """Accepts so many emails to a domain."""
+    """Accepts this many emails to a domain."""
 
     def accept_to(domain: str, count: int) -> None:
         for number in range(count):
@@ -29,20 +29,20 @@ def accept_to(accept):
 
 
 def lease(most: int = 50) -> dict[str, int]:
-    """How many deliveries a relay takes, by domain."""
+    """How many deliveries a relay leases, by domain."""
     ids = [leased.id for leased in deliveries.lease(most).deliveries]
     domains = list(Delivery.objects.filter(pk__in=ids).values_list("domain", flat=True))
     return {domain: domains.count(domain) for domain in set(domains)}
 
 
-def test_so_many_are_under_way_to_a_domain(accept_to, settings):
+def test_concurrent_emails_per_domain_are_limited(accept_to, settings):
     settings.EMAILS_DOMAIN_LIMITS = {"slow.example": {"concurrent": 2}}
     accept_to("slow.example", 4)
     accept_to("fast.example", 3)
     assert lease() == {"slow.example": 2, "fast.example": 3}
     assert lease() == {}
     assert due().count() == 2
-    # One that is sent makes room for one; one that is being sent does not.
+    # A sent email frees a place; one that is being sent does not.
     first, second = Delivery.objects.filter(domain="slow.example", published_at__isnull=False)
     claim(second)
     assert lease() == {}
@@ -50,7 +50,7 @@ def test_so_many_are_under_way_to_a_domain(accept_to, settings):
     assert lease() == {"slow.example": 1}
 
 
-def test_a_full_domain_does_not_hold_up_others(accept_to, settings):
+def test_full_domain_does_not_delay_others(accept_to, settings):
     settings.EMAILS_DOMAIN_LIMITS = {"slow.example": {"concurrent": 1}}
     accept_to("slow.example", 20)
     accept_to("fast.example", 3)
@@ -58,17 +58,17 @@ def test_a_full_domain_does_not_hold_up_others(accept_to, settings):
     assert lease(5) == {"fast.example": 3}
 
 
-def test_the_limits_of_other_domains_are_for_each(accept_to, settings):
+def test_default_limits_apply_to_each_domain_separately(accept_to, settings):
     settings.EMAILS_DOMAIN_LIMITS = {"*": {"concurrent": 1}, "own.example": {"concurrent": 3}}
     for domain in ("a.example", "b.example", "own.example"):
         accept_to(domain, 4)
     assert lease() == {"a.example": 1, "b.example": 1, "own.example": 3}
 
 
-def test_a_rate_is_kept_over_time(accept_to, settings):
+def test_rate_is_limited_over_time(accept_to, settings):
     settings.EMAILS_DOMAIN_LIMITS = {"slow.example": {"per_minute": 120}}
     accept_to("slow.example", 9)
-    assert lease() == {"slow.example": 2}  # those of a second
+    assert lease() == {"slow.example": 2}  # the tokens of a second
     assert lease() == {}
     assert not Delivery.objects.exclude(attempts=0).exists()
 
@@ -78,10 +78,10 @@ def test_a_rate_is_kept_over_time(accept_to, settings):
     later(0.5)
     assert lease() == {"slow.example": 1}
     later(60)
-    assert lease() == {"slow.example": 2}, "a pause saves up no more than a second's"
+    assert lease() == {"slow.example": 2}, "a pause saves the tokens of a second only"
 
 
-def test_a_rate_below_one_a_second_lets_one_through(accept_to, settings):
+def test_rate_below_one_per_second_allows_one(accept_to, settings):
     settings.EMAILS_DOMAIN_LIMITS = {"*": {"per_minute": 6}}
     accept_to("slow.example", 3)
     assert lease() == {"slow.example": 1}
@@ -92,7 +92,7 @@ def test_a_rate_below_one_a_second_lets_one_through(accept_to, settings):
 
 
 @pytest.mark.django_db(transaction=True)
-def test_two_relays_at_once_keep_the_limits(accept_to, settings):
+def test_concurrent_relays_do_not_exceed_the_limits(accept_to, settings):
     settings.EMAILS_DOMAIN_LIMITS = {"slow.example": {"concurrent": 3, "per_minute": 600}}
     accept_to("slow.example", 20)
 
@@ -107,8 +107,8 @@ def test_two_relays_at_once_keep_the_limits(accept_to, settings):
 
 
 @pytest.mark.django_db(transaction=True)
-def test_a_relay_waits_while_another_one_counts(accept_to, settings):
-    """Or both would fill the same room."""
+def test_relay_waits_while_another_one_counts(accept_to, settings):
+    """Otherwise both would use the same allowance."""
     settings.EMAILS_DOMAIN_LIMITS = {"slow.example": {"concurrent": 1}}
     accept_to("slow.example", 2)
     counting = Event()

@@ -29,7 +29,7 @@ def refuse(*_, **__):
 FORM = {"to": "bob@example.org, eve@example.org", "subject": "From the page", "text": "Body"}
 
 
-def test_the_page_needs_a_login(client, user):
+def test_page_requires_a_login(client, user):
     assert client.get("/").headers["Location"] == "/login/?next=/"
     assert client.post("/", FORM).status_code == 302
     assert not Email.objects.exists()
@@ -42,7 +42,7 @@ def test_the_page_needs_a_login(client, user):
     assert client.get("/").status_code == 302
 
 
-def test_the_form_accepts_an_email_and_the_list_shows_it(client, user):
+def test_form_accepts_an_email_and_the_list_shows_it(client, user):
     client.force_login(user)
     response = client.post("/", FORM, follow=True)
     assert response.redirect_chain == [("/", 302)]
@@ -61,7 +61,7 @@ def test_the_form_accepts_an_email_and_the_list_shows_it(client, user):
         ("subject", "\x01"),
     ],
 )
-def test_the_form_shows_what_is_wrong(client, user, field, value):
+def test_form_shows_errors(client, user, field, value):
     client.force_login(user)
     response = client.post("/", FORM | {field: value})
     assert response.status_code == 200
@@ -69,7 +69,7 @@ def test_the_form_shows_what_is_wrong(client, user, field, value):
     assert not Email.objects.exists()
 
 
-def test_the_list_is_paged_newest_first_and_private(client, accept, user, django_user_model):
+def test_list_is_paged_newest_first_and_private(client, accept, user, django_user_model):
     for number in range(21):
         accept(subject=f"Number {number}.")
     client.force_login(user)
@@ -87,7 +87,7 @@ def test_the_list_is_paged_newest_first_and_private(client, accept, user, django
     assert "Number" not in client.get("/").content.decode()
 
 
-def test_the_list_is_filtered_searched_and_counted(client, accept, user):
+def test_list_is_filtered_searched_and_counted(client, accept, user):
     for number, state in enumerate((State.SENT, State.FAILED, State.FAILED, State.UNCERTAIN)):
         accept(subject=f"Number {number}.").deliveries.update(state=state)
     accept(subject="Number 4.", recipients=["a@b.org", "c@d.org"]).deliveries.update(
@@ -112,11 +112,11 @@ def test_the_list_is_filtered_searched_and_counted(client, accept, user):
             assert len(numbers(f"{query or '?'}&state={state}")) == int(count), (query, state)
 
 
-def test_a_count_ends_at_its_limit(client, accept, user, monkeypatch):
+def test_counts_stop_at_the_limit(client, accept, user, monkeypatch):
     monkeypatch.setattr(listing, "COUNT_LIMIT", 2)
     for number in range(4):
         accept(subject=f"Number {number}.")
-    assert listing.count_by_state(user)["queued"] == 3, "it goes no further"
+    assert listing.count_by_state(user)["queued"] == 3, "the count must stop at the limit"
     client.force_login(user)
     page = client.get("/")
     counts = page.context["counts"]
@@ -128,7 +128,7 @@ def test_a_count_ends_at_its_limit(client, accept, user, monkeypatch):
     assert (found[""], found["queued"], found["sent"]) == ("1", "1", "0")
 
 
-def test_pages_read_no_long_column_that_they_do_not_show(client, accept, user):
+def test_pages_do_not_read_long_columns_that_they_do_not_show(client, accept, user):
     file = File("a.txt", "text/plain", b"content")
     email = accept(html="<p>Body</p>", attachments=[file])
     client.force_login(user)
@@ -140,7 +140,7 @@ def test_pages_read_no_long_column_that_they_do_not_show(client, accept, user):
             assert not re.search('"(text|html|content)"(?! =)', columns)
 
 
-def test_an_emails_page_shows_attempts_and_answers_and_sends_again(client, accept, user, mailbox):
+def test_page_of_an_email_shows_attempts_and_replies_and_retries(client, accept, user, mailbox):
     mailbox.recipient_reply = "550 no such user here"
     email = accept()
     deliver(email.deliveries.get().pk)
@@ -155,11 +155,11 @@ def test_an_emails_page_shows_attempts_and_answers_and_sends_again(client, accep
     assert client.post(url).status_code == 400
     response = client.post(url, {"action": "replay"}, follow=True)
     assert "1 delivery queued for retry." in response.content.decode()
-    assert "Send again" not in response.content.decode(), "nothing has failed any more"
+    assert "Send again" not in response.content.decode(), "the button must disappear"
     assert email.deliveries.get().state == State.QUEUED
 
 
-def test_an_emails_page_is_private(client, accept, django_user_model):
+def test_page_of_an_email_is_private(client, accept, django_user_model):
     url = f"/emails/{accept().pk}/"
     assert client.get(url).status_code == 302
     client.force_login(django_user_model.objects.create_user("mallory"))
@@ -167,7 +167,7 @@ def test_an_emails_page_is_private(client, accept, django_user_model):
     assert client.post(url, {"action": "replay"}).status_code == 404
 
 
-def test_an_email_is_cancelled_while_it_can_be(client, accept, user):
+def test_email_can_be_cancelled_before_it_is_sent(client, accept, user):
     email = accept(recipients=["bob@example.org", "eve@example.org", "dan@example.org"])
     email.deliveries.filter(recipient="eve@example.org").update(state=State.SENDING)
     client.force_login(user)
@@ -184,7 +184,7 @@ def test_an_email_is_cancelled_while_it_can_be(client, accept, user):
     ("by", "attempted", "said"),
     [("deadline", False, "deadline"), ("deadline", True, "deadline"), ("server", True, "refused")],
 )
-def test_a_failure_says_once_who_ended_it(client, accept, user, by, attempted, said):
+def test_failure_reason_is_shown_once(client, accept, user, by, attempted, said):
     email = accept()
     if attempted:
         claimed = claim(email.deliveries.get())
@@ -199,7 +199,7 @@ def test_a_failure_says_once_who_ended_it(client, accept, user, by, attempted, s
         assert page.count("greylisted") == int(attempted)
 
 
-def test_a_delivery_that_waits_says_until_when(client, accept, user):
+def test_waiting_delivery_shows_its_next_attempt(client, accept, user):
     email = accept()
     client.force_login(user)
     later = datetime(2099, 5, 4, 3, 2, 1, tzinfo=UTC)
@@ -224,7 +224,7 @@ def test_a_delivery_that_waits_says_until_when(client, accept, user):
     assert text == "To be sent 4 May 2099, 03:02:01 UTC"
 
 
-def test_an_emails_page_shows_its_text(client, accept, user, monkeypatch):
+def test_page_of_an_email_shows_its_text(client, accept, user, monkeypatch):
     email = accept(text="Dear <b>Bob</b>,\nhello")
     client.force_login(user)
     page = client.get(f"/emails/{email.pk}/").content.decode()
@@ -238,9 +238,7 @@ def test_an_emails_page_shows_its_text(client, accept, user, monkeypatch):
     assert "Only the beginning is shown." in page
 
 
-def test_an_emails_html_is_served_in_a_sandbox_and_is_private(
-    client, accept, user, django_user_model
-):
+def test_html_of_an_email_is_sandboxed_and_private(client, accept, user, django_user_model):
     email = accept(html="<script>alert(1)</script><p>Body</p>")
     page_url, url = f"/emails/{email.pk}/", f"/emails/{email.pk}/html"
     assert client.get(url).status_code == 302
@@ -259,7 +257,7 @@ def test_an_emails_html_is_served_in_a_sandbox_and_is_private(
     assert client.get(url).status_code == 404
 
 
-def test_errors_are_shown_in_the_sites_own_dress(client, user, monkeypatch):
+def test_error_pages_use_the_sites_layout(client, user, monkeypatch):
     client.force_login(user)
     missing = client.get("/nowhere/")
     assert missing.status_code == 404
@@ -278,31 +276,31 @@ def test_errors_are_shown_in_the_sites_own_dress(client, user, monkeypatch):
         assert 'href="/"' in text
 
 
-def test_the_api_documentation_leads_back(client):
+def test_api_documentation_links_to_the_site(client):
     page = client.get("/api/docs").content.decode()
     assert '<a class="link" href="/">Back to Mailroom</a>' in page
 
 
-def test_the_admin_has_its_name(admin_client):
+def test_admin_has_the_sites_name(admin_client):
     page = admin_client.get("/admin/").content.decode()
     assert "<title>Administration | Mailroom</title>" in page
     assert re.search(r'id="site-name"><a href="/admin/">Mailroom</a>', page)
     assert '<a href="/">View site</a>' in page
 
 
-def test_the_form_tells_of_the_limit(client, user, settings):
+def test_form_shows_the_limit_error(client, user, settings):
     settings.EMAILS_RECIPIENTS_PER_HOUR = 1
     client.force_login(user)
     assert "limit of recipients" in client.post("/", FORM).content.decode()
 
 
-def test_what_users_wrote_is_escaped(client, accept, user):
+def test_user_input_is_escaped(client, accept, user):
     accept(subject="<script>alert(1)</script>")
     client.force_login(user)
     assert "<script>alert" not in client.get("/").content.decode()
 
 
-def test_a_form_without_a_csrf_token_is_refused(user):
+def test_form_without_a_csrf_token_is_refused(user):
     client = Client(enforce_csrf_checks=True)
     client.force_login(user)
     assert client.post("/", FORM).status_code == 403
@@ -322,13 +320,13 @@ def test_pages_allow_only_their_own_scripts_and_styles(client, user):
     assert "<script>" not in page
 
 
-def test_healthz_tells_whether_the_database_answers(client, monkeypatch):
+def test_healthz_reports_whether_the_database_responds(client, monkeypatch):
     assert client.get("/healthz").status_code == 200
     monkeypatch.setattr(connection, "cursor", refuse)
     assert client.get("/healthz").status_code == 503
 
 
-def test_the_admin_shows_emails_but_does_not_change_them(admin_client, accept):
+def test_admin_shows_emails_read_only(admin_client, accept):
     email = accept()
     Delivery.objects.update(state=State.DEFERRED)
     assert str(email.pk) in admin_client.get("/admin/emails/email/").content.decode()
@@ -338,7 +336,7 @@ def test_the_admin_shows_emails_but_does_not_change_them(admin_client, accept):
     assert admin_client.get("/admin/emails/email/add/").status_code == 403
 
 
-def test_the_admin_replays_only_with_its_permission(client, accept, django_user_model):
+def test_admin_replays_only_with_the_permission(client, accept, django_user_model):
     email = accept()
     email.deliveries.update(state=State.FAILED, due_at=None)
     staff = django_user_model.objects.create_user("staff", is_staff=True)
@@ -356,7 +354,7 @@ def test_the_admin_replays_only_with_its_permission(client, accept, django_user_
     assert email.deliveries.get().state == State.QUEUED
 
 
-def test_the_command_lists_the_dead_and_sends_them_again(accept, capsys):
+def test_replay_command_lists_and_retries_failed_deliveries(accept, capsys):
     email, _ = accept(), accept()
     Delivery.objects.update(state=State.FAILED, due_at=None, last_smtp_code=550)
     call_command("replay")
@@ -373,7 +371,7 @@ def test_the_command_lists_the_dead_and_sends_them_again(accept, capsys):
         call_command("replay", "nonsense")
 
 
-def test_the_admin_makes_a_key_and_shows_it_once(admin_client, user):
+def test_admin_creates_a_key_and_shows_it_once(admin_client, user):
     response = admin_client.post(
         "/admin/emails/apikey/add/", {"owner": user.pk, "name": "shop"}, follow=True
     )

@@ -1,4 +1,4 @@
-"""A server that offers PIPELINING gets the next email's commands with the end of a message."""
+"""A server with PIPELINING gets the next email's commands together with the end of a message."""
 
 import smtplib
 
@@ -19,14 +19,14 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch):
-    """As if the server had just been fast: several emails are claimed at a time."""
+    """Makes the server look fast, so that a worker claims several emails at a time."""
     monkeypatch.setattr(Sender, "pace", 0.001)
     monkeypatch.setattr(Sender, "chunk_size", classmethod(lambda cls: delivering.LARGEST_CHUNK))
 
 
 @pytest.fixture
 def send(accept):
-    """Sends so many emails as one message of the queue; gives their states."""
+    """Sends this many emails with one message of the queue; returns their states."""
 
     def send(count: int) -> list[str]:
         ids = [accept(subject=f"Number {n}").deliveries.get().pk for n in range(count)]
@@ -53,26 +53,26 @@ def test_ten_emails_take_eleven_round_trips(send, mailbox, monkeypatch):
     assert mailbox.connections == 1
 
 
-def test_a_refused_message_does_not_touch_the_next(send, mailbox):
+def test_refused_message_does_not_affect_the_next(send, mailbox):
     mailbox.replies = ["250 taken", "550 no", "451 later", "250 taken"]
     assert send(4) == [State.SENT, State.FAILED, State.DEFERRED, State.SENT]
     assert mailbox.connections == 1
 
 
-def test_a_server_that_hangs_up_makes_one_email_uncertain(send, mailbox):
+def test_disconnect_makes_only_one_email_uncertain(send, mailbox):
     mailbox.replies = ["250 taken", None]
     assert send(4) == [State.SENT, State.UNCERTAIN, State.SENT, State.SENT]
     assert mailbox.connections == 2
 
 
-def test_a_server_that_ends_the_session_with_421_costs_no_attempt(send, mailbox):
+def test_421_at_the_end_of_a_session_costs_no_attempt(send, mailbox):
     mailbox.sender_replies = ["250 fine", "421 enough for now"]
     assert send(3) == [State.SENT] * 3
     assert set(Delivery.objects.values_list("attempts", flat=True)) == {1}
     assert mailbox.connections == 2
 
 
-def test_an_announced_email_that_another_worker_has_is_not_sent(send, mailbox, monkeypatch):
+def test_announced_email_that_another_worker_has_is_not_sent(send, mailbox, monkeypatch):
     record = deliveries.record
 
     def lose_the_second(ended, begin=()):
@@ -85,8 +85,8 @@ def test_an_announced_email_that_another_worker_has_is_not_sent(send, mailbox, m
     assert subjects(mailbox) == [b"Number 0", b"Number 2"]
 
 
-def test_a_connection_that_waits_for_a_message_gets_no_quit(send, mailbox, monkeypatch):
-    """The server would take it for the message."""
+def test_connection_that_expects_a_message_gets_no_quit(send, mailbox, monkeypatch):
+    """The server would read QUIT as the message."""
     writes = []
 
     def stop(self, claimed):
@@ -102,7 +102,7 @@ def test_a_connection_that_waits_for_a_message_gets_no_quit(send, mailbox, monke
     assert mailbox.connections == 2
 
 
-def test_a_connection_that_waits_for_one_email_is_not_used_for_another(accept, mailbox):
+def test_connection_that_expects_one_email_is_not_used_for_another(accept, mailbox):
     def envelope(subject: str) -> smtp.Envelope:
         delivery = claim(accept(subject=subject).deliveries.get())
         message = messages.build(delivery)

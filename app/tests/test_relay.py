@@ -45,7 +45,7 @@ def expire_lease():
     Delivery.objects.update(due_at=timezone.now() - timedelta(seconds=1))
 
 
-def test_publishes_the_row_id_and_nothing_else(delivery, monkeypatch):
+def test_message_contains_only_the_row_id(delivery, monkeypatch):
     sent, asked = [], []
     unconnected = app.connection_for_write()
     monkeypatch.setattr(unconnected, "connect", lambda: None)
@@ -70,7 +70,7 @@ def test_publishes_the_row_id_and_nothing_else(delivery, monkeypatch):
     assert (options["confirm_publish"], options["read_timeout"]) == (True, 5)
 
 
-def test_publishes_what_is_due_once(accept, published):
+def test_publishes_due_deliveries_once(accept, published):
     accept(recipients=["bob@example.org", "eve@example.org"])
     later, done = accept().deliveries.get(), accept().deliveries.get()
     Delivery.objects.filter(pk=later.pk).update(
@@ -84,7 +84,7 @@ def test_publishes_what_is_due_once(accept, published):
     assert relay.publish_due() == 0
 
 
-def test_a_backlog_is_published_several_a_message(accept, published, monkeypatch):
+def test_backlog_is_published_with_several_ids_per_message(accept, published, monkeypatch):
     for _ in range(BATCH + 3):
         accept()
     messages = []
@@ -98,14 +98,14 @@ def test_a_backlog_is_published_several_a_message(accept, published, monkeypatch
     assert relay.publish_due() == 0
 
 
-def test_an_expired_lease_makes_a_delivery_due_again(delivery, published):
+def test_expired_lease_makes_a_delivery_due_again(delivery, published):
     Publisher().publish_due()
     expire_lease()
     Publisher().publish_due()
     assert published == [delivery.pk, delivery.pk]
 
 
-def test_a_delivery_whose_worker_died_is_queued_again(delivery, published):
+def test_delivery_of_a_dead_worker_is_queued_again(delivery, published):
     Publisher().publish_due()
     claim(delivery)
     assert Publisher().publish_due() == 0
@@ -117,15 +117,15 @@ def test_a_delivery_whose_worker_died_is_queued_again(delivery, published):
     assert published == [delivery.pk, delivery.pk]
 
 
-def test_a_broker_that_refuses_costs_no_row(delivery):
+def test_broker_error_loses_no_row(delivery):
     with pytest.raises(CommandError, match="Connection refused"):
         call_command("relay", "--once")
     delivery.refresh_from_db()
     assert due().get() == delivery
 
 
-def test_a_publication_that_failed_costs_its_connection_and_no_time(accept, monkeypatch):
-    """A late answer to it would be taken for the next one's."""
+def test_failed_publication_discards_its_connection_and_releases_the_lease(accept, monkeypatch):
+    """Otherwise its late confirm would be taken for that of the next publication."""
     first, second, third = (accept().deliveries.get() for _ in range(3))
     broken = app.connection_for_write()
     monkeypatch.setattr(broken, "collect", Mock())
@@ -141,7 +141,7 @@ def test_a_publication_that_failed_costs_its_connection_and_no_time(accept, monk
     assert first.due_at > timezone.now() + timedelta(minutes=9)
 
 
-def test_release_leaves_a_claimed_delivery_alone(delivery):
+def test_release_does_not_change_a_claimed_delivery(delivery):
     leased = deliveries.lease(1)
     claim(delivery)
     deliveries.release(leased)
@@ -150,7 +150,7 @@ def test_release_leaves_a_claimed_delivery_alone(delivery):
     assert delivery.due_at > timezone.now()
 
 
-def test_a_worker_lost_after_the_data_makes_it_uncertain(delivery, settings):
+def test_worker_lost_after_the_data_makes_the_delivery_uncertain(delivery, settings):
     for policy, retried in (("resend", True), ("hold", False)):
         settings.EMAILS_UNCERTAIN_POLICY = policy
         Delivery.objects.update(state=State.QUEUED)
@@ -163,8 +163,8 @@ def test_a_worker_lost_after_the_data_makes_it_uncertain(delivery, settings):
     assert [attempt.outcome for attempt in delivery.log.all()] == [State.UNCERTAIN] * 2
 
 
-def test_a_worker_lost_before_the_data_of_its_own_attempt_is_certain(delivery):
-    """Whatever the attempt before had sent."""
+def test_worker_lost_before_the_data_defers_the_delivery(delivery):
+    """Even if the previous attempt had sent data."""
     begin(claim(delivery))
     Delivery.objects.update(state=State.QUEUED)
     claim(delivery)
@@ -176,7 +176,7 @@ def test_a_worker_lost_before_the_data_of_its_own_attempt_is_certain(delivery):
     assert (delivery.state, delivery.uncertain_attempts) == (State.DEFERRED, 0)
 
 
-def test_a_claim_is_a_lease(delivery):
+def test_claim_is_a_lease(delivery):
     before = timezone.now()
     claimed = claim(delivery)
     delivery.refresh_from_db()
@@ -184,21 +184,21 @@ def test_a_claim_is_a_lease(delivery):
     assert claimed.id == delivery.pk
 
 
-def test_a_claim_knows_whether_there_are_attachments(accept):
+def test_claim_includes_whether_there_are_attachments(accept):
     plain, full = accept(), accept(attachments=[File("a", "text/plain", b"a")])
     for email, attached in ((plain, False), (full, True)):
         assert claim(email.deliveries.get()).has_attachments is attached
 
 
 @pytest.mark.django_db(transaction=True)
-def test_only_a_claim_need_not_be_on_disk_at_once(accept, delivery):
+def test_claim_commits_asynchronously_but_accept_and_record_do_not(accept, delivery):
     def on_disk_at_once() -> str:
         with connection.cursor() as cursor:
             cursor.execute("SHOW synchronous_commit")
             return cursor.fetchone()[0]
 
     with transaction.atomic():
-        accept()  # the relay is told after the commit
+        accept()  # notifies the relay after the commit
         assert on_disk_at_once() == "on"
     assert on_disk_at_once() == "on"
     with transaction.atomic():
@@ -212,7 +212,7 @@ def test_only_a_claim_need_not_be_on_disk_at_once(accept, delivery):
 
 
 @pytest.mark.django_db(transaction=True)
-def test_the_server_keeps_the_statements_of_every_email_and_no_others(accept, monkeypatch):
+def test_only_statements_per_email_are_prepared(accept, monkeypatch):
     def name(statement: str) -> str:
         return " ".join(re.findall(r"\w+", re.sub("--.*", "", statement))[:3])
 
@@ -238,8 +238,8 @@ def test_the_server_keeps_the_statements_of_every_email_and_no_others(accept, mo
 
 
 @pytest.mark.django_db(transaction=True)
-def test_a_migration_that_changes_a_column_leaves_no_process_with_an_old_plan(accept):
-    other = connection.copy()  # psycopg forgets its plans after an ALTER of its own
+def test_processes_survive_a_migration_that_changes_a_column(accept):
+    other = connection.copy()  # psycopg drops its plans after an ALTER on the same connection
 
     def change(column, kind):
         with other.cursor() as cursor:
@@ -257,7 +257,7 @@ def test_a_migration_that_changes_a_column_leaves_no_process_with_an_old_plan(ac
         other.close()
 
 
-def test_what_is_past_its_deadline_is_not_published(accept, published):
+def test_expired_delivery_is_not_published(accept, published):
     for state in (State.QUEUED, State.UNCERTAIN):
         accept(deadline=timezone.now() + timedelta(hours=1)).deliveries.update(state=state)
     fine = accept()
@@ -272,8 +272,8 @@ def test_what_is_past_its_deadline_is_not_published(accept, published):
     assert list(states) == [(State.FAILED, None, "deadline"), (State.UNCERTAIN, None, "")]
 
 
-def test_a_relay_that_died_costs_half_a_minute(delivery, published):
-    """What it took for publishing is looked for as soon as nothing is in the queue."""
+def test_leases_of_a_dead_relay_are_recovered_after_half_a_minute(delivery, published):
+    """Once the queue is empty."""
     deliveries.lease(1)
     assert not deliveries.is_waiting_for_worker()
     assert deliveries.requeue_lost(queue_is_empty=True) == 0
@@ -287,8 +287,8 @@ def test_a_relay_that_died_costs_half_a_minute(delivery, published):
     assert Counter.objects.get(name="republished").total == 1
 
 
-def test_a_publication_that_others_overtook_is_lost(accept):
-    """However many wait in the queue."""
+def test_publication_that_others_overtook_is_lost(accept):
+    """Even if messages wait in the queue."""
     lost, waiting, sent = (accept().deliveries.get() for _ in range(3))
     deliveries.lease(3)
     end(claim(sent), State.SENT, code=250)
@@ -301,7 +301,7 @@ def test_a_publication_that_others_overtook_is_lost(accept):
     assert due().get() == lost
 
 
-def test_a_clock_that_was_set_back_makes_nothing_wait(accept):
+def test_clock_that_was_set_back_delays_nothing(accept):
     def stored(minutes: float) -> list[int]:
         due_at = timezone.now() + timedelta(minutes=minutes)
         waits = ((State.QUEUED, 0), (State.SENDING, 1), (State.DEFERRED, 1), (State.DEFERRED, 9))
@@ -321,8 +321,8 @@ def test_a_clock_that_was_set_back_makes_nothing_wait(accept):
     assert {delivery.pk for delivery in due()} == set(waiting)
 
 
-def test_what_is_due_is_the_databases_time(delivery, monkeypatch):
-    """A host whose clock is wrong neither waits nor hurries."""
+def test_due_times_use_the_databases_clock(delivery, monkeypatch):
+    """A wrong clock of a host has no effect."""
     for days in (-400, 400):
         wrong = timezone.now() + timedelta(days=days)
         monkeypatch.setattr("django.utils.timezone.now", lambda wrong=wrong: wrong)
@@ -332,7 +332,7 @@ def test_what_is_due_is_the_databases_time(delivery, monkeypatch):
 
 @pytest.mark.django_db(transaction=True)
 def test_relays_do_not_wait_for_each_other(accept):
-    """Nor does one hold back the other recipients of an email."""
+    """Nor do they delay other recipients of an email."""
     first, second = accept(recipients=["bob@example.org", "eve@example.org"]).deliveries.all()
 
     def lease():
@@ -360,8 +360,8 @@ def running(relay: Relay):
 
 
 @pytest.mark.django_db(transaction=True)
-def test_an_email_wakes_the_relay(accept, published, settings, monkeypatch):
-    # By nothing else would it look at the table again within ten seconds.
+def test_email_wakes_the_relay(accept, published, settings, monkeypatch):
+    # Nothing else would make it query again within ten seconds.
     settings.EMAILS_RELAY_POLL_SECONDS = 60.0
     settings.EMAILS_RELAY_THREADS = 1
     monkeypatch.setattr(relay_module, "LONGEST_PAUSE", 60)
@@ -378,7 +378,7 @@ def test_an_email_wakes_the_relay(accept, published, settings, monkeypatch):
 
 
 @pytest.mark.django_db(transaction=True)
-def test_one_notification_stands_for_many_emails_and_none_is_overlooked(
+def test_one_notification_covers_many_emails_and_none_is_missed(
     accept, published, settings, monkeypatch
 ):
     settings.EMAILS_RELAY_POLL_SECONDS = 60.0
@@ -399,7 +399,7 @@ def test_one_notification_stands_for_many_emails_and_none_is_overlooked(
 
 
 @pytest.mark.django_db(transaction=True)
-def test_a_notification_while_the_relay_settles_counts_for_the_next_query(settings, monkeypatch):
+def test_notification_during_the_settle_time_causes_another_query(settings, monkeypatch):
     settings.EMAILS_RELAY_POLL_SECONDS = 60.0
     relay = Relay()
 
@@ -422,7 +422,7 @@ def test_a_notification_while_the_relay_settles_counts_for_the_next_query(settin
 
 
 @pytest.mark.django_db(transaction=True)
-def test_a_relay_outlives_its_connections_to_the_database(accept, published, settings):
+def test_relay_survives_the_loss_of_its_database_connections(accept, published, settings):
     relay = Relay()
     with running(relay):
         eventually(lambda: relay._listening is not None)
@@ -438,9 +438,9 @@ def test_a_relay_outlives_its_connections_to_the_database(accept, published, set
 
 
 @pytest.mark.parametrize("error", [OperationalError("away"), ConnectionRefusedError("away")])
-def test_a_publisher_outlives_what_it_meets(monkeypatch, error):
+def test_publisher_survives_errors(monkeypatch, error):
     monkeypatch.setattr(relay_module, "LONGEST_PAUSE", 0.1)
-    # The test's own has to stay.
+    # The test's connection must stay open.
     monkeypatch.setattr(relay_module, "close_old_connections", lambda: None)
     monkeypatch.setattr(relay_module, "connection", Mock())
     relay, met = Relay(), []
@@ -459,12 +459,12 @@ def test_a_publisher_outlives_what_it_meets(monkeypatch, error):
 
 @pytest.fixture
 def silent_broker():
-    """A port that takes connections and never says a word."""
+    """A port that accepts connections and never responds."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield server
 
 
-def test_a_silent_broker_holds_the_relay_for_seconds_only(
+def test_silent_broker_blocks_the_relay_for_seconds_only(
     delivery, settings, silent_broker, monkeypatch
 ):
     port = silent_broker.getsockname()[1]
@@ -476,7 +476,7 @@ def test_a_silent_broker_holds_the_relay_for_seconds_only(
     assert due().get() == delivery
 
 
-def test_a_stuck_publisher_stops_watchdog_pings(monkeypatch):
+def test_stuck_publisher_stops_watchdog_pings(monkeypatch):
     monkeypatch.setattr(relay_module, "STUCK_SECONDS", 0.5)
     told = []
     monkeypatch.setattr(relay_module.systemd, "notify", told.append)
@@ -500,7 +500,7 @@ def test_a_stuck_publisher_stops_watchdog_pings(monkeypatch):
 
 @pytest.mark.django_db(transaction=True)
 @pytest.mark.parametrize("broker", ["silent", "refusing"])
-def test_sigterm_ends_a_relay_that_waits_for_its_broker(
+def test_sigterm_stops_a_relay_that_waits_for_its_broker(
     accept, tmp_path, settings, silent_broker, broker
 ):
     port = silent_broker.getsockname()[1] if broker == "silent" else 1
@@ -521,9 +521,9 @@ def test_sigterm_ends_a_relay_that_waits_for_its_broker(
         assert systemd.recv(99) == b"WATCHDOG=1"
     if broker == "silent":
         connection, _ = silent_broker.accept()
-        connection.recv(8)  # the protocol header: the relay now waits for an answer
+        connection.recv(8)  # the protocol header: the relay now waits for a response
     else:
         assert "is unavailable" in relay.stderr.readline()
     relay.send_signal(signal.SIGTERM)
-    # Half of what systemd gives it before it kills it; by itself it takes a second.
+    # Half of systemd's stop timeout. The relay needs a second.
     assert relay.wait(timeout=15) == 0

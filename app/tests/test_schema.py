@@ -1,4 +1,4 @@
-"""What the OpenAPI document says is what the API does, for input that nobody thought of."""
+"""The API conforms to its OpenAPI document, for generated input."""
 
 import pytest
 import schemathesis
@@ -10,7 +10,7 @@ from schemathesis.specs.openapi.checks import negative_data_rejection, positive_
 from mailroom.wsgi import application
 from tests.conftest import KEY
 
-# What a sender is allowed to be no schema says; unknown parameters of a query are left alone.
+# The schema does not specify the allowed senders; unknown query parameters are ignored.
 NOT_IN_THE_DOCUMENT = [positive_data_acceptance, negative_data_rejection]
 
 schema = schemathesis.openapi.from_wsgi("/api/openapi.json", application)
@@ -18,7 +18,7 @@ schema = schemathesis.openapi.from_wsgi("/api/openapi.json", application)
 
 @pytest.fixture
 def one_connection():
-    """A request would end the connection that the test's transaction is on."""
+    """Otherwise a request would close the connection of the test's transaction."""
     for signal in (request_started, request_finished):
         signal.disconnect(close_old_connections)
     yield
@@ -33,7 +33,7 @@ def one_connection():
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-def test_the_api_does_what_its_document_says(case, api_key, one_connection):
+def test_api_conforms_to_its_document(case, api_key, one_connection):
     case.call_and_validate(
         headers={"Authorization": f"Bearer {KEY}"}, excluded_checks=NOT_IN_THE_DOCUMENT
     )

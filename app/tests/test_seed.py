@@ -1,4 +1,4 @@
-"""send_email, and Django's own mail functions, for code that knows nothing of the tables."""
+"""send_email and Django's mail functions: for code that does not use the tables."""
 
 import json
 import os
@@ -40,22 +40,22 @@ def test_delay_is_part_of_the_transaction():
     assert not Email.objects.exists()
 
 
-def test_a_plain_call_and_one_address_work_too():
+def test_direct_call_and_single_address_work():
     email_id = send_email("Hello", "Body", None, "bob@example.org")
     email = Email.objects.get(pk=email_id)
     assert email.sender == settings.DEFAULT_FROM_EMAIL
     assert email.deliveries.get().recipient == "bob@example.org"
 
 
-def test_options_that_a_row_does_not_have_are_refused():
+def test_unsupported_task_options_are_refused():
     with pytest.raises(TypeError, match="takes no countdown"):
         send_email.apply_async(ARGUMENTS, countdown=60)
     with pytest.raises(ValidationError, match="not an email address"):
         send_email.delay("Hello", "Body", None, "bob")
 
 
-def test_a_message_that_comes_twice_is_stored_once():
-    """Of a project that sends by the task's name alone, through the broker."""
+def test_duplicate_message_is_stored_once():
+    """Messages of another project, which publishes the task by its name."""
     for _ in range(2):
         send_email.push_request(id="4711")
         try:
@@ -75,7 +75,7 @@ def test_send_mail_is_stored(mailbox):
     assert mailbox.messages[0].rcpt_tos == ["bob@example.org"]
 
 
-def test_what_a_message_has_reaches_the_recipient():
+def test_all_parts_of_a_message_arrive():
     message = EmailMultiAlternatives(
         "Hello",
         "Body",
@@ -108,7 +108,7 @@ def test_what_a_message_has_reaches_the_recipient():
     assert b"cid:logo" in parts["text/html"].get_payload(decode=True)
 
 
-def test_what_can_not_be_stored_is_an_error_unless_it_may_fail():
+def test_unsupported_message_is_an_error_unless_fail_silently():
     message = EmailMultiAlternatives("Hello", "Body", to=["bob@example.org"])
     message.attach_alternative("BEGIN:VCALENDAR", "text/calendar")
     with pytest.raises(ValueError, match="text/calendar"):
@@ -142,7 +142,7 @@ assert len(deliveries.lease(9).deliveries) == 1
 """
 
 
-def test_a_project_needs_two_lines_of_settings(tmp_path):
+def test_project_needs_two_lines_of_settings(tmp_path):
     url = urlsplit(database_url())
     database = {
         "NAME": f"own_{secrets.token_hex(4)}",

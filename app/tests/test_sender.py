@@ -1,4 +1,4 @@
-"""A worker with a message of several deliveries: chunks, a database that goes away, a kill."""
+"""A worker with a message of several deliveries: chunks, loss of the database, kills."""
 
 import os
 import subprocess
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.django_db
 
 @pytest.fixture(autouse=True)
 def pace(monkeypatch):
-    """Forgets how fast the server of another test was."""
+    """Resets the pace of another test's server."""
     monkeypatch.setattr(Sender, "pace", float("inf"))
 
 
@@ -38,13 +38,13 @@ def chunks_of(monkeypatch):
 
 @pytest.fixture
 def several(accept):
-    """The ids of so many deliveries, in the order in which they are sent."""
+    """Returns the ids of this many deliveries, in the order of sending."""
     return lambda count: [accept().deliveries.get().pk for _ in range(count)]
 
 
 @pytest.fixture
 def recorded(monkeypatch):
-    """How many attempts each statement ends, and how many it begins."""
+    """The numbers of attempts that each statement ends and begins."""
     calls, record = [], deliveries.record
 
     def note(ended, begin=()):
@@ -73,14 +73,14 @@ def states() -> list[str]:
         (0, 1),
     ],
 )
-def test_a_chunk_takes_a_quarter_of_a_second(settings, monkeypatch, pace, size):
+def test_chunk_takes_a_quarter_of_a_second(settings, monkeypatch, pace, size):
     monkeypatch.setattr(Sender, "pace", pace)
     assert Sender.chunk_size() == size
     settings.EMAILS_UNCERTAIN_POLICY = "hold"
     assert Sender.chunk_size() == 1
 
 
-def test_the_outcomes_of_a_chunk_are_recorded_when_the_next_begins(
+def test_outcomes_of_a_chunk_are_recorded_when_the_next_begins(
     several, mailbox, chunks_of, recorded
 ):
     chunks_of(3)
@@ -89,18 +89,18 @@ def test_the_outcomes_of_a_chunk_are_recorded_when_the_next_begins(
     assert states() == [State.SENT] * 7
 
 
-def test_a_refusal_is_recorded_at_once_and_ends_the_chunks(several, mailbox, monkeypatch, recorded):
+def test_refusal_is_recorded_at_once_and_ends_the_chunks(several, mailbox, monkeypatch, recorded):
     ids = several(4)
     monkeypatch.setattr(Sender, "pace", 0.001)
     mailbox.replies = ["250 taken", "451 later", "451 later", "451 later"]
     deliver(*ids)
-    # All four begin together; from the first refusal on each is recorded at once.
+    # All four begin together. From the first refusal on, each is recorded immediately.
     assert recorded == [(0, 4), (2, 0), (1, 0), (1, 0)]
     assert Sender.pace == float("inf")
     assert states() == [State.SENT] + [State.DEFERRED] * 3
 
 
-def test_where_uncertain_ones_are_held_only_the_one_that_is_sent_is_marked(
+def test_with_the_policy_hold_only_the_sent_delivery_is_marked(
     several, mailbox, settings, monkeypatch, recorded
 ):
     settings.EMAILS_UNCERTAIN_POLICY = "hold"
@@ -109,8 +109,8 @@ def test_where_uncertain_ones_are_held_only_the_one_that_is_sent_is_marked(
     assert recorded == [(0, 1), (1, 0), (0, 1), (1, 0)]
 
 
-def test_what_was_marked_and_not_sent_goes_back(several, mailbox, chunks_of, settings):
-    """There is time for one: the others of its chunk are as before, and never uncertain."""
+def test_marked_deliveries_that_were_not_sent_are_requeued(several, mailbox, chunks_of, settings):
+    """There is time for one. The others of its chunk are queued again, and never uncertain."""
     chunks_of(3)
     settings.EMAILS_SENDING_LEASE_SECONDS = 0
     first, *others = several(3)
@@ -132,7 +132,7 @@ def test_what_was_marked_and_not_sent_goes_back(several, mailbox, chunks_of, set
 # ---- The deadline ----
 
 
-def test_an_uncertain_delivery_waits_for_a_person_at_its_deadline(delivery, mailbox):
+def test_uncertain_delivery_is_held_at_its_deadline(delivery, mailbox):
     mailbox.reply = None
     Delivery.objects.update(expires_at=timezone.now() + timedelta(seconds=10))
     deliver(delivery.pk)
@@ -144,7 +144,7 @@ def test_an_uncertain_delivery_waits_for_a_person_at_its_deadline(delivery, mail
 
 
 def end_session() -> None:
-    """As a restart of the server does it."""
+    """Terminates the session, as a restart of the server does."""
     other = connection.copy()
     with other.cursor() as cursor:
         cursor.execute(
@@ -155,7 +155,7 @@ def end_session() -> None:
 
 @pytest.fixture
 def lose_session(monkeypatch):
-    """Ends the session at the n-th call of a function of emails.deliveries."""
+    """Terminates the session at the n-th call of a function of emails.deliveries."""
 
     def lose_session(name: str, number: int, *, after: bool = False) -> None:
         act, calls = getattr(deliveries, name), []
@@ -164,7 +164,7 @@ def lose_session(monkeypatch):
             calls.append(arguments)
             if len(calls) != number:
                 return act(*arguments)
-            if after:  # it is committed, and the answer lost
+            if after:  # committed, but the response is lost
                 act(*arguments)
             end_session()
             return act(*arguments)
@@ -180,9 +180,7 @@ def lose_session(monkeypatch):
     [("claim", 1), ("claim", 2), ("record", 3)],
     ids=["first claim", "second claim", "the last outcomes"],
 )
-def test_a_session_that_ends_costs_no_attempt(
-    several, mailbox, chunks_of, lose_session, name, number
-):
+def test_lost_session_costs_no_attempt(several, mailbox, chunks_of, lose_session, name, number):
     chunks_of(2)
     ids = several(4)
     lose_session(name, number)
@@ -194,10 +192,10 @@ def test_a_session_that_ends_costs_no_attempt(
 
 @pytest.mark.django_db(transaction=True)
 @pytest.mark.parametrize("after", [False, True], ids=["not committed", "committed"])
-def test_a_session_that_ends_when_a_chunk_begins_sends_nothing_twice(
+def test_session_lost_at_the_beginning_of_a_chunk_causes_no_duplicate(
     several, mailbox, monkeypatch, lose_session, after
 ):
-    """The outcomes of the chunk before are recorded, the email concerned is tried again."""
+    """The previous chunk's outcomes are recorded, and the affected email is retried."""
     monkeypatch.setattr(Sender, "chunk_size", classmethod(lambda cls: 2 if cls.pace < 1 else 1))
     Sender.pace = 0.001
     ids = several(4)
@@ -218,7 +216,7 @@ def test_a_session_that_ends_when_a_chunk_begins_sends_nothing_twice(
     [(deliver, [1]), (send_email, ["Hello", "Body", None, "bob@example.org"])],
     ids=["deliver", "send_email"],
 )
-def test_a_message_is_requeued_while_the_database_is_away(monkeypatch, task, arguments, error):
+def test_message_is_requeued_while_the_database_is_down(monkeypatch, task, arguments, error):
     away = Mock(side_effect=error)
     monkeypatch.setattr(delivering, "DATABASE_PAUSES", ())
     monkeypatch.setattr(deliveries, "claim", away)
@@ -238,10 +236,10 @@ def test_waiting_for_the_database_ends(monkeypatch):
         delivering.retry_while_database_down(act)
     assert act.call_count == len(DATABASE_PAUSES) + 1
     assert [call.args[0] for call in sleep.call_args_list] == list(DATABASE_PAUSES)
-    assert session.close.call_count == len(DATABASE_PAUSES), "a broken session stays broken"
+    assert session.close.call_count == len(DATABASE_PAUSES), "each retry must reconnect"
 
 
-def test_a_transaction_is_not_repeated_in_part(db):
+def test_transaction_is_not_partially_retried(db):
     act = Mock(side_effect=OperationalError("away"))
     with pytest.raises(OperationalError), transaction.atomic():
         delivering.retry_while_database_down(act)
@@ -261,7 +259,7 @@ deliver(*map(int, sys.argv[1:]))
 
 
 @pytest.mark.django_db(transaction=True)
-def test_a_killed_worker_leaves_one_chunk_uncertain_at_most(several, mailbox, settings):
+def test_killed_worker_leaves_at_most_one_chunk_uncertain(several, mailbox, settings):
     ids = several(LARGEST_CHUNK + 10)
     deliveries.lease(len(ids))
     mailbox.gate.clear()
@@ -286,14 +284,14 @@ def test_a_killed_worker_leaves_one_chunk_uncertain_at_most(several, mailbox, se
     leased = deliveries.lease(len(ids)).deliveries
     assert states() == [State.UNCERTAIN] * LARGEST_CHUNK + [State.QUEUED] * 10
     assert [each.id for each in leased] == ids[LARGEST_CHUNK:]
-    # All of them are sent in the end.
+    # All of them are sent eventually.
     Delivery.objects.update(due_at=timezone.now() - timedelta(seconds=1))
     deliveries.lease(len(ids))
     deliver(*ids)
     assert states() == [State.SENT] * len(ids)
 
 
-def test_a_worker_that_is_killed_between_claim_and_data_makes_nothing_uncertain(several):
+def test_worker_killed_between_claim_and_data_makes_nothing_uncertain(several):
     ids = several(3)
     for pk in ids:
         claim(Delivery(pk=pk))

@@ -19,7 +19,7 @@ SHOW = (
 
 
 def load(**variables) -> subprocess.CompletedProcess:
-    """Loads the settings in a process that has only these variables."""
+    """Loads the settings in a process with only these variables."""
     return subprocess.run(
         [sys.executable, "-c", SHOW],
         cwd=settings.BASE_DIR,
@@ -73,7 +73,7 @@ def values(**variables) -> dict:
         ("DOMAIN_LIMITS", '{"example.org": {"per_hour": 5}}'),
     ],
 )
-def test_a_wrong_variable_is_named_and_its_value_kept_secret(name, value):
+def test_invalid_variable_is_named_and_its_value_hidden(name, value):
     loaded = load(**{"SECRET_KEY": "x", name: value})
     assert loaded.returncode != 0
     last_line = loaded.stderr.strip().splitlines()[-1]
@@ -81,7 +81,7 @@ def test_a_wrong_variable_is_named_and_its_value_kept_secret(name, value):
     assert "password" not in loaded.stderr
 
 
-def test_debug_needs_nothing_else():
+def test_debug_needs_no_other_variable():
     assert load(DEBUG="true").returncode == 0
 
 
@@ -136,19 +136,19 @@ def test_smtp_by_url(url, host, port, tls, ssl):
 
 
 def test_celery_knows_every_setting_of_its_namespace():
-    """A misspelt one would be ignored without a word."""
+    """Celery would silently ignore a misspelt one."""
     known = {name for name, _ in flatten(NAMESPACES)}
     ours = {
         name.removeprefix("CELERY_").lower() for name in dir(settings) if name.startswith("CELERY_")
     }
-    # Read by Celery's part for Django, which lists it nowhere.
+    # Celery's Django integration reads it, but lists it nowhere.
     assert ours - known == {"db_reuse_max"}
     assert app.conf.get("CELERY_DB_REUSE_MAX") == settings.CELERY_DB_REUSE_MAX
     assert app.conf.broker_transport_options["read_timeout"] == 5
     assert app.conf.control_queue_exclusive is False
 
 
-def test_queues_carry_their_type_and_nothing_else():
+def test_queues_have_only_their_type_as_argument():
     app.loader.import_default_modules()
     assert set(app.amqp.queues) == {"mail.v1", "maintenance.v1"}
     for queue in (*app.amqp.queues.values(), DEAD_LETTERS):
@@ -158,12 +158,12 @@ def test_queues_carry_their_type_and_nothing_else():
     assert app.conf.task_default_queue == "mail.v1"
 
 
-def test_the_lease_outlives_the_task():
+def test_lease_is_longer_than_the_task():
     assert settings.EMAILS_SENDING_LEASE_SECONDS > settings.CELERY_TASK_TIME_LIMIT
     assert settings.CELERY_TASK_SOFT_TIME_LIMIT < settings.CELERY_TASK_TIME_LIMIT
 
 
-def test_tls_checks_each_node_by_its_own_name():
+def test_tls_verifies_each_node_with_its_own_name():
     options = VerifiedTLS(ca_certs="/ca.pem")
     options["server_hostname"] = "first.example.org"  # kombu does so when it connects
     assert {**options} == {"ca_certs": "/ca.pem", "server_hostname": "first.example.org"}

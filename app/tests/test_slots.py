@@ -1,4 +1,4 @@
-"""EMAILS_SMTP_CONNECTIONS: never more connections than that, over all threads and processes."""
+"""EMAILS_SMTP_CONNECTIONS: the maximum of connections of all threads and processes."""
 
 import os
 import signal
@@ -48,7 +48,7 @@ def in_thread(act):
         connection.close()
 
 
-def test_never_more_than_the_cap_at_a_time(settings):
+def test_maximum_is_never_exceeded(settings):
     settings.EMAILS_SMTP_CONNECTIONS = 2
     lock, now, most = threading.Lock(), 0, 0
 
@@ -68,14 +68,14 @@ def test_never_more_than_the_cap_at_a_time(settings):
     assert most == 2
 
 
-def test_a_slot_ends_with_the_smtp_connection(accept, mailbox, settings):
+def test_slot_ends_with_the_smtp_connection(accept, mailbox, settings):
     settings.EMAILS_SMTP_CONNECTIONS = 1
     for _ in range(2):
         deliver(accept().deliveries.get().pk)
     assert mailbox.connections == 2
 
 
-def test_without_a_free_slot_the_deliveries_go_back(accept, mailbox, settings):
+def test_without_a_free_slot_the_deliveries_are_requeued(accept, mailbox, settings):
     settings.EMAILS_SMTP_CONNECTIONS = 1
     settings.EMAILS_SENDING_LEASE_SECONDS = 1  # it waits for a fifth of it
     delivery = accept().deliveries.get()
@@ -88,7 +88,7 @@ def test_without_a_free_slot_the_deliveries_go_back(accept, mailbox, settings):
     assert due().get() == delivery
 
 
-def test_a_killed_worker_frees_its_slot_at_once(settings):
+def test_killed_worker_frees_its_slot_immediately(settings):
     settings.EMAILS_SMTP_CONNECTIONS = 1
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLD],

@@ -1,4 +1,4 @@
-"""What becomes of an attempt by what the mail server did."""
+"""The classification of attempts by the mail server's replies."""
 
 import smtplib
 import socket
@@ -40,7 +40,7 @@ def recipient(code: int) -> smtplib.SMTPRecipientsRefused:
         (socket.gaierror(), True, DEFERRED, None),
     ],
 )
-def test_an_error_is_classified(error, data_sent, state, code):
+def test_error_is_classified(error, data_sent, state, code):
     result = smtp_replies.classify_error(error, data_sent)
     assert (result.state, result.code) == (state, code)
 
@@ -63,9 +63,7 @@ def test_an_error_is_classified(error, data_sent, state, code):
         (550, "5.1.11 no such code", False),
     ],
 )
-def test_only_a_reply_about_the_address_means_that_there_is_no_such_recipient(
-    code, reply, expected
-):
+def test_only_a_reply_about_the_address_means_no_such_recipient(code, reply, expected):
     assert smtp_replies.no_such_recipient(code, reply) is expected
     error = smtplib.SMTPRecipientsRefused({"bob": (code, reply.encode())})
     assert smtp_replies.classify_error(error, False).no_such_recipient is expected
@@ -76,7 +74,7 @@ def test_only_a_reply_about_the_address_means_that_there_is_no_such_recipient(
 
 @pytest.mark.django_db
 @pytest.mark.parametrize("mailbox", [True, False], indirect=True, ids=["pipelining", "plain"])
-def test_a_connection_is_renewed_after_so_many_messages(accept, mailbox, monkeypatch):
+def test_connection_is_replaced_after_its_maximum_of_messages(accept, mailbox, monkeypatch):
     monkeypatch.setattr(smtp, "MESSAGES_PER_CONNECTION", 2)
     for count, connections in ((1, 1), (2, 1), (3, 2)):
         deliver(accept().deliveries.get().pk)

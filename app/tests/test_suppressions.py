@@ -1,4 +1,4 @@
-"""Addresses to which an owner sends nothing."""
+"""The suppressed addresses of an owner."""
 
 import pytest
 from django.core.mail import send_mail
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.django_db
 GOOD = {"subject": "Hello", "text": "Body", "to": ["bob@example.org", "eve@example.org"]}
 
 
-def test_adds_shows_and_removes_an_address(api):
+def test_adds_lists_and_removes_an_address(api):
     added = api("post", "suppressions", {"address": "Bob+Lists@Example.org"})
     assert added.status_code == 201
     shown = added.json()
@@ -35,7 +35,7 @@ def test_adds_shows_and_removes_an_address(api):
 
 
 @pytest.mark.parametrize("address", ["bob", "Bob <bob@example.org>", "bob@example.org\n", "", 7])
-def test_refuses_what_is_no_address(api, address):
+def test_refuses_an_invalid_address(api, address):
     answer = api("post", "suppressions", {"address": address})
     assert answer.status_code == 422
     assert list(answer.json()["errors"]) == ["address"]
@@ -58,7 +58,7 @@ def test_lists_by_text_and_page(api, user):
 
 
 @pytest.mark.parametrize("field", ["to", "cc", "bcc"])
-def test_a_suppressed_recipient_is_named_in_the_error(api, user, field):
+def test_suppressed_recipient_is_named_in_the_error(api, user, field):
     Suppression.objects.create(owner=user, address="mallory@example.org")
     answer = api("post", "emails", GOOD | {"to": ["a@b.org"]} | {field: ["Mallory@Example.org"]})
     assert answer.status_code == 422
@@ -66,7 +66,7 @@ def test_a_suppressed_recipient_is_named_in_the_error(api, user, field):
     assert not Email.objects.exists()
 
 
-def test_a_suppressed_recipient_is_skipped_if_the_email_says_so(api, user, mailbox):
+def test_suppressed_recipient_is_skipped_with_skip_suppressed(api, user, mailbox):
     Suppression.objects.create(owner=user, address="bob@example.org")
     accepted = api("post", "emails", GOOD | {"skip_suppressed": True})
     assert accepted.status_code == 202
@@ -79,7 +79,7 @@ def test_a_suppressed_recipient_is_skipped_if_the_email_says_so(api, user, mailb
     assert [each.state for each in Delivery.objects.all()] == ["skipped", "sent"]
 
 
-def test_an_email_of_which_all_recipients_are_skipped_is_accepted(api, user):
+def test_email_with_only_skipped_recipients_is_accepted(api, user):
     for address in GOOD["to"]:
         Suppression.objects.create(owner=user, address=address)
     accepted = api("post", "emails", GOOD | {"skip_suppressed": True})
@@ -87,7 +87,7 @@ def test_an_email_of_which_all_recipients_are_skipped_is_accepted(api, user):
     assert api("get", f"emails/{accepted.json()['id']}").json()["state"] == "skipped"
 
 
-def test_a_suppression_is_one_owner_s(api, user, other_user):
+def test_suppression_applies_to_one_owner(api, user, other_user):
     project = Suppression.objects.create(owner=None, address="eve@example.org")
     own = Suppression.objects.create(owner=user, address="bob@example.org")
     assert api("post", "emails", GOOD, key=OTHER_KEY).status_code == 202
@@ -98,14 +98,14 @@ def test_a_suppression_is_one_owner_s(api, user, other_user):
     assert Suppression.objects.count() == 2
 
 
-def test_a_repeated_request_gets_its_id_though_the_recipient_is_suppressed_by_now(api, user):
+def test_repeated_request_gets_its_id_even_if_the_recipient_is_suppressed_now(api, user):
     key = {"Idempotency-Key": "order 17"}
     first = api("post", "emails", GOOD, **key)
     Suppression.objects.create(owner=user, address="bob@example.org")
     assert api("post", "emails", GOOD, **key).json() == first.json()
 
 
-def test_of_a_batch_only_emails_to_suppressed_recipients_are_refused(api, user):
+def test_batch_refuses_only_emails_to_suppressed_recipients(api, user):
     Suppression.objects.create(owner=user, address="bob@example.org")
     emails = [GOOD, GOOD | {"to": ["eve@example.org"]}, GOOD | {"skip_suppressed": True}]
     results = api("post", "emails/batch", {"emails": emails}).json()["results"]
@@ -128,7 +128,7 @@ def test_of_a_batch_only_emails_to_suppressed_recipients_are_refused(api, user):
         ("450 5.1.1 no such user yet", False),
     ],
 )
-def test_a_recipient_that_does_not_exist_is_suppressed(api, accept, mailbox, reply, suppressed):
+def test_nonexistent_recipient_is_suppressed(api, accept, mailbox, reply, suppressed):
     mailbox.recipient_reply = reply
     deliver(accept(recipients=["Bob@Example.org"]).deliveries.get().pk)
     found = api("get", "suppressions").json()["suppressions"]
@@ -140,7 +140,7 @@ def test_a_recipient_that_does_not_exist_is_suppressed(api, accept, mailbox, rep
         assert answer.json()["errors"] == {"to": ["bob@example.org is suppressed"]}
 
 
-def test_a_refused_message_suppresses_nobody(accept, mailbox):
+def test_refused_message_suppresses_no_address(accept, mailbox):
     mailbox.reply = "550 5.1.1 no such user"
     delivery = accept().deliveries.get()
     deliver(delivery.pk)
@@ -148,7 +148,7 @@ def test_a_refused_message_suppresses_nobody(accept, mailbox):
     assert not Suppression.objects.exists()
 
 
-def test_a_refusal_of_what_is_suppressed_by_hand_changes_nothing(accept, mailbox, user):
+def test_refusal_does_not_change_a_manual_suppression(accept, mailbox, user):
     email = accept()
     Suppression.objects.create(owner=user, address="bob@example.org")
     mailbox.recipient_reply = "550 no such user"
@@ -157,18 +157,18 @@ def test_a_refusal_of_what_is_suppressed_by_hand_changes_nothing(accept, mailbox
     assert email.deliveries.get().state == State.FAILED
 
 
-def test_the_project_s_own_emails_skip_whom_a_server_does_not_know(api, accept, mailbox):
-    """Django's mail functions raise nothing: their caller has no part in it."""
+def test_project_emails_skip_suppressed_recipients(api, accept, mailbox):
+    """Django's mail functions raise no error, because their caller could not handle it."""
     mailbox.recipient_reply = "550 no such user"
     deliver(accept(owner=None).deliveries.get().pk)
     assert Suppression.objects.get().owner is None
     send_mail("Hello", "Body", None, ["bob@example.org", "eve@example.org"])
     skipped = {each.recipient: each.state for each in Email.objects.first().deliveries.all()}
     assert skipped == {"bob@example.org": "skipped", "eve@example.org": "queued"}
-    assert api("post", "emails", GOOD).status_code == 202, "another owner is not affected"
+    assert api("post", "emails", GOOD).status_code == 202, "another owner must not be affected"
 
 
-def test_the_admin_stores_an_address_in_lower_case_and_once(admin_client, user):
+def test_admin_stores_an_address_once_and_in_lower_case(admin_client, user):
     def add(owner, address):
         data = {"owner": owner, "address": address, "reason": "manual", "detail": ""}
         return admin_client.post("/admin/emails/suppression/add/", data).status_code

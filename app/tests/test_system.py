@@ -1,4 +1,4 @@
-"""The whole chain: web server, relay, worker and broker as processes of their own."""
+"""The whole system: web server, relay, worker and broker as real processes."""
 
 import json
 import os
@@ -57,7 +57,7 @@ class System:
             "EMAIL_URL": f"smtp://127.0.0.1:{smtp_port}",
             "RELAY_POLL_SECONDS": "0.1",
             "RETRY_SECONDS": "1",
-            # The lease of a delivery follows from it, and a test waits for its end.
+            # It sets the lease of a delivery, for whose end a test waits.
             "TASK_TIME_LIMIT": "6",
         }
         self.manage("migrate", "-v0")
@@ -72,7 +72,7 @@ class System:
 
     @contextmanager
     def process(self, *command: str, **variables: str):
-        """A process and whatever it starts, killed at the end; its output goes to the test's."""
+        """Runs a process, kills it and its children at the end, and prints its output."""
         log = self.directory / f"{Path(command[0]).name}-{secrets.token_hex(4)}.log"
         with log.open("w") as output:
             process = subprocess.Popen(
@@ -154,9 +154,9 @@ class System:
 
 
 class Wire(socketserver.ThreadingTCPServer):
-    """Passes bytes on to the broker until it is cut: then it takes them and they are gone.
+    """A proxy to the broker. Once it is cut, it accepts and discards data.
 
-    `break_clients` ends connections as clients see them; the broker goes on believing in them.
+    `break_clients` closes the clients' connections, but not those to the broker.
     """
 
     daemon_threads = True
@@ -183,7 +183,7 @@ class Wire(socketserver.ThreadingTCPServer):
     def break_clients(self) -> None:
         clients, self.clients = self.clients, []
         for client in clients:
-            with suppress(OSError):  # it is gone already
+            with suppress(OSError):  # already closed
                 client.shutdown(socket.SHUT_RDWR)
 
     def copy(self, source: socket.socket, target: socket.socket) -> None:
@@ -203,7 +203,7 @@ class Wire(socketserver.ThreadingTCPServer):
 
 
 def kill(process: subprocess.Popen) -> None:
-    """Kills a process with its children, as a power cut would."""
+    """Kills a process and its children, as in a power failure."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -223,7 +223,7 @@ def database_url(tmp_path):
 @pytest.fixture
 def system(tmp_path, mailbox, settings, database_url):
     system = System(tmp_path, settings.EMAIL_PORT, database_url)
-    with Connection(BROKER_URL) as connection:  # row ids of another test's database mean nothing
+    with Connection(BROKER_URL) as connection:  # messages have row ids of another test's database
         for queue in QUEUES:
             bound = queue.bind(connection.default_channel)
             bound.declare()
@@ -232,7 +232,7 @@ def system(tmp_path, mailbox, settings, database_url):
         yield system
 
 
-def test_an_email_posted_is_delivered(system, mailbox):
+def test_posted_email_is_delivered(system, mailbox):
     with system.relay(), system.worker():
         recipient = system.wait_for(system.post(), "sent")
     assert recipient["attempts"] == 1
@@ -241,7 +241,7 @@ def test_an_email_posted_is_delivered(system, mailbox):
     assert b"Subject: Through it all" in message.content
 
 
-def test_an_email_accepted_without_a_broker_is_delivered_when_there_is_one(system, mailbox):
+def test_email_accepted_without_a_broker_is_delivered_later(system, mailbox):
     with system.relay(BROKER_URL=NOBODY) as relay:
         email_id = system.post()
         eventually(lambda: "is unavailable" in relay.log.read_text())
@@ -252,11 +252,11 @@ def test_an_email_accepted_without_a_broker_is_delivered_when_there_is_one(syste
     assert len(mailbox.messages) == 1
 
 
-def test_a_broker_that_falls_silent_stops_the_relay_for_seconds_only(system, mailbox):
-    """As in a memory alarm or behind a lost network: the connection is there, no answer comes."""
+def test_silent_broker_blocks_the_relay_for_seconds_only(system, mailbox):
+    """As during a memory alarm or a network failure: the connection is open without responses."""
     with (
         Wire().running() as wire,
-        # With more, another one takes over what one that waits for ever has leased.
+        # With more threads, another one would take over the leases of one that waits forever.
         system.relay(BROKER_URL=wire.url, RELAY_THREADS="1") as relay,
         system.worker(),
     ):
@@ -266,12 +266,12 @@ def test_a_broker_that_falls_silent_stops_the_relay_for_seconds_only(system, mai
         eventually(lambda: "is unavailable" in relay.log.read_text(), seconds=15)
         assert system.recipient(email_id)["state"] == "queued"
         wire.cut = False
-        # Half of the lease: it was given back.
+        # Within half of the lease, so it was released.
         system.wait_for(email_id, "sent", timeout=15)
 
 
 def test_two_copies_of_a_message_send_once(system, mailbox):
-    """One waits behind the other in the queue, then both meet two free processes."""
+    """Both wait in the queue until two processes are free."""
     email_id = system.post()
     system.manage("relay", "--once")
     publish = (
@@ -288,7 +288,7 @@ def test_two_copies_of_a_message_send_once(system, mailbox):
     assert len(mailbox.messages) == 1
 
 
-def test_an_email_survives_the_death_of_its_worker(system, mailbox):
+def test_email_survives_the_death_of_its_worker(system, mailbox):
     mailbox.gate.clear()
     with system.relay():
         email_id = system.post()
@@ -300,13 +300,13 @@ def test_an_email_survives_the_death_of_its_worker(system, mailbox):
         with system.worker():
             recipient = system.wait_for(email_id, "sent")
     assert recipient["attempts"] == 2
-    # The server may have taken the first one too: its client died before the answer.
+    # The server may have accepted the first one too: its client died before the reply.
     ids = {message_from_bytes(message.content)["Message-ID"] for message in mailbox.messages}
     assert ids == {f"<{email_id}.1@localhost>"}
 
 
-def test_a_stopped_worker_finishes_what_it_does_and_gives_the_rest_back(system, mailbox):
-    """As systemd stops it, with KillMode=mixed: TERM to the main process alone."""
+def test_stopped_worker_finishes_its_tasks_and_requeues_the_rest(system, mailbox):
+    """Stopped as by systemd with KillMode=mixed: only the main process gets TERM."""
     mailbox.gate.clear()
     with system.relay():
         emails = [system.post() for _ in range(6)]
@@ -328,15 +328,15 @@ def test_a_stopped_worker_finishes_what_it_does_and_gives_the_rest_back(system, 
     assert len(mailbox.messages) == 6
 
 
-def test_a_second_worker_of_the_same_name_ends_neither(system, mailbox):
+def test_two_workers_with_the_same_name_keep_running(system, mailbox):
     with system.relay(), system.worker("twin") as first, system.worker("twin") as second:
         for _ in range(4):
             system.wait_for(system.post(), "sent")
         assert (first.poll(), second.poll()) == (None, None)
 
 
-def test_a_half_open_connection_does_not_end_the_worker(system, mailbox):
-    """Its old connection still owns the queues, for all that the broker knows."""
+def test_worker_survives_a_half_open_connection(system, mailbox):
+    """For the broker, the old connection still owns the queues."""
     with (
         Wire().running() as wire,
         system.relay(),
@@ -346,8 +346,8 @@ def test_a_half_open_connection_does_not_end_the_worker(system, mailbox):
         count = worker.log.read_text().count("Connected to")
         wire.break_clients()
         eventually(lambda: worker.log.read_text().count("Connected to") > count)
-        # The broker gives as many as are prefetched to the one that is gone, and takes them back
-        # when it has heard nothing from it for two heartbeats.
+        # The broker sends prefetched messages to the lost connection, and requeues them after two
+        # missed heartbeats.
         emails = [system.post() for _ in range(20)]
         eventually(
             lambda: [system.recipient(email)["state"] for email in emails].count("sent") >= 10
@@ -356,8 +356,8 @@ def test_a_half_open_connection_does_not_end_the_worker(system, mailbox):
         assert "Unrecoverable" not in worker.log.read_text()
 
 
-def test_a_worker_tells_systemd_that_it_is_ready_and_lives(system, tmp_path):
-    """Lives: also while it looks for the broker, but not while its loop stands still."""
+def test_worker_notifies_systemd_and_pings_the_watchdog(system, tmp_path):
+    """It pings while it reconnects to the broker, but not while its loop is stuck."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
         systemd.bind(str(tmp_path / "notify"))
         systemd.settimeout(40)
@@ -368,7 +368,7 @@ def test_a_worker_tells_systemd_that_it_is_ready_and_lives(system, tmp_path):
             wire.cut = True
             wire.break_clients()
             eventually(lambda: "Connection to broker lost" in worker.log.read_text())
-            for _ in range(8):  # longer than a standing loop would be forgiven
+            for _ in range(8):  # longer than the limit for a stuck loop
                 assert systemd.recv(99) in (b"WATCHDOG=1", b"READY=1")
             wire.cut = False
             eventually(lambda: systemd.recv(99) == b"READY=1", seconds=60)
@@ -376,7 +376,7 @@ def test_a_worker_tells_systemd_that_it_is_ready_and_lives(system, tmp_path):
             eventually(lambda: systemd.recv(99) == b"STOPPING=1")
 
 
-def test_task_messages_and_logs_hold_no_address_and_no_text(system, mailbox):
+def test_task_messages_and_logs_contain_no_address_and_no_text(system, mailbox):
     with system.relay(LOG_LEVEL="DEBUG") as relay, system.worker(LOG_LEVEL="DEBUG") as worker:
         request_id = f"request-{secrets.token_hex(4)}"
         email_id = system.post(request_id)
@@ -388,7 +388,7 @@ def test_task_messages_and_logs_hold_no_address_and_no_text(system, mailbox):
         assert "Through it all" not in log
 
 
-def test_a_worker_declares_every_queue_and_takes_the_purge(system):
+def test_worker_declares_every_queue_and_runs_the_purge(system):
     with Connection(BROKER_URL) as connection:
         for queue in QUEUES:
             queue.bind(connection.default_channel).delete()
@@ -396,13 +396,13 @@ def test_a_worker_declares_every_queue_and_takes_the_purge(system):
         for queue in (DEAD_LETTERS, *CONSUMED[1:]):
             with Connection(BROKER_URL) as connection:
                 queue.bind(connection.default_channel).queue_declare(passive=True)
-        # Celery binds each queue for delayed messages, and only warns where there is none.
+        # Celery binds each queue for delayed messages, and only warns if a queue is missing.
         assert "Failed to bind" not in worker.log.read_text()
         system.manage("shell", "-v0", "-c", "from emails.tasks import purge; purge.delay()")
         eventually(lambda: "purged 0 emails" in worker.log.read_text())
 
 
-# Messages that no task of ours sent
+# Malformed messages
 
 IDS = {"task": "emails.tasks.deliver", "id": "1", "lang": "py"}
 JSON = {"content_type": "application/json", "content_encoding": "utf-8"}
@@ -443,13 +443,13 @@ MALFORMED = {
 
 
 def memory(process: subprocess.Popen) -> int:
-    """The most that the main process ever used, in MiB."""
+    """The peak memory of the main process in MiB."""
     status = Path(f"/proc/{process.pid}/status").read_text()
     return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) // 1024
 
 
-def test_malformed_messages_are_dead_lettered_and_stop_no_mail(system, mailbox):
-    """Each at once: other mail waits less than a second, no worker ends, no log has a body."""
+def test_malformed_messages_are_dead_lettered_and_do_not_block_mail(system, mailbox):
+    """Other mail waits less than a second, no worker exits, and no log contains a body."""
     with system.relay(), system.worker() as worker, Connection(BROKER_URL) as connection:
         dead = DEAD_LETTERS.bind(connection.default_channel)
         system.wait_for(system.post(), "sent")
@@ -458,7 +458,7 @@ def test_malformed_messages_are_dead_lettered_and_stop_no_mail(system, mailbox):
         sent = 0
 
         def seconds_of_other_mail(message):
-            """From the malformed message to the end of an email that was posted after it."""
+            """Seconds until an email is sent that was posted after the malformed message."""
             nonlocal sent
             mail = dict(exchange=EXCHANGE, routing_key="mail.v1", **message)
             producer.publish(mail.pop("body"), serializer=None, **mail)
@@ -468,7 +468,7 @@ def test_malformed_messages_are_dead_lettered_and_stop_no_mail(system, mailbox):
             return time.monotonic() - began
 
         for name, message in MALFORMED.items():
-            # Twice more if the machine was busy: what stops other mail does so each time.
+            # Up to two retries, as the machine may be busy. A blocking message blocks each time.
             assert any(seconds_of_other_mail(message) < 1 for _ in range(3)), name
             try:
                 eventually(
@@ -478,17 +478,17 @@ def test_malformed_messages_are_dead_lettered_and_stop_no_mail(system, mailbox):
                 raise AssertionError(f"not dead-lettered: {name}") from None
         log = worker.log.read_text()
         assert worker.poll() is None and worker.pid == pid
-        assert log.count(" ready.") == 1, "it did not restart"
+        assert log.count(" ready.") == 1, "the worker must not restart"
         assert log.count("was dead-lettered") == sent
         assert SECRET not in log and "Traceback" not in log
         assert memory(worker) - used < 150
         dead.purge()
 
 
-# What others may ask of a worker
+# Remote control
 
 
-def test_a_worker_shows_no_secret_and_takes_no_orders(system):
+def test_worker_shows_no_secret_and_refuses_control_commands(system):
     flower = Celery(broker=BROKER_URL, set_as_current=False)
     flower.conf.update(DEFAULTS)
     with system.worker("asked") as worker:
@@ -511,8 +511,8 @@ def test_a_worker_shows_no_secret_and_takes_no_orders(system):
         }
 
 
-def test_a_publication_that_the_broker_lost_is_noticed(system, mailbox):
-    """A queue emptied behind our back: within a minute, and a metric says so."""
+def test_publication_that_the_broker_lost_is_detected(system, mailbox):
+    """A purged queue is detected within a minute, and counted in a metric."""
     with system.relay() as relay, Connection(BROKER_URL) as connection:
         mail = CONSUMED[0].bind(connection.default_channel)
         email_id = system.post()

@@ -1,4 +1,4 @@
-"""What several tests share."""
+"""Shared by several tests."""
 
 import os
 import socket
@@ -27,7 +27,7 @@ def free_port() -> int:
 
 
 def eventually(check: Callable[[], T], seconds: float = 30) -> T:
-    """The first true answer of `check`; fails when there is none within `seconds`."""
+    """Repeats `check` until it returns a true value; fails after `seconds`."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if answer := check():
@@ -37,7 +37,7 @@ def eventually(check: Callable[[], T], seconds: float = 30) -> T:
 
 
 def due() -> QuerySet[Delivery]:
-    """What the relay would look at now."""
+    """The deliveries that the relay would process now."""
     return Delivery.objects.filter(state__in=UNFINISHED, due_at__lte=Now()).order_by("due_at", "id")
 
 
@@ -52,7 +52,7 @@ def begin(claimed: Claimed) -> bool:
 
 
 def end(claimed: Claimed, state: State, code: int | None = None, **more) -> bool:
-    """Ends the attempt; false if somebody else has the delivery."""
+    """Ends the attempt; returns False if another worker has the delivery."""
     step = Step(state, more.pop("wait", None), more.pop("failed_by", ""))
     seconds, answer = more.pop("seconds", 1), more.pop("answer", "")
     ended = Ended(claimed.id, claimed.number, step, code, answer, seconds, **more)
@@ -61,6 +61,6 @@ def end(claimed: Claimed, state: State, code: int | None = None, **more) -> bool
 
 
 def database_url() -> str:
-    """The database of the present test, for a process of its own."""
+    """The URL of the current test's database, for a separate process."""
     server = urlsplit(os.environ["TEST_DATABASE_URL"])
     return server._replace(path=f"/{connection.settings_dict['NAME']}").geturl()

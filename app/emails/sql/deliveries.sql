@@ -1,12 +1,12 @@
--- The state machine of deliveries. Each change of state names the state that it starts from, so of
--- several contenders one wins. Rows are locked in the order of their ids, so there is no deadlock.
--- The time is the database's: processes whose clocks differ agree on what is due.
+-- The state machine of deliveries. Each change of state requires a previous state, so only one of
+-- several processes succeeds. Rows are locked in the order of their ids, which avoids deadlocks.
+-- All times are the database's, so the clocks of processes do not matter.
 
 -- name: lease
--- Takes due deliveries for publishing, the oldest first. Several relays take different ones.
--- `floor` passes over index entries of finished deliveries that vacuum can't remove yet.
--- The commit needn't be on disk: without it the delivery is published again, and claimed once.
--- An overdue delivery is returned unchanged: its worker is gone, or its deadline passed.
+-- Leases due deliveries for publishing, the oldest first. Several relays lease different ones.
+-- `floor` skips index entries of finished deliveries that vacuum can't remove yet.
+-- The commit is asynchronous: if it is lost, the delivery is published again, and claimed once.
+-- A delivery whose worker died or whose deadline passed is returned unchanged.
 WITH due AS MATERIALIZED (
   SELECT id, email_id, state, due_at, expires_at, domain, attempts, data_sent, started_at
   FROM emails_delivery
@@ -43,7 +43,7 @@ SELECT EXISTS (
 )
 
 -- name: release
--- Ends leases whose publication failed, unless a worker has the delivery by now.
+-- Ends the leases of deliveries that could not be published, unless a worker has the delivery.
 WITH leased AS MATERIALIZED (
   SELECT id FROM emails_delivery
   WHERE id = ANY (%(ids)s) AND state = 'queued' AND published_at = %(published_at)s
@@ -53,7 +53,7 @@ UPDATE emails_delivery AS d SET due_at = statement_timestamp(), published_at = N
 FROM leased WHERE d.id = leased.id
 
 -- name: requeue
--- Has the relay publish deliveries again, if they still wait for a worker.
+-- Makes deliveries due again that still wait for a worker.
 WITH queued AS MATERIALIZED (
   SELECT id FROM emails_delivery WHERE id = ANY (%(ids)s) AND state = 'queued'
   ORDER BY id FOR NO KEY UPDATE
@@ -62,8 +62,8 @@ UPDATE emails_delivery AS d SET due_at = statement_timestamp(), published_at = N
 FROM queued WHERE d.id = queued.id
 
 -- name: claim
--- Takes queued deliveries for sending. This commit needn't be on disk at once: nothing is sent
--- before the next one is, and then both are.
+-- Claims queued deliveries for sending. The commit is asynchronous: nothing is sent before the next
+-- synchronous commit, which flushes this one too.
 WITH queued AS MATERIALIZED (
   SELECT id FROM emails_delivery WHERE id = ANY (%(ids)s) AND state = 'queued'
   ORDER BY id FOR NO KEY UPDATE
@@ -79,7 +79,7 @@ RETURNING d.id, d.attempts, d.recipient, d.email_id,
   EXISTS (SELECT FROM emails_attachment AS a WHERE a.email_id = e.id)
 
 -- name: unclaim
--- Gives back claimed deliveries of which nothing was sent.
+-- Queues claimed deliveries again of which nothing was sent.
 UPDATE emails_delivery AS d
 SET state = 'queued', attempts = attempts - 1, data_sent = false, published_at = NULL,
   due_at = statement_timestamp()
@@ -87,8 +87,8 @@ FROM unnest(%(ids)s::bigint[], %(numbers)s::int[]) AS c (id, number)
 WHERE d.id = c.id AND d.state = 'sending' AND d.attempts = c.number
 
 -- name: record
--- Ends attempts, logs and counts them; notes for the next ones that the message is about to go.
--- That an email was sent is recorded even if the lease was lost: it can't be taken back.
+-- Ends, logs and counts attempts; marks the next ones whose message is about to be sent.
+-- A sent email is recorded as sent even if the lease was lost.
 WITH outcome AS (
   SELECT * FROM unnest(
     %(ids)s::bigint[], %(numbers)s::int[], %(states)s::text[], %(failed_by)s::text[],
@@ -131,7 +131,7 @@ WITH outcome AS (
 SELECT id, true FROM begun UNION ALL SELECT id, false FROM ended
 
 -- name: expire
--- Gives up deliveries whose deadline passed; the reason of the last attempt stays.
+-- Expires deliveries whose deadline passed. The error of the last attempt stays.
 WITH late AS MATERIALIZED (
   SELECT id FROM emails_delivery
   WHERE id = ANY (%(ids)s) AND expires_at <= statement_timestamp()
@@ -170,8 +170,8 @@ UPDATE emails_delivery AS d SET state = 'cancelled', due_at = NULL, published_at
 FROM chosen WHERE d.id = chosen.id
 
 -- name: reset_impossible_due_times
--- A due time later than any that its state allows was set while the clock was wrong, or the clock
--- has been set back since.
+-- Resets due times that are later than the state allows. They were set while the clock was wrong,
+-- or the clock has been set back since.
 UPDATE emails_delivery SET due_at = statement_timestamp(), published_at = NULL
 WHERE state = 'queued' AND due_at > statement_timestamp()
     + CASE WHEN published_at IS NULL THEN interval '1 second' ELSE %(published_lease)s * 1.1 END
@@ -189,9 +189,9 @@ SELECT EXISTS (
 )
 
 -- name: requeue_lost
--- Finds publications that RabbitMQ confirmed and no worker got: nothing waits in the queue, or
--- what was published a minute later has been sent already. `due_at` of a published delivery is its
--- publication plus the lease, so the index finds them.
+-- Finds lost publications: RabbitMQ confirmed them, but the queue is empty, or a delivery that was
+-- published a minute later has been sent already. `due_at` of a published delivery is the time of
+-- publication plus the lease, so the query can use the index on it.
 WITH latest AS (
   SELECT max(d.published_at) AS published_at
   FROM (SELECT delivery_id FROM emails_attempt ORDER BY id DESC LIMIT 20) AS a

@@ -1,4 +1,4 @@
--- Storing emails, and looking up who sends them.
+-- Statements that store emails and look up their senders.
 
 -- name: find_key
 -- The API key, its owner and the owner's sending limits.
@@ -7,9 +7,9 @@ LEFT JOIN emails_sendinglimits AS l ON l.owner_id = k.owner_id
 WHERE k.digest = %s
 
 -- name: store
--- Stores an email with its deliveries and attachments, and counts it. Nothing is stored if its key
--- is taken, or if a recipient is suppressed and may not be skipped. Of two requests at a time with
--- one key the second waits for the first.
+-- Stores an email with its deliveries and attachments, and counts it. Stores nothing if the key is
+-- taken, or if a recipient is suppressed and may not be skipped. Of two concurrent requests with
+-- the same key, the second waits for the first.
 WITH suppressed AS (
   SELECT address FROM emails_suppression
   WHERE address = ANY (%(addresses)s)
@@ -48,7 +48,7 @@ WITH suppressed AS (
 SELECT EXISTS (SELECT FROM stored), ARRAY (SELECT address FROM suppressed)
 
 -- name: notify
--- A lost notification costs a second's wait, so its commit needn't be on disk.
+-- Asynchronous commit, because a lost notification only delays an email by a second.
 SELECT set_config('synchronous_commit', 'off', true), pg_notify('emails_due', '')
 
 -- name: count
@@ -60,16 +60,16 @@ INSERT INTO emails_counter (name, bucket, total, seconds)
 SELECT name, bucket, sum(total), sum(seconds) FROM merged GROUP BY name, bucket
 
 -- name: lock_pace
--- One relay at a time counts what is under way to each domain.
+-- Allows one relay at a time to count the deliveries of each domain.
 SELECT pg_advisory_xact_lock(hashtext('emails.pace'))
 
 -- name: under_way
--- Deliveries that were published or are being sent, by domain.
+-- The number of published and sending deliveries per domain.
 SELECT domain, count(*) FROM emails_delivery
 WHERE state IN ('queued', 'sending') AND due_at > statement_timestamp() GROUP BY domain
 
 -- name: tokens
--- The rest of each domain's rate: its tokens and how many seconds ago that was.
+-- The remaining tokens of each domain, and the seconds since they were stored.
 SELECT domain, tokens, extract(epoch FROM statement_timestamp() - updated_at)::float8
 FROM emails_domainpace
 
@@ -80,10 +80,10 @@ FROM unnest(%(domains)s::text[], %(tokens)s::float8[]) AS spent (domain, tokens)
 ON CONFLICT (domain) DO UPDATE SET tokens = excluded.tokens, updated_at = excluded.updated_at
 
 -- name: wait_for_slot
--- Waits for one slot until its holder ends, for a moment at most.
+-- Waits for one slot, with a timeout.
 SELECT set_config('lock_timeout', %s, true), pg_advisory_xact_lock(hashtext('emails.smtp'), %s)
 
 -- name: take_slot
--- A lock of this transaction, for one of the SMTP connections that EMAILS_SMTP_CONNECTIONS allows.
+-- Takes an advisory lock for one of the SMTP connections that EMAILS_SMTP_CONNECTIONS allows.
 SELECT slot FROM generate_series(1, %s) AS slot
 WHERE pg_try_advisory_xact_lock(hashtext('emails.smtp'), slot) LIMIT 1

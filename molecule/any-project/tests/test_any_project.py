@@ -1,4 +1,4 @@
-"""The app `emails` in fresh projects of each Django version, by the lines of docs/emails-in-your-project.md."""
+"""The app `emails` in new projects of each Django version, with the code of docs/emails-in-your-project.md."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ import requests
 
 PROJECT = Path(__file__).resolve().parents[3]
 DOCUMENT = (PROJECT / "docs/emails-in-your-project.md").read_text()
-# Django's version, and which of the two documented ways to name the mail server.
+# The Django version, and one of the two documented ways to set the mail server.
 FORMS = [("5.2", "EMAIL_BACKEND"), ("6.0", "EMAIL_BACKEND"), ("6.1", "EMAIL_BACKEND"), ("6.1", "MAILERS")]
 SERVICES = {
     "relay": "manage.py relay",
     "worker": "celery -A shop worker -Q mail.v1,maintenance.v1",
     "web": "manage.py runserver --noreload 0.0.0.0:8000",
 }
-# What the document has no lines for: URLs, a view that fails, and a message with all that a message may have.
+# Code that the document lacks: URLs, a view that fails, and a message with everything that a message can have.
 URLS = """
 import email.message
 from email.mime.image import MIMEImage
@@ -68,7 +68,7 @@ urlpatterns = [
 
 
 def lines_for(path):
-    """The block of the document that begins with the comment `# PATH`."""
+    """The document's code block that starts with the comment `# PATH`."""
     (block,) = re.findall(rf"```python\n# {re.escape(path)}\n(.*?)```", DOCUMENT, re.DOTALL)
     return block
 
@@ -86,7 +86,7 @@ class Project:
 
     def install(self, wheel):
         self.sh(f"python3 -m venv {self.bin.removesuffix('/bin')}")
-        # An earlier run may have left another wheel of the same version.
+        # An earlier run may have installed a different wheel of the same version.
         self.sh(f"{self.bin}/pip uninstall --quiet --yes {Path(wheel).name.partition('-')[0]}")
         self.sh(f"{self.bin}/pip install --quiet --only-binary :all: {wheel} 'django~={self.version}.0'")
 
@@ -106,7 +106,7 @@ class Project:
         self.sh(f"echo {encoded} | base64 --decode {'>>' if append else '>'} {self.folder}/shop/{name}.py")
 
     def run(self, command, *options):
-        """Runs one of the venv's programs as a unit of systemd, with the environment of the project."""
+        """Runs a program of the venv as a systemd unit with the project's environment."""
         program = f"{self.bin}/python" if command.startswith("manage.py") else ""
         properties = {
             "User": "nobody",
@@ -124,14 +124,14 @@ class Project:
         return self.run(f"manage.py {command}", "--wait", "--pipe", "--collect")
 
     def start(self):
-        """Returns when relay and worker have said that they are ready."""
+        """Starts the services and waits until relay and worker are ready."""
         self.started = self.sh("date +%s")
         for name, command in SERVICES.items():
             options = ["--service-type=exec"] if name == "web" else ["--service-type=notify", "--property=WatchdogSec=60"]
             self.run(command, f"--unit=example-{name}", *options)
 
     def stop(self):
-        """Stops the services; gives how each ended."""
+        """Stops the services; returns the result of each."""
         units = " ".join(f"example-{name}" for name in SERVICES)
         results = self.sh(f"systemctl stop {units}; systemctl show --property Result --value {units}").split()
         return dict(zip(SERVICES, results, strict=True))
@@ -139,7 +139,7 @@ class Project:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """Built from a copy: setuptools would leave its own files in app/ and take older ones from there."""
+    """The wheel. It is built from a copy, because setuptools writes files to app/ and reuses old ones."""
     folder = tmp_path_factory.mktemp("wheel")
     leave = shutil.ignore_patterns(".venv", "build", "*.egg-info", "__pycache__")
     shutil.copytree(PROJECT / "app", folder / "app", ignore=leave)
@@ -157,7 +157,7 @@ def wheel_on_host(host, wheel):
 
 @pytest.fixture(scope="module", params=FORMS, ids="-".join)
 def project(host, wheel_on_host, request):
-    """A project whose services run."""
+    """A project with running services."""
     project = Project(host, *request.param)
     project.stop()
     project.install(wheel_on_host)
@@ -175,7 +175,7 @@ def number(project):
 
 @pytest.fixture
 def get(site, eventually):
-    """Asks for a page, as soon as the web server is there."""
+    """Requests a page, once the web server is up."""
 
     def status(path):
         return eventually(lambda: requests.get(f"{site}/{path}", timeout=20).status_code)
@@ -183,39 +183,39 @@ def get(site, eventually):
     return status
 
 
-def test_wheel_holds_the_app_and_nothing_else(wheel):
+def test_wheel_contains_only_the_app(wheel):
     listed = subprocess.run(["git", "ls-files", "emails"], cwd=PROJECT / "app", check=True, capture_output=True, text=True)
     held = zipfile.ZipFile(wheel).namelist()
     assert sorted(name for name in held if ".dist-info/" not in name) == sorted(listed.stdout.split())
 
 
-def test_broker_permissions_are_those_of_the_document(host):
+def test_broker_permissions_match_the_document(host):
     with host.sudo():
         line = host.check_output("rabbitmqctl -q list_user_permissions shop --no-table-headers")
     (names,) = re.findall(r"```\n(\^.*)\n```", DOCUMENT)
     assert line.split("\t") == ["shop", names, names, names]
 
 
-def test_check_finds_nothing(project):
+def test_system_check_and_migrations_are_clean(project):
     assert "no issues" in project.manage("check")
     assert project.manage("makemigrations --check --dry-run").strip() == "No changes detected"
 
 
-def test_emails_of_a_request_arrive(get, inbox, number, eventually):
+def test_emails_of_a_successful_request_arrive(get, inbox, number, eventually):
     assert get(f"order/{number}") == 200
     for subject in (f"Order {number}", f"Pack order {number}"):
         eventually(lambda subject=subject: inbox().count(subject) == 1)
 
 
-def test_request_that_fails_sends_nothing(get, inbox, number, eventually):
+def test_failed_request_sends_no_email(get, inbox, number, eventually):
     assert get(f"fail/{number}") == 500
-    # What is stored later is sent later.
+    # Emails are sent in the order in which they are stored.
     assert get(f"order/{number}-later") == 200
     eventually(lambda: f"Pack order {number}-later" in inbox())
     assert not {f"Order {number}", f"Pack order {number}"} & set(inbox())
 
 
-def test_message_arrives_whole(get, variables, number, eventually):
+def test_message_arrives_complete(get, variables, number, eventually):
     assert get(f"invoice/{number}") == 200
     port = variables["testbed_mail_published"]["1080"]
 
@@ -229,7 +229,7 @@ def test_message_arrives_whole(get, variables, number, eventually):
             *("shop@example.org", "one@example.net", "two@example.net")
         ]
         assert mail["text"].strip() == "Text"
-        # The mail catcher puts an image there that it found by its Content-ID.
+        # The mail catcher embeds the image with this Content-ID.
         assert "src='data:image/png;base64,iVBORw=='" in mail["html"]
         table, image = mail["attachments"]
         assert (table["filename"], table["contentType"], table["size"]) == ("räkning.csv", "text/csv", 7)

@@ -1,4 +1,4 @@
-"""Which TLS servers a program on the host trusts."""
+"""The TLS servers that programs on the host trust."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ try:
     print("trusted")
 except ssl.SSLCertVerificationError as error:
     print("refused:", error.verify_message)
-# OpenSSL aborts if the interpreter ends while a thread is inside it.
+# OpenSSL aborts if the interpreter exits while a thread uses it.
 server.join(10)
 """
 
@@ -31,6 +31,6 @@ server.join(10)
     ("name", "expected"),
     [("listed", "trusted"), ("others", "trusted"), ("earlier", "refused: unable to get local issuer certificate")],
 )
-def test_server_of_the_authority(host, name, expected):
+def test_authority_is_trusted_or_not(host, name, expected):
     with host.sudo():
         assert host.check_output("python3 -c %s", CLIENT_AND_SERVER.format(name=name)) == expected

@@ -1,4 +1,4 @@
-"""Workers and beat as the role celery leaves them: what they run, what a stop and a kill do to it."""
+"""Workers and beat of the role celery: their queues, and what a stop or a kill does to running tasks."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ asyncio.run(main())
 
 @pytest.fixture(scope="module", autouse=True)
 def mail_server(host):
-    """A real SMTP server that takes five seconds for each mail and prints when it began and when it took one."""
+    """An SMTP server that needs five seconds per mail, and prints when it begins one and when it has accepted one."""
     with host.sudo():
         host.run("systemctl stop example-mail")
         host.check_output("systemd-run --unit=example-mail --setenv=PYTHONUNBUFFERED=1 python3 -c %s", SLOW_MAIL_SERVER)
@@ -88,13 +88,13 @@ def test_restart_lets_a_running_task_finish(host, send, mails, eventually):
     eventually(lambda: mails("began", "restart") == 1)
     with host.sudo():
         host.check_output("systemctl restart mailroom-worker@mail")
-    assert mails("took", "restart") == 1, "the restart came back before the task had ended"
+    assert mails("took", "restart") == 1, "the restart finished before the task"
     eventually(lambda: status()["state"] == "sent")
     assert mails("began", "restart") == 1
 
 
 def test_stop_timeout_is_longer_than_a_task_may_take(host):
-    """Read from what runs: the limit on the worker's command line, the timeout in systemd."""
+    """Compares the limit on the worker's command line with the timeout in systemd."""
     for instance in ("mail", "maintenance"):
         unit = f"mailroom-worker@{instance}.service"
         command = shown(host, unit, "ExecStart")
@@ -112,7 +112,7 @@ def test_killed_worker_comes_back_and_its_mail_is_sent(host, send, mails, eventu
     with host.sudo():
         host.check_output("systemctl kill --signal=KILL mailroom-worker@mail")
     eventually(lambda: shown(host, "mailroom-worker@mail", "MainPID") not in ("0", before))
-    # The row stays leased for as long as a task may take, 150 s here; that it is sent after that is shown by the app's tests.
+    # The delivery stays leased for 150 s. The app's tests show that it is sent after that.
     assert status()["state"] in ("queued", "sending", "sent")
 
 

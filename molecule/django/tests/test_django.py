@@ -1,4 +1,4 @@
-"""The application as the role django leaves it, on a host from which no broker can be reached."""
+"""The application of the role django on a host without a broker."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def key(variables):
     return {"Authorization": f"Bearer {variables['secret_app_api_key']}"}
 
 
-def test_email_is_accepted_at_once_without_a_broker(site, key):
+def test_email_is_accepted_without_a_broker(site, key):
     answer = requests.post(f"{site}/api/emails", json=EMAIL, headers=key, timeout=5)
     assert answer.status_code == 202
     assert answer.elapsed.total_seconds() < 2
@@ -30,13 +30,13 @@ def test_email_without_a_valid_key_is_refused(site, headers):
     assert requests.post(f"{site}/api/emails", json=EMAIL, headers=headers, timeout=5).status_code == 401
 
 
-def test_sender_that_is_not_allowed_is_refused(site, key):
+def test_disallowed_sender_is_refused(site, key):
     answer = requests.post(f"{site}/api/emails", json={**EMAIL, "from": "boss@elsewhere.test"}, headers=key, timeout=5)
     assert answer.status_code == 422
     assert "from" in answer.text
 
 
-def test_page_wants_a_login_and_takes_the_administrators(site, variables):
+def test_page_requires_login_and_accepts_the_administrator(site, variables):
     session = requests.Session()
     assert "/login" in session.get(f"{site}/", timeout=5).url
     login = session.get(f"{site}/login/", timeout=5)
@@ -54,14 +54,14 @@ def test_static_files_are_served(site):
     assert requests.get(f"{site}{sheet}", timeout=5).headers["Content-Type"].startswith("text/css")
 
 
-def test_error_tells_nothing_of_the_application(site):
+def test_error_page_reveals_no_details(site):
     page = requests.get(f"{site}/missing", timeout=5)
     assert page.status_code == 404
     assert "DEBUG" not in page.text
 
 
-def test_no_request_is_lost_by_a_restart(site, host):
-    """Four clients ask without a pause, from before the restart until after it."""
+def test_restart_loses_no_request(site, host):
+    """Four clients send requests continuously before, during and after the restart."""
     restarted = threading.Event()
 
     def ask():
@@ -80,13 +80,13 @@ def test_no_request_is_lost_by_a_restart(site, host):
     assert set(answers) == {200}
 
 
-def test_relay_outlives_a_broker_that_is_not_there(host):
+def test_relay_keeps_running_without_a_broker(host):
     with host.sudo():
         shown = host.check_output("systemctl show --property ActiveState,NRestarts mailroom-relay.service")
     assert shown.split() == ["NRestarts=0", "ActiveState=active"] or shown.split() == ["ActiveState=active", "NRestarts=0"]
 
 
-def test_secrets_are_readable_by_the_application_alone(host, variables):
+def test_only_the_application_can_read_secrets(host, variables):
     assert host.run("cat /etc/mailroom/environment").rc != 0
     with host.sudo():
         assert variables["secret_django_key"] in host.check_output("cat /etc/mailroom/environment")
@@ -96,8 +96,8 @@ def test_secrets_are_readable_by_the_application_alone(host, variables):
             assert secret not in seen, name
 
 
-def test_code_is_read_only_for_the_service(host):
-    """Looked at from inside the running service, as its user."""
+def test_service_cannot_write_its_code(host):
+    """Tried in the mount namespace of the running service, as its user."""
     with host.sudo():
         pid = host.check_output("systemctl show --property MainPID --value mailroom-web.service")
         result = host.run(f"nsenter --mount --target {pid} runuser -u mailroom -- touch /opt/mailroom/current/probe")

@@ -1,4 +1,4 @@
-"""An Erlang that runs what RabbitMQ needs, and stays at its version."""
+"""The Erlang of the role erlang: its applications, version, pin, and refused packages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def erl(host, expression):
     return host.check_output(f"erl -noshell -eval 'io:format(\"~p\", [{expression}]), halt().'")
 
 
-def test_release_is_the_one_asked_for(host):
+def test_release_is_the_requested_one(host):
     assert erl(host, "erlang:system_info(otp_release)") == '"27"'
 
 
@@ -19,18 +19,18 @@ def test_applications_that_rabbitmq_needs_start(host):
     assert erl(host, "[application:ensure_all_started(A) || A <- [ssl, mnesia, os_mon, inets, eldap, xmerl]]").count("{ok") == 6
 
 
-def test_tls_speaks_1_3(host):
-    # A node's configuration of ssl is read when ssl is started.
+def test_tls_1_3_is_supported(host):
+    # The application ssl reads its configuration when it starts.
     supported = "begin {ok, _} = application:ensure_all_started(ssl), proplists:get_value(supported, ssl:versions()) end"
     assert "'tlsv1.3'" in erl(host, supported)
 
 
-def test_just_in_time_compiler_is_in(host):
+def test_just_in_time_compiler_is_enabled(host):
     assert erl(host, "erlang:system_info(emu_flavor)") == "jit"
 
 
-def test_another_version_is_not_taken(host, is_el):
-    """What the package manager would do: the pin outranks whatever else a repository offers."""
+def test_package_manager_prefers_the_pinned_version(host, is_el):
+    """The pin has a higher priority than other versions in the repositories."""
     if is_el:
         with host.sudo():
             offered = host.check_output("dnf --quiet repoquery --queryformat '%{version}\n' erlang").split()
@@ -42,8 +42,8 @@ def test_another_version_is_not_taken(host, is_el):
     assert " 1001" in policy
 
 
-def test_a_whole_version_can_be_asked_for(host, is_el, run_playbook):
-    """Not only its beginning: the package's version goes on with what the distribution adds."""
+def test_complete_version_can_be_requested(host, is_el, run_playbook):
+    """Not only its beginning, although the package's version has a suffix of the distribution."""
     query = (
         "rpm -q --queryformat '%{version}' erlang"
         if is_el
@@ -55,15 +55,15 @@ def test_a_whole_version_can_be_asked_for(host, is_el, run_playbook):
     assert done.returncode == 0, done.stdout
     if not is_el:
         assert " 1001" in host.check_output("apt-cache policy erlang-base")
-    # And back, as other tests find it.
+    # Restore the version for the other tests.
     assert run_playbook("molecule/erlang/converge.yml").returncode == 0
 
 
 @pytest.fixture
 def newer_release(host, is_el):
-    """A repository that has a newer package of the series than the host; gives its name and version."""
+    """A repository with a newer package of the series; yields its name and version."""
     if is_el:
-        pytest.skip("The scenario rabbitmq sees it on EL, whose stand-in has two releases.")
+        pytest.skip("The scenario rabbitmq tests this on EL, whose stand-in has two releases.")
     name, folder = "erlang-eldap", "/srv/newer"
     with host.sudo():
         host.check_output(f"mkdir {folder} && cd {folder} && apt-get -qq download {name} && dpkg-deb -R {name}_*.deb {name}")
@@ -77,7 +77,7 @@ def newer_release(host, is_el):
         host.check_output(f"rm -r {folder} /etc/apt/sources.list.d/newer.list && apt-get -qq update")
 
 
-def test_a_run_takes_no_newer_release_by_itself(host, newer_release, run_playbook):
+def test_run_does_not_upgrade_to_a_newer_release(host, newer_release, run_playbook):
     name, version = newer_release
     assert f"Candidate: {version}" in host.check_output(f"apt-cache policy {name}")
     done = run_playbook("molecule/erlang/converge.yml")
@@ -85,8 +85,8 @@ def test_a_run_takes_no_newer_release_by_itself(host, newer_release, run_playboo
     assert host.package(name).version != version
 
 
-def test_a_package_that_was_removed_is_there_again(host, newer_release, run_playbook):
-    """Also where the others have a newer release, which is not what the run is about."""
+def test_removed_package_is_reinstalled(host, newer_release, run_playbook):
+    """Without an upgrade of the other packages that have a newer release."""
     with host.sudo():
         host.check_output("dpkg --remove erlang-xmerl")
     done = run_playbook("molecule/erlang/converge.yml")
@@ -96,24 +96,24 @@ def test_a_package_that_was_removed_is_there_again(host, newer_release, run_play
     assert host.package(name).version != version
 
 
-# What is refused: on the stand-in of an EL host, whose local repositories have bad ones among them.
+# Refused packages, on the stand-in of an EL host, which has bad repositories.
 
 
 @pytest.fixture(scope="module")
 def stand_in(variables):
     if "testbed_bad_repositories" not in variables:
-        pytest.skip("There are bad repositories on the stand-in of an EL host alone.")
+        pytest.skip("Only the stand-in of an EL host has bad repositories.")
     return variables
 
 
 @pytest.fixture(scope="module")
 def install(host, stand_in, run_playbook):
-    """Runs the role on a host that has neither Erlang nor its key; gives what Ansible said. Ends with an Erlang that works."""
+    """Runs the role on a host without Erlang and its key. Installs a working Erlang afterwards."""
     team = stand_in["erlang_repository_keys"][0]["fingerprint"]
 
     def run(**variables):
         with host.sudo():
-            # Nothing is there to remove after the first refusal. `dnf clean all` would leave the key that signs metadata.
+            # After the first refusal there is nothing to remove. `dnf clean all` would leave the key that signs metadata.
             host.run(f"rpm --erase --nodeps erlang; rpm --erase gpg-pubkey-{team[-8:].lower()}")
             host.check_output("rm -rf /var/cache/dnf /var/cache/ansible-rabbitmq-erlang")
         return run_playbook("molecule/erlang/converge.yml", **variables)
@@ -126,7 +126,7 @@ def install(host, stand_in, run_playbook):
 
 @pytest.fixture
 def refused(host, install):
-    """Runs the role, which has to fail and to leave nothing installed; gives what Ansible said."""
+    """Runs the role, which must fail and install nothing; returns Ansible's output."""
 
     def run(**variables):
         done = install(**variables)
@@ -139,7 +139,7 @@ def refused(host, install):
 
 @pytest.fixture
 def folder(host, stand_in, tmp_path):
-    """Gives a folder of this machine with the package of one of the bad repositories."""
+    """Returns a local folder with the package of a bad repository."""
 
     def fetch(kind):
         with host.sudo():
@@ -152,46 +152,46 @@ def folder(host, stand_in, tmp_path):
     return fetch
 
 
-def test_package_that_was_tampered_with_is_refused(refused, stand_in):
+def test_altered_package_is_refused(refused, stand_in):
     said = refused(erlang_repository_urls=[f"{stand_in['testbed_bad_repositories']}/tampered/erlang"])
     assert "erlang-27.9-1" in said
     assert "A package or metadata that is unsigned, altered, or signed by another key" in said
 
 
-def test_package_that_a_stranger_signed_is_refused(refused, stand_in):
-    """In metadata that the right key signed."""
+def test_package_signed_by_a_foreign_key_is_refused(refused, stand_in):
+    """Although the right key signed the metadata."""
     said = refused(erlang_repository_urls=[f"{stand_in['testbed_bad_repositories']}/foreign/erlang"])
     assert "Failed to validate GPG signature for erlang-27.9-1" in said
 
 
-def test_repository_without_a_signature_is_refused(refused, stand_in):
+def test_unsigned_repository_is_refused(refused, stand_in):
     said = refused(erlang_repository_urls=[f"{stand_in['testbed_bad_repositories']}/unsigned/erlang"])
     assert "repomd.xml.asc" in said
     assert "Erlang was not installed from file:///srv/repositories/bad/unsigned/erlang" in said
 
 
-def test_repository_that_is_signed_by_another_key_is_refused(refused, stand_in):
+def test_repository_signed_by_a_foreign_key_is_refused(refused, stand_in):
     stranger = {"key": f"{stand_in['testbed_files']}/stranger.asc", "fingerprint": stand_in["testbed_stranger"]["fingerprint"]}
     said = refused(erlang_repository_keys=[stranger])
     assert "GPG signature verification error" in said
     assert "If the mirror has moved to another key, put it there" in said
 
 
-def test_key_with_another_fingerprint_never_reaches_the_host(host, refused, stand_in):
+def test_key_with_an_unexpected_fingerprint_is_not_copied(host, refused, stand_in):
     key = {"key": f"{stand_in['testbed_files']}/stranger.asc", "fingerprint": "A16A42516F6A691BC1FF5621E495BB49CC4BBE5B"}
     said = refused(erlang_repository_keys=[key])
     assert "not A16A42516F6A691BC1FF5621E495BB49CC4BBE5B as erlang_repository_keys says. Nothing was added to the host." in said
     assert not host.file("/etc/pki/rpm-gpg/RPM-GPG-KEY-A16A42516F6A691BC1FF5621E495BB49CC4BBE5B").exists
 
 
-def test_signed_rpm_of_a_folder_is_installed(host, install, folder):
-    """The one of the repository without a signature: it is its metadata that nobody signed."""
+def test_signed_rpm_from_a_folder_is_installed(host, install, folder):
+    """The RPM of the unsigned repository, in which only the metadata is unsigned."""
     done = install(erlang_source="folder", erlang_folder=folder("unsigned"))
     assert done.returncode == 0, done.stdout
     assert host.package("erlang").version == "27.9"
 
 
-def test_rpm_of_a_folder_that_was_tampered_with_is_refused(refused, folder):
+def test_altered_rpm_from_a_folder_is_refused(refused, folder):
     path = folder("tampered")
     said = refused(erlang_source="folder", erlang_folder=path)
     assert "NOT OK" in said

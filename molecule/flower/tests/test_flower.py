@@ -1,4 +1,4 @@
-"""Flower as the role leaves it: who gets in, what it lets them do, and whether it hears what workers say."""
+"""Flower of the role flower: its login, its permissions, and the events that it receives."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def login(variables):
 
 
 @pytest.mark.parametrize("path", ["/workers", "/tasks", "/api/workers", "/api/tasks"])
-def test_anonymous_is_refused(site, path):
+def test_anonymous_user_is_refused(site, path):
     assert requests.get(f"{site}{path}", timeout=10).status_code == 401
 
 
@@ -29,19 +29,19 @@ def test_wrong_password_is_refused(site):
     assert requests.get(f"{site}/workers", auth=("flower", "wrong"), timeout=10).status_code == 401
 
 
-def test_login_is_let_in(site, login):
+def test_login_is_accepted(site, login):
     page = requests.get(f"{site}/workers", auth=login, timeout=10)
     assert page.status_code == 200
     assert "Flower" in page.text
 
 
-def test_nobody_shuts_down_workers(site, login):
+def test_workers_cannot_be_shut_down(site, login):
     answer = requests.post(f"{site}/api/worker/shutdown/mail@elsewhere", auth=login, timeout=10)
     assert answer.status_code == 403
 
 
-def test_event_of_a_worker_is_counted(site, published, variables, eventually):
-    """/healthcheck answers even when Flower can't consume a single event; the counter does not."""
+def test_worker_event_is_counted(site, published, variables, eventually):
+    """The counter proves that Flower consumes events. /healthcheck responds even if it can't."""
     password = variables["secret_rabbitmq_app_password"]
     celeryev = Exchange("celeryev", "topic")
     event = {"hostname": "test@elsewhere", "utcoffset": 0, "pid": 1, "clock": 1, "timestamp": time.time()}
@@ -58,7 +58,7 @@ def test_event_of_a_worker_is_counted(site, published, variables, eventually):
     )
 
 
-def test_secrets_are_not_to_be_seen(host, variables):
+def test_secrets_are_not_visible(host, variables):
     assert host.run("cat /etc/mailroom/flower.environment").rc != 0
     with host.sudo():
         seen = host.check_output("systemctl cat mailroom-flower; ps -e -o args; journalctl --no-pager")

@@ -14,7 +14,7 @@ JOBS = ["django_celery.stack.services : Manage the jobs of mailroom/celery"]
 
 @pytest.fixture
 def send(site, variables):
-    """Asks for an email; gives its subject and a look at its state."""
+    """Posts an email; returns its subject and a function that returns its state."""
     headers = {"Authorization": f"Bearer {variables['secret_app_api_key']}"}
 
     def post():
@@ -36,7 +36,7 @@ def launchctl(host):
 
 @pytest.fixture
 def process(launchctl):
-    """The number of a job's process, or None."""
+    """Returns the PID of a job, or None."""
 
     def number(label):
         found = re.search(r"^\tpid = (\d+)$", launchctl("print", label).stdout, re.MULTILINE)
@@ -47,7 +47,7 @@ def process(launchctl):
 
 @pytest.fixture
 def playbook(run_playbook):
-    """Runs the workers' playbook as an operator does; gives what it changed, task by task."""
+    """Runs the workers' playbook as an operator does; returns the tasks that changed something."""
 
     def run(**variables):
         done = run_playbook("playbooks/workers.yml", **variables)
@@ -65,7 +65,7 @@ def prefix(host):
 
 @pytest.fixture
 def logged(host, prefix):
-    """How often the database logged a text."""
+    """Returns how often the database logged a text."""
     return lambda text: host.check_output(f"cat {prefix}/var/lib/postgresql/17/log/*.log").count(text)
 
 
@@ -82,17 +82,17 @@ def test_email_arrives_and_flower_has_counted_its_task(send, inbox, url, eventua
     eventually(lambda: re.search(counted, requests.get(f"{url(5555)}/metrics", timeout=10).text))
 
 
-def test_nothing_of_it_runs_as_root(host):
-    """Not one process; the broker's port mapper neither, which leaves its group."""
+def test_no_process_runs_as_root(host):
+    """Includes the broker's port mapper, which leaves its process group."""
     mine = host.check_output("id -un")
-    # A Mac's ps takes what follows the first = for the heading of one column, and cuts lines without -ww.
+    # On a Mac, ps uses the text after the first = as a column's heading, and cuts lines without -ww.
     lines = host.check_output("ps -A -ww -o user= -o args=").splitlines()
     found = [line.split()[0] for line in lines if re.search(r"gunicorn|celery|manage\.py relay|beam\.smp|/epmd|postgres", line)]
     assert len(found) > 12
     assert set(found) == {mine}
 
 
-def test_broker_lives_below_homebrews_prefix_on_the_erlang_that_was_asked_for(host, prefix, api):
+def test_broker_uses_homebrews_prefix_and_the_requested_erlang(host, prefix, api):
     (node,) = api("nodes")
     paths = [*node["config_files"], node["db_dir"], *node["log_files"]]
     assert len(paths) > 2
@@ -101,20 +101,20 @@ def test_broker_lives_below_homebrews_prefix_on_the_erlang_that_was_asked_for(ho
     assert api("overview")["erlang_version"].split(".")[0] == "27"
 
 
-def test_secrets_are_nobody_elses(host, variables):
+def test_secrets_are_not_visible_to_others(host, variables):
     home = host.check_output("echo $HOME")
     library = f"{home}/Library"
     seen = host.check_output(f"cat {library}/LaunchAgents/*.plist; ps -A -ww -o args; cat {library}/Logs/mailroom/*/*.log")
     for name, secret in variables.items():
         if name.startswith("secret_") and name != "secret_names":
             assert secret not in seen, name
-    # Whoever reads the environment passes a folder that is its owner's alone.
+    # Only the owner can enter the folder of the environment file.
     open_ = host.check_output(f"find {home}/.local/etc/mailroom {home}/.local/var/lib/mailroom* -maxdepth 0 -perm -g+x")
     assert open_ == ""
     assert variables["secret_django_key"] in host.check_output(f"cat {home}/.local/etc/mailroom/environment")
 
 
-def test_database_lets_in_its_owner_by_the_socket_and_listed_clients_by_their_password(host, prefix, variables):
+def test_database_accepts_its_owner_on_the_socket_and_listed_clients_with_password(host, prefix, variables):
     cluster = f"{prefix}/var/lib/postgresql/17"
 
     def ask(address, user, query, password=""):
@@ -127,12 +127,12 @@ def test_database_lets_in_its_owner_by_the_socket_and_listed_clients_by_their_pa
     assert "no password supplied" in ask("127.0.0.1", "mailroom", "SELECT 1").stderr
     for address, user in (("127.0.0.1", "postgres"), (cluster, "mailroom")):
         assert "no pg_hba.conf entry" in ask(address, user, "SELECT 1").stderr
-    # The formula's cluster trusts everybody, so it stays as it was.
+    # The formula's cluster trusts all users; the role does not touch it.
     assert host.file(f"{prefix}/var/postgresql@17/PG_VERSION").exists
     assert not host.file(f"{prefix}/var/postgresql@17/postmaster.pid").exists
 
 
-def test_ended_database_does_not_wait_for_its_clients(host, process, logged, send, eventually):
+def test_stopped_database_does_not_wait_for_its_clients(host, process, logged, send, eventually):
     before, ended, recovered = process("postgresql"), logged("received fast shutdown request"), logged(RECOVERY)
     host.check_output(f"kill -TERM {before}")
     eventually(lambda: process("postgresql") not in (None, before))
@@ -159,8 +159,8 @@ def test_killed_worker_comes_back(host, send, process, eventually):
     eventually(lambda: state() == "sent", seconds=60)
 
 
-def test_log_that_grew_is_turned_over_and_its_process_writes_the_new_one(host, launchctl, logs, process, eventually):
-    """By the job that runs every hour."""
+def test_large_log_is_rotated_and_its_process_writes_the_new_one(host, launchctl, logs, process, eventually):
+    """Runs the hourly job."""
     before = process("mailroom-beat")
     host.check_output(f"head -c 11000000 /dev/zero >> {logs}/celery/mailroom-beat.log")
     assert launchctl("kickstart", "mailroom-celery-logs").rc == 0
@@ -170,8 +170,8 @@ def test_log_that_grew_is_turned_over_and_its_process_writes_the_new_one(host, l
     host.check_output(f"rm {logs}/celery/mailroom-beat.log.0")
 
 
-def test_what_hands_did_to_jobs_is_repaired_and_the_others_are_left_alone(host, playbook, process, launchctl):
-    """An edited property list, a job that was booted out and disabled, and an environment that is younger than its processes."""
+def test_manual_changes_to_jobs_are_repaired_without_touching_others(host, playbook, process, launchctl):
+    """An edited property list, a job that was booted out and disabled, and an environment file newer than its processes."""
     agents = f"{host.check_output('echo $HOME')}/Library/LaunchAgents"
     web = process("mailroom-web")
     host.check_output(f"sed -i.bak 's/<integer>150</<integer>1</' '{agents}/mailroom-worker@mail.plist'")
@@ -188,7 +188,7 @@ def test_what_hands_did_to_jobs_is_repaired_and_the_others_are_left_alone(host, 
     assert playbook() == []
 
 
-def test_worker_that_is_no_longer_listed_is_booted_out(playbook, process, launchctl):
+def test_unlisted_worker_is_booted_out(playbook, process, launchctl):
     kept = [{"name": "mail", "queues": ["mail.v1", "maintenance.v1"], "time_limit": 120}]
     assert playbook(celery_workers=kept) == [*JOBS, "django_celery.stack.services : Configure log rotation"][::-1]
     gone = launchctl("print", "mailroom-worker@maintenance")
@@ -197,9 +197,9 @@ def test_worker_that_is_no_longer_listed_is_booted_out(playbook, process, launch
     assert process("mailroom-worker@maintenance")
 
 
-def test_all_is_up_again_after_a_reboot(reboot, send, inbox, variables, eventually):
+def test_everything_runs_after_a_reboot(reboot, send, inbox, variables, eventually):
     if "testbed_platform" not in variables:
-        pytest.skip("A real Mac is not rebooted.")
+        pytest.skip("The test does not reboot a real Mac.")
     reboot()
     subject, state = eventually(send, seconds=60)
     eventually(lambda: state() == "sent", seconds=90)

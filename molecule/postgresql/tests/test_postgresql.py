@@ -1,4 +1,4 @@
-"""A server as the role postgresql leaves it: who gets in, how it is sized, and what a backup brings back."""
+"""The server of the role postgresql: its logins, its memory settings, backup and restore."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def connect(published, variables):
 
 @pytest.fixture
 def ops(tmp_path, variables):
-    """Runs a playbook of playbooks/ops on the host, with backups in a folder of the test's own."""
+    """Runs a playbook of playbooks/ops on the host, with backups in the test's folder."""
 
     def run(name, *arguments):
         return subprocess.run(
@@ -78,24 +78,24 @@ def test_app_user_owns_its_database(connect):
         pytest.param({"user": "postgres", "dbname": "postgres"}, "no pg_hba.conf entry", id="the server's own user"),
     ],
 )
-def test_others_are_refused(connect, login, refusal):
+def test_unlisted_logins_are_refused(connect, login, refusal):
     with pytest.raises(psycopg.OperationalError, match=refusal):
         connect(**login)
 
 
-def test_app_user_may_not_make_users_or_databases(connect):
+def test_app_user_cannot_create_users_or_databases(connect):
     for statement in ("CREATE USER more", "CREATE DATABASE more", "COPY (SELECT 1) TO PROGRAM 'true'"):
         with pytest.raises(psycopg.errors.InsufficientPrivilege):
             connect().execute(statement)
 
 
-def test_passwords_are_kept_as_scram(host):
+def test_passwords_are_stored_as_scram(host):
     with host.sudo("postgres"):
         kept = host.check_output("psql -Atc \"SELECT rolpassword FROM pg_authid WHERE rolname = 'mailroom'\"")
     assert kept.startswith("SCRAM-SHA-256$")
 
 
-def test_server_is_sized_by_the_memory_of_the_host(host, connect):
+def test_memory_settings_follow_the_hosts_memory(host, connect):
     megabytes = int(host.check_output("awk '/MemTotal/ {print int($2 / 1024)}' /proc/meminfo"))
     buffers = connect().execute("SELECT setting::int * 8 / 1024 FROM pg_settings WHERE name = 'shared_buffers'").fetchone()[0]
     assert buffers == megabytes // 2 // 4
@@ -103,7 +103,7 @@ def test_server_is_sized_by_the_memory_of_the_host(host, connect):
     assert connect().execute("SHOW log_connections").fetchone()[0] in ("on", "all")
 
 
-def test_password_is_on_no_command_line_and_in_no_log(host, variables):
+def test_password_is_not_on_command_lines_or_in_logs(host, variables):
     with host.sudo():
         assert variables["secret_postgresql_app_password"] not in host.check_output("ps -e -o args")
         logs = host.run("journalctl --no-pager; cat /var/log/postgresql/*.log").stdout
@@ -111,7 +111,7 @@ def test_password_is_on_no_command_line_and_in_no_log(host, variables):
     assert variables["secret_postgresql_app_password"] not in logs
 
 
-def test_backup_is_restored_and_nothing_else_remains(connect, ops, tmp_path):
+def test_restore_replaces_the_database_with_the_backup(connect, ops, tmp_path):
     connect().execute("DROP TABLE IF EXISTS kept; CREATE TABLE kept (id serial PRIMARY KEY, text text)")
     connect().execute("INSERT INTO kept (text) VALUES ('one'), ('zwölf')")
     before = rows(connect())
@@ -120,8 +120,8 @@ def test_backup_is_restored_and_nothing_else_remains(connect, ops, tmp_path):
     assert (tmp_path / "mailroom.pgc").stat().st_mode & 0o077 == 0
     connect().execute("DELETE FROM kept WHERE id = 1; CREATE TABLE later (id int)")
 
-    assert "Confirm it" in ops("restore_postgresql").stdout
-    assert rows(connect()) == before[1:], "nothing is touched before it is confirmed"
+    assert "-e confirm=yes" in ops("restore_postgresql").stdout
+    assert rows(connect()) == before[1:], "the restore changed something without confirmation"
 
     done = ops("restore_postgresql", "--extra-vars", "confirm=yes")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -130,7 +130,7 @@ def test_backup_is_restored_and_nothing_else_remains(connect, ops, tmp_path):
     assert connect().execute("INSERT INTO kept (text) VALUES ('three') RETURNING id").fetchone() == (3,)
 
 
-def test_restore_from_a_broken_dump_leaves_the_database_as_it_was(connect, ops, tmp_path):
+def test_restore_of_a_broken_dump_does_not_change_the_database(connect, ops, tmp_path):
     connect().execute("DROP TABLE IF EXISTS kept; CREATE TABLE kept (id serial PRIMARY KEY, text text)")
     connect().execute("INSERT INTO kept (text) VALUES ('one')")
     before = rows(connect())
@@ -140,7 +140,7 @@ def test_restore_from_a_broken_dump_leaves_the_database_as_it_was(connect, ops, 
     assert rows(connect()) == before
 
 
-def test_killed_server_comes_back_with_what_was_committed(host, connect, eventually):
+def test_killed_server_restarts_with_committed_data(host, connect, eventually):
     connect().execute("DROP TABLE IF EXISTS kept; CREATE TABLE kept (id serial PRIMARY KEY, text text)")
     connect().execute("INSERT INTO kept (text) VALUES ('committed')")
     with host.sudo():

@@ -1,4 +1,4 @@
-"""What a backup of the broker brings back onto a bare host."""
+"""Restores the backup of a broker onto a new host."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ BY_HAND = {
         }
     ],
 }
-# What the role would not write again: a file that it does not know, and a line in one that it does.
+# Changes that the role does not make: an extra file, and a line in one of its files.
 CONFIGURED_BY_HAND = (
     "echo 'heartbeat = 77' >> /etc/rabbitmq/rabbitmq.conf && install -D --mode 0640 --group rabbitmq /dev/null "
     "/etc/rabbitmq/conf.d/empty.conf && systemctl restart rabbitmq-server"
 )
 FILES = "cd /etc/rabbitmq && find . -type f -exec sha256sum {} + | sort && find . -printf '%p %u:%g %m\n' | sort"
-# What names the broker and the export itself.
+# Keys that describe the broker and the export.
 OF_THE_NODE = ("original_cluster_name", "explanation")
 
 
@@ -67,7 +67,7 @@ def play(tmp_path, variables):
 
 
 def comparable(definitions):
-    """Lists without their order, and without what is a node's own."""
+    """The definitions without order and without the node's own values."""
     return {
         kind: sorted(json.dumps(entry, sort_keys=True) for entry in value if entry.get("name") != "internal_cluster_id")
         if isinstance(value, list)
@@ -77,9 +77,9 @@ def comparable(definitions):
     }
 
 
-def test_backup_is_restored_onto_a_bare_host(api, play, host, variables, tmp_path):
+def test_backup_is_restored_onto_a_new_host(api, play, host, variables, tmp_path):
     if variables["testbed_platform"] != "debian13":
-        pytest.skip("How the package goes is Debian's; the playbooks know no platform.")
+        pytest.skip("The test purges Debian's package; the playbooks do not depend on the platform.")
     api("users/keeper", "PUT", json={"password": "Secret-of-the-keeper", "tags": "management"})
     api("definitions", "POST", json=BY_HAND)
     before = comparable(api("definitions"))
@@ -90,7 +90,7 @@ def test_backup_is_restored_onto_a_bare_host(api, play, host, variables, tmp_pat
     assert code == 0, output
     found = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
     assert found == {"definitions.json": 0o600, "rabbitmq.tar.gz": 0o600}
-    # Neither a hash nor a password was printed.
+    # No hash and no password was printed.
     assert not [
         user["name"] for user in json.loads((tmp_path / "definitions.json").read_text())["users"] if user["password_hash"] in output
     ]
@@ -106,11 +106,11 @@ def test_backup_is_restored_onto_a_bare_host(api, play, host, variables, tmp_pat
     code, output = play("playbooks/ops/restore_rabbitmq.yml", "--extra-vars", "confirm=yes")
     assert code == 0, output
     assert comparable(api("definitions")) == before
-    # The hash is that of the password.
+    # The restored hash matches the password.
     assert api("whoami", auth=("keeper", "Secret-of-the-keeper"))["name"] == "keeper"
     with host.sudo():
         assert host.check_output(FILES) == configuration
-        # The broker was restarted with it.
+        # The broker was restarted with the configuration.
         assert "77" in host.check_output("rabbitmqctl --quiet eval 'application:get_env(rabbit, heartbeat).'")
     api("vhosts/kept%2F1", "DELETE")
     api("users/keeper", "DELETE")
@@ -120,8 +120,8 @@ def test_backup_is_restored_onto_a_bare_host(api, play, host, variables, tmp_pat
     assert code == 0, output
 
 
-def test_restore_says_what_is_not_as_in_the_backup(api, play, tmp_path):
-    """A queue that is there in another form stays as it is, whatever the backup says."""
+def test_restore_reports_differences_from_the_backup(api, play, tmp_path):
+    """The import does not change a queue that exists with other arguments."""
     code, output = play("playbooks/ops/backup_rabbitmq.yml")
     assert code == 0, output
     kept = json.loads((tmp_path / "definitions.json").read_text())
@@ -133,4 +133,4 @@ def test_restore_says_what_is_not_as_in_the_backup(api, play, tmp_path):
     code, output = play("playbooks/ops/restore_rabbitmq.yml", "--extra-vars", "confirm=yes")
     api("queues/mailroom/mail.q", "DELETE")
     assert code != 0
-    assert "does not have as the backup has it: queues mail.q in mailroom." in output
+    assert "still differs from the backup: queues mail.q in mailroom." in output

@@ -1,4 +1,4 @@
-"""RabbitMQ's production checklist, a test for each line that one node has."""
+"""RabbitMQ's production checklist: a test for each item that applies to a single node."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 @pytest.fixture(scope="module")
 def root(host):
-    """Runs a command as root and gives what it said; it must succeed."""
+    """Runs a command as root, which must succeed; returns its output."""
 
     def run(command):
         with host.sudo():
@@ -21,7 +21,7 @@ def root(host):
 
 @pytest.fixture(scope="module")
 def environment(root):
-    """The settings that the node runs with, as Erlang shows them."""
+    """The node's effective settings as Erlang terms."""
     return root("rabbitmqctl --quiet environment")
 
 
@@ -45,18 +45,18 @@ def test_service_is_enabled_and_runs_as_its_user(root):
     assert root(f"ps -o user= -p {pid}") == "rabbitmq"
 
 
-def test_the_user_has_no_shell(root):
+def test_user_has_no_shell(root):
     home, shell = root("getent passwd rabbitmq").split(":")[-2:]
     assert (home, shell) == ("/var/lib/rabbitmq", "/usr/sbin/nologin")
 
 
-def test_versions_are_the_pinned_ones(api):
+def test_versions_are_pinned(api):
     found = api("overview")
     assert found["rabbitmq_version"].startswith("4.0.")
     assert found["erlang_version"].startswith("27.")
 
 
-def test_the_port_limit_is_not_below_the_files(ask, variables):
+def test_port_limit_is_not_below_the_file_limit(ask, variables):
     assert int(ask("erlang:system_info(port_limit).")) >= max(variables["rabbitmq_open_files"], 65536)
 
 
@@ -69,13 +69,13 @@ def test_the_port_limit_is_not_below_the_files(ask, variables):
         ("/etc/rabbitmq/definitions.json", "root:rabbitmq", ["640"]),
     ],
 )
-def test_files_belong_to_the_broker_alone(root, path, owner, modes):
+def test_files_are_accessible_to_the_broker_only(root, path, owner, modes):
     found, mode = root(f"stat --format '%U:%G %a' {path}").split()
     assert found == owner
     assert mode in modes
 
 
-def test_the_cookie_is_long(root):
+def test_cookie_is_long(root):
     assert int(root("stat --format %s /var/lib/rabbitmq/.erlang.cookie")) >= 20
 
 
@@ -84,7 +84,7 @@ def test_watermarks(environment, ask):
     assert 0.4 <= relative <= 0.7
     assert "{vm_memory_calculation_strategy,rss}" in environment
     memory = int(ask("vm_memory_monitor:get_memory_limit()."))
-    # What is in memory may have to go to the disk. Both are parts of the same memory, rounded.
+    # The broker may have to write all of its memory to the disk. Both are rounded parts of the same memory.
     assert int(ask("rabbit_disk_monitor:get_disk_free_limit().")) >= memory * 0.99
 
 
@@ -108,32 +108,32 @@ def test_data_is_on_a_local_file_system(root):
 # Users
 
 
-def test_administrators_are_no_users_of_applications(api):
+def test_administrators_and_application_users_are_separate(api):
     users = {user["name"]: user["tags"] for user in api("users")}
     assert users == {"admin": ["administrator"], "mailroom": [], "mailroom-flower": ["monitoring"]}
 
 
-def test_guest_is_refused_by_the_broker_itself(host):
+def test_guest_cannot_authenticate(host):
     with host.sudo():
         result = host.run("rabbitmqctl --quiet authenticate_user guest guest")
     assert result.rc != 0
     assert "invalid credentials" in result.stderr
 
 
-def test_nobody_comes_in_without_a_name(environment):
+def test_anonymous_login_is_disabled(environment):
     assert "{anonymous_login_user,none}" in environment
     (mechanisms,) = re.findall(r"{auth_mechanisms,\[([^]]*)\]}", environment)
     assert "ANONYMOUS" not in mechanisms
     assert '{loopback_users,[<<"guest">>]}' in environment
 
 
-def test_passwords_are_hashed_well(environment, api):
+def test_passwords_are_hashed(environment, api):
     assert "{password_hashing_module,rabbit_password_hashing_sha256}" in environment
     found = {user["hashing_algorithm"] for user in api("definitions")["users"]}
     assert found <= {"rabbit_password_hashing_sha256", "rabbit_password_hashing_sha512"}
 
 
-def test_users_of_applications_are_in_their_virtual_host_alone(api):
+def test_application_users_can_access_only_their_virtual_host(api):
     found = {(entry["user"], entry["vhost"]) for entry in api("permissions") if entry["user"] != "admin"}
     assert found == {("mailroom", "mailroom"), ("mailroom-flower", "mailroom")}
 
@@ -152,25 +152,25 @@ def test_queues_are_quorum_queues_by_default(environment, api):
 # Network
 
 
-def test_what_listens_where(root):
+def test_listening_ports(root):
     listening = {line.split()[3] for line in root("ss --tcp --listening --numeric --no-header").splitlines()}
     addresses = {}
     for entry in listening:
         address, _, port = entry.rpartition(":")
         addresses.setdefault(port, set()).add(address)
-    # Erlang's port mapper, its distribution and the metrics; 5672 and 15672 are the scenario's own doing.
+    # Erlang's port mapper, its distribution and the metrics. The scenario opens 5672 and 15672.
     for port in ("4369", "25672", "15692"):
-        # A port mapper that the node starts itself adds the loopback's other address.
+        # A port mapper that the node starts also listens on the loopback's IPv6 address.
         assert "127.0.0.1" in addresses[port] and addresses[port] <= {"127.0.0.1", "[::1]"}, port
 
 
-def test_the_nodes_name_leads_to_the_loopback_for_erlang_alone(root):
-    """The network has another address for it; so the tools would not reach a distribution that listens on the loopback."""
+def test_node_name_resolves_to_the_loopback_for_erlang_only(root):
+    """The network has another address for the name, with which tools could not reach a distribution on the loopback."""
     assert not root("getent hosts $(hostname)").startswith("127.")
     root("rabbitmqctl --quiet await_startup")
 
 
-def test_metrics_are_there(root):
+def test_metrics_are_available(root):
     metrics = root("python3 -c \"import urllib.request as r; print(r.urlopen('http://127.0.0.1:15692/metrics').read().decode())\"")
     assert "rabbitmq_identity_info" in metrics
 
@@ -184,24 +184,24 @@ def test_stable_feature_flags_are_enabled(api):
     assert [flag["name"] for flag in flags if flag["stability"] in ("stable", "required") and flag["state"] != "enabled"] == []
 
 
-def test_deprecated_features_are_neither_used_nor_permitted(root):
+def test_deprecated_features_are_not_used_and_not_permitted(root):
     root("rabbitmq-diagnostics --quiet check_if_any_deprecated_features_are_used")
     settings = root("cat /etc/rabbitmq/rabbitmq.conf")
     assert re.findall(r"^deprecated_features.permit.\w+ = true$", settings, re.MULTILINE) == []
     assert len(re.findall(r"^deprecated_features.permit.\w+ = false$", settings, re.MULTILINE)) == 5
-    # Without effect since 4.3, and of no use to a node that is alone.
+    # It has no effect since 4.3, and no use for a single node.
     assert "cluster_partition_handling" not in settings
 
 
 # Plugins, logs, definitions
 
 
-def test_plugins_are_those_that_were_asked_for(root, variables):
+def test_enabled_plugins_are_the_listed_ones(root, variables):
     assert set(root("rabbitmq-plugins list -E -m -q").split()) == set(variables["rabbitmq_plugins"])
 
 
-def test_the_log_is_rotated_by_the_broker(ask, root):
-    """The package's rules for logrotate do nothing on a host without logrotate."""
+def test_broker_rotates_its_log(ask, root):
+    """A host may have no logrotate for the package's rules."""
     handlers = ask("[maps:get(config, H) || H <- logger:get_handler_config()].")
     file = re.search(r"type => file.*?}", handlers, re.DOTALL)[0]
     assert re.search(r"max_no_bytes => 10485760\b", file)
@@ -209,7 +209,7 @@ def test_the_log_is_rotated_by_the_broker(ask, root):
     assert "[info]" in root("cat /var/log/rabbitmq/rabbit@*.log")
 
 
-def test_definitions_are_imported_once_and_hold_hashes(environment, root, api):
+def test_definitions_are_imported_once_and_contain_hashes(environment, root, api):
     assert "{skip_if_unchanged,true}" in environment
     (user,) = json.loads(root("cat /etc/rabbitmq/definitions.json"))["users"]
     (running,) = [user for user in api("definitions")["users"] if user["name"] == "admin"]

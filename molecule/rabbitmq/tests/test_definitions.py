@@ -1,4 +1,4 @@
-"""What is in a broker as data: the role's module against the real broker, by runs of the role's own task file."""
+"""Runs the role's task file for definitions, with its module, on a real broker."""
 
 from __future__ import annotations
 
@@ -61,14 +61,14 @@ LISTS = ("rabbitmq_vhosts", "rabbitmq_users", "rabbitmq_policies")
 
 @pytest.fixture(scope="module")
 def own(host):
-    """What the scenario's converge has put into the broker."""
+    """The definitions of the scenario."""
     names = ", ".join(f"'{key}': {key}" for key in LISTS)
     return host.ansible("debug", f"msg={{{{ {{{names}}} }}}}", check=False)["msg"]
 
 
 @pytest.fixture
 def role(tmp_path, own, api, variables):
-    """Imports the role's definitions with what the scenario has and more; gives the module's answer. Ends as the scenario was."""
+    """Imports the scenario's definitions with additions; returns the module's result. Restores the scenario's afterwards."""
     task = {
         "include_role": {"name": "django_celery.stack.rabbitmq", "tasks_from": "definitions"},
         "vars": {"__rabbitmq_not_installed": False, "__rabbitmq_conf_dir": "/etc/rabbitmq"},
@@ -110,7 +110,7 @@ def role(tmp_path, own, api, variables):
     assert not run(rabbitmq_purge=True)["changed"]
 
 
-def test_everything_at_once_and_then_nothing(role, api):
+def test_all_kinds_are_imported_and_a_second_run_changes_nothing(role, api):
     data = {**IN_IT, "rabbitmq_vhosts": [LIMITED], "rabbitmq_users": [CLERK]}
     checked = role("--check", **data)
     assert checked["changed"]
@@ -119,7 +119,7 @@ def test_everything_at_once_and_then_nothing(role, api):
     assert first.get("diff") == checked["diff"], first
     assert first["diff"]["after"].keys() == ALL
     assert not role(**data)["changed"]
-    # A limit and a grant are taken back, the rest stays.
+    # A limit and a permission are removed; the rest stays.
     less = {**CLERK, "limits": {"max-channels": 5}, "topic_permissions": CLERK["topic_permissions"][:1]}
     data |= {"rabbitmq_vhosts": [{**LIMITED, "limits": {}}], "rabbitmq_users": [less]}
     assert role(**data, rabbitmq_purge=True)["removed"] == ["topic permissions of clerk on amq.topic in shop/eu"]
@@ -128,7 +128,7 @@ def test_everything_at_once_and_then_nothing(role, api):
     assert not role(**data, rabbitmq_purge=True)["changed"]
 
 
-def test_what_the_data_says_is_what_clients_meet(role, published, api, eventually):
+def test_definitions_apply_to_clients(role, published, api, eventually):
     role(**IN_IT, rabbitmq_vhosts=[LIMITED], rabbitmq_users=[CLERK])
 
     def connect(password=CLERK["password"]):
@@ -140,7 +140,7 @@ def test_what_the_data_says_is_what_clients_meet(role, published, api, eventuall
         channel = connection.channel()
         channel.basic_publish(amqp.Message("one"), exchange="orders", routing_key="order.one")
         assert eventually(lambda: channel.basic_get("orders.v1", no_ack=True)).body in ("one", b"one")
-        # The operator's bound is below the policy's.
+        # The operator policy's limit is lower than the policy's.
         found = eventually(lambda: api("queues/shop%2Feu/orders.v1").get("effective_policy_definition"))
         assert found == {"max-length": 7, "delivery-limit": 3}
         with pytest.raises(amqp.exceptions.AccessRefused, match="write access to topic 'invoice'"):
@@ -160,7 +160,7 @@ def test_what_the_data_says_is_what_clients_meet(role, published, api, eventuall
     connect("Secret-of-the-clerk-2").close()
 
 
-def test_a_purge_says_what_it_removes_and_spares_what_clients_made(role, api):
+def test_purge_reports_removals_and_keeps_objects_of_clients(role, api):
     role(**IN_IT, rabbitmq_vhosts=[LIMITED, {"name": "left"}], rabbitmq_users=[CLERK])
     api("queues/mailroom/mail.spared", "PUT", json={"durable": True, "arguments": {"x-queue-type": "quorum"}})
     api(
@@ -186,13 +186,13 @@ def test_a_purge_says_what_it_removes_and_spares_what_clients_made(role, api):
 
 
 @pytest.mark.parametrize("durable", [True, False])
-def test_a_queue_that_is_there_in_another_form_is_an_error(role, api, published, own, durable):
-    """A durable one of another type is seen before anything is sent; one that is in no definitions is noticed afterwards."""
+def test_existing_queue_with_other_properties_is_an_error(role, api, published, own, durable):
+    """A durable queue of another type is detected before the import; a transient one, which exports lack, after it."""
     role(rabbitmq_vhosts=[LIMITED], rabbitmq_users=[CLERK])
     connection = amqp.Connection(f"127.0.0.1:{published(5672)}", "clerk", CLERK["password"], virtual_host="shop/eu")
     connection.connect()
     arguments = {"x-queue-type": "classic"}
-    # An exclusive queue goes with its connection.
+    # An exclusive queue is deleted with its connection.
     connection.channel().queue_declare("order", durable=durable, exclusive=not durable, auto_delete=False, arguments=arguments)
     result = role(rabbitmq_vhosts=[LIMITED], rabbitmq_users=[CLERK], rabbitmq_queues=[{"name": "order", "vhost": "shop/eu"}])
     assert result["failed"]
@@ -206,21 +206,21 @@ def test_a_queue_that_is_there_in_another_form_is_an_error(role, api, published,
     assert not result.get("failed")
 
 
-def test_a_policy_that_the_broker_refuses_is_told_and_the_next_run_finishes(role, api):
+def test_refused_policy_is_reported_and_the_next_run_completes(role, api):
     data = {"rabbitmq_vhosts": [LIMITED], "rabbitmq_users": [CLERK]}
     policy = {"name": "p", "vhost": "shop/eu", "pattern": "^order", "definition": {"no-such-key": 1}}
     result = role(**data, rabbitmq_policies=[policy])
     assert result["failed"]
     assert "answered 400" in result["msg"]
     assert "no-such-key" in result["msg"]
-    # What came before it in the import is there.
+    # The import has created the objects before the policy.
     assert "shop/eu" in [vhost["name"] for vhost in api("vhosts")]
     result = role(**data, rabbitmq_policies=[{**policy, "definition": {"max-length": 1}}])
     assert result["diff"]["after"].keys() == {"limits of vhost shop/eu", "policy p in shop/eu"}
     assert not result.get("failed")
 
 
-def test_a_broker_that_is_down_is_told(role, host):
+def test_unavailable_broker_is_reported(role, host):
     with host.sudo():
         host.check_output("systemctl stop rabbitmq-server")
     try:
@@ -232,8 +232,8 @@ def test_a_broker_that_is_down_is_told(role, host):
     assert "not compared" in result["msg"]
 
 
-def test_a_broker_that_stood_there_before_is_told_what_would_change(role, api, own):
-    """Its administrator is known, its users and policies were made by hand: first the check, which changes nothing."""
+def test_check_mode_reports_changes_of_an_existing_broker(role, api, own):
+    """Its administrator exists; its users and policies were created manually."""
     api("vhosts/left", "PUT", json={"default_queue_type": "classic"})
     api("users/by-hand", "PUT", json={"password": "by hand", "tags": "management"})
     api("users/guest", "PUT", json={"password": "guest", "tags": "administrator"})

@@ -1,4 +1,4 @@
-"""A broker as the role rabbitmq leaves it: who gets in, what they may do, and what holds after a restart."""
+"""The broker of the role rabbitmq: logins, permissions, and state after a restart."""
 
 from __future__ import annotations
 
@@ -49,17 +49,17 @@ def test_app_user_publishes_and_consumes(connect):
 
 
 @pytest.mark.parametrize("name", ["orders", "mailx", "hotmail.v1"])
-def test_app_user_is_refused_names_that_are_not_the_apps(connect, name):
+def test_app_user_cannot_declare_foreign_names(connect, name):
     with pytest.raises(amqp.exceptions.AccessRefused, match=f"configure access to queue '{name}'"):
         quorum_queue(name, connect().channel()).declare()
 
 
-def test_app_user_is_refused_other_virtual_hosts(connect):
+def test_app_user_cannot_access_other_virtual_hosts(connect):
     with pytest.raises((amqp.exceptions.NotAllowed, amqp.exceptions.NotFound)):
         connect(vhost="/")
 
 
-def test_app_user_is_refused_the_management_api(api, variables):
+def test_app_user_cannot_use_the_management_api(api, variables):
     with pytest.raises(requests.HTTPError, match="401"):
         api("overview", auth=("mailroom", variables["secret_rabbitmq_app_password"]))
 
@@ -70,8 +70,8 @@ def test_guest_does_not_exist(api, connect):
         connect(user="guest", password="guest", vhost=VHOST)  # noqa: S106 - the well-known one
 
 
-def test_guest_never_answered(host):
-    """The broker's first boot knows no user but the administrator: the package did not start it before its configuration."""
+def test_guest_was_never_created(host):
+    """The broker's first boot created only the administrator, so the package did not start it without its configuration."""
     with host.sudo():
         log = host.check_output("cat /var/log/rabbitmq/rabbit@*.log").partition("Time to start RabbitMQ")[0]
     assert "Created user 'admin'" in log
@@ -79,7 +79,7 @@ def test_guest_never_answered(host):
     assert "Successfully set permissions for user 'guest'" not in log
 
 
-def test_flower_user_sees_queues_and_reads_none(api, connect, variables):
+def test_flower_user_lists_queues_but_cannot_read_them(api, connect, variables):
     password = variables["secret_rabbitmq_flower_password"]
     assert isinstance(api(f"queues/{VHOST}", auth=("mailroom-flower", password)), list)
     quorum_queue("mail.test", connect().channel()).declare()
@@ -89,7 +89,7 @@ def test_flower_user_sees_queues_and_reads_none(api, connect, variables):
     quorum_queue("mail.test", connect().channel()).delete()
 
 
-def test_mail_queues_are_under_the_policy(api, connect, eventually):
+def test_policy_applies_to_mail_queues(api, connect, eventually):
     queue = quorum_queue("mail.v0", connect().channel())
     queue.declare()
     found = eventually(lambda: api(f"queues/{VHOST}/mail.v0").get("effective_policy_definition"))
@@ -105,23 +105,23 @@ def test_queues_are_quorum_queues_by_default(api, connect):
     channel.queue_delete("mail.default")
 
 
-def test_transient_queues_that_others_may_use_are_denied(connect):
-    """As on RabbitMQ 4.3, whatever the version here."""
+def test_transient_nonexclusive_queues_are_denied(connect):
+    """In all versions, as in RabbitMQ 4.3."""
     with pytest.raises(amqp.exceptions.AMQPError, match="transient_nonexcl_queues"):
         connect().channel().queue_declare("celeryev.test", durable=False, exclusive=False, auto_delete=True)
 
 
-def test_broker_runs_with_the_limits_that_were_asked_for(host, variables):
+def test_broker_has_the_configured_limits(host, variables):
     with host.sudo():
         pid = host.check_output("systemctl show --property MainPID --value rabbitmq-server")
         limits = host.check_output(f"cat /proc/{pid}/limits")
         ceiling = int(host.check_output("awk '/open files/ {print $5}' /proc/1/limits"))
     running = int(next(line for line in limits.splitlines() if "open files" in line).split()[4])
-    # A container's own hard limit may be lower; systemd then takes that without a word.
+    # If a container's hard limit is lower, systemd silently uses that.
     assert running == min(variables["rabbitmq_open_files"], ceiling)
 
 
-def test_secrets_are_readable_by_the_broker_alone(host, variables):
+def test_only_the_broker_can_read_secrets(host, variables):
     for path in ("/var/lib/rabbitmq/.erlang.cookie", "/etc/rabbitmq/definitions.json", "/etc/rabbitmq/rabbitmq.conf"):
         result = host.run(f"cat {path}")
         assert result.rc != 0 and "Permission denied" in result.stderr, path
@@ -130,14 +130,14 @@ def test_secrets_are_readable_by_the_broker_alone(host, variables):
     assert variables["secret_rabbitmq_erlang_cookie"] not in arguments
 
 
-def test_killed_broker_comes_back_with_its_messages(host, connect, published, eventually):
+def test_killed_broker_restarts_with_its_messages(host, connect, published, eventually):
     queue = quorum_queue("mail.kept", connect().channel())
     queue.declare()
     channel = connect().channel()
     channel.confirm_select()
     channel.basic_publish_confirm(amqp.Message("kept", delivery_mode=2), exchange="emails", routing_key="mail.kept")
-    # RabbitMQ writes the register of quorum queues twice a second; a queue declared within the last half second before a
-    # kill -9 comes back empty (seen on 4.0.5). That is no matter of this role, and a mail's row in the database outlives it.
+    # RabbitMQ writes its list of quorum queues twice per second. A queue that was declared within the last half second before a
+    # kill -9 is empty afterwards (seen on 4.0.5). The role can't change that, and the mail's row in the database survives.
     time.sleep(2)
     with host.sudo():
         before = host.check_output("systemctl show --property MainPID --value rabbitmq-server")
@@ -163,7 +163,7 @@ def test_killed_broker_comes_back_with_its_messages(host, connect, published, ev
     quorum_queue("mail.kept", connect().channel()).delete()
 
 
-def test_files_are_repaired_whatever_was_done_to_them(host, run_playbook):
+def test_manual_changes_to_files_are_repaired(host, run_playbook):
     def files():
         return sorted(host.check_output("cd /etc/rabbitmq && stat -c '%n %U %G %a' * && sha256sum *").splitlines())
 
@@ -180,13 +180,13 @@ def test_files_are_repaired_whatever_was_done_to_them(host, run_playbook):
     assert "changed=0 " in run_playbook("playbooks/broker.yml", "--tags", "rabbitmq").stdout
 
 
-# Packages on EL, where the stand-in has two releases of each, and newer series that the pins leave out.
+# Packages on the stand-in of EL, which has two releases of each, and a newer series that the pins exclude.
 
 
 @pytest.fixture
 def dnf(host, variables):
     if "testbed_bad_repositories" not in variables:
-        pytest.skip("Which releases there are is known of the stand-in of an EL host alone.")
+        pytest.skip("Only the stand-in of an EL host has known releases.")
 
     def call(arguments):
         with host.sudo():
@@ -199,7 +199,7 @@ def installed(host):
     return host.check_output("rpm --query --queryformat '%{name}-%{version}-%{release} ' erlang rabbitmq-server").split()
 
 
-def test_upgrade_by_dnf_stays_in_the_series_and_the_broker_is_up_after_it(host, dnf):
+def test_dnf_upgrade_stays_in_the_series_and_restarts_the_broker(host, dnf):
     newest = installed(host)
     dnf("downgrade erlang rabbitmq-server")
     assert [name.replace("-1.el", "-2.el") for name in installed(host)] == newest != installed(host)
@@ -209,7 +209,7 @@ def test_upgrade_by_dnf_stays_in_the_series_and_the_broker_is_up_after_it(host, 
         host.check_output("rabbitmqctl --quiet await_startup --timeout 60")
 
 
-def test_broker_on_an_older_erlang_than_the_disk_has_is_restarted_by_the_next_run(host, dnf, run_playbook):
+def test_run_restarts_a_broker_that_still_uses_an_older_erlang(host, dnf, run_playbook):
     def process():
         with host.sudo():
             return host.check_output("systemctl show --property MainPID --value rabbitmq-server")
@@ -219,7 +219,7 @@ def test_broker_on_an_older_erlang_than_the_disk_has_is_restarted_by_the_next_ru
     before = process()
     assert "changed=1 " in run_playbook("playbooks/broker.yml").stdout
     assert process() not in ("0", before)
-    assert installed(host) != newest, "a run takes no newer release by itself"
+    assert installed(host) != newest, "the run upgraded a package"
     dnf("upgrade erlang")
 
 

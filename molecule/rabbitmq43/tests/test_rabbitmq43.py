@@ -1,4 +1,4 @@
-"""The application on RabbitMQ 4.3 and Erlang 29, as Debian testing pairs them: an email arrives, and what 4.3 denies is denied."""
+"""The application on RabbitMQ 4.3 and Erlang 29 of Debian testing: emails arrive, and what 4.3 denies is denied."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def connect(published, variables):
         each.collect()
 
 
-def test_it_is_what_debian_testing_pairs(api):
+def test_versions_are_those_of_debian_testing(api):
     found = api("overview")
     assert found["rabbitmq_version"].startswith("4.3.")
     assert found["erlang_version"].startswith("29.")
@@ -50,7 +50,7 @@ def test_email_arrives(site, inbox, variables, eventually):
     assert inbox().count(subject) == 2
 
 
-def test_workers_and_flower_are_served_without_a_deprecated_feature(api, host):
+def test_workers_and_flower_use_no_deprecated_feature(api, host):
     queues = {queue["name"]: queue for queue in api("queues/mailroom")}
     assert queues["mail.v1"]["type"] == "quorum"
     assert [name for name in queues if name.endswith("celery.pidbox")]
@@ -66,8 +66,8 @@ def test_denied_features_are_denied(connect, host):
         connect().channel().queue_declare("celeryev.test", durable=False, exclusive=False, auto_delete=True)
 
 
-def test_prefetch_for_a_whole_channel_is_taken_for_that_of_each_consumer(connect):
-    """What the denied global_qos comes to: two consumers of one channel get a message each, not one between them."""
+def test_channel_prefetch_applies_to_each_consumer(connect):
+    """Because global_qos is denied, two consumers of a channel get a message each, not one together."""
     # The application's user may not publish to the default exchange.
     channel = connect("admin", "administrator").channel()
     channel.queue_declare("mail.qos", durable=True, auto_delete=False, arguments={"x-queue-type": "classic"})
@@ -84,14 +84,14 @@ def test_prefetch_for_a_whole_channel_is_taken_for_that_of_each_consumer(connect
     assert len(received) == 2
 
 
-def test_stable_feature_flags_are_enabled_and_no_key_is_without_effect(api, host):
+def test_stable_feature_flags_are_enabled_and_no_setting_is_ineffective(api, host):
     flags = api("feature-flags")
     assert [flag["name"] for flag in flags if flag["stability"] in ("stable", "required") and flag["state"] != "enabled"] == []
     with host.sudo():
         assert "cluster_partition_handling" not in host.check_output("cat /etc/rabbitmq/rabbitmq.conf")
 
 
-def test_the_pairing_is_warned_of():
+def test_unsupported_erlang_causes_a_warning():
     done = subprocess.run(
         [Path(sys.executable).parent / "ansible-playbook", "-i", SCENARIO / "inventory", "playbooks/validate.yml"],
         cwd=PROJECT,

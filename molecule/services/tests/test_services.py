@@ -1,4 +1,4 @@
-"""Units as the role services leaves them: what the sandbox forbids, seen from inside, and who is stopped and restarted."""
+"""The units of the role services: the sandbox seen from inside, stops and restarts."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ def journal(host, unit):
 
 
 def look(host):
-    """What the probe printed at its last start."""
+    """The probe's output at its last start."""
     return json.loads([line for line in journal(host, "example-probe").splitlines() if line.startswith("{")][-1])
 
 
-def test_sandbox_is_in_force_inside_the_unit(host):
+def test_sandbox_applies_inside_the_unit(host):
     seen = look(host)
     assert seen["write /usr"] == "Read-only file system"
     assert seen["process 1"] is False
@@ -33,28 +33,28 @@ def test_sandbox_is_in_force_inside_the_unit(host):
             assert namespace != host.check_output(f"readlink /proc/1/ns/{name}"), name
 
 
-def test_unit_can_write_where_it_may(host):
+def test_unit_can_write_to_its_directories(host):
     seen = look(host)
     assert seen["write /var/lib/example"] == "done"
     assert seen["write /tmp"] == "done"
-    assert not host.file("/tmp/probe").exists, "its /tmp is its own"  # noqa: S108 - on the host
+    assert not host.file("/tmp/probe").exists, "the unit's /tmp is not private"  # noqa: S108 - on the host
 
 
-def test_values_reach_the_process_as_they_stand_in_the_data(host):
+def test_environment_values_are_passed_unchanged(host):
     assert look(host)["environment"] == {"PERCENT": "100%h", "DOLLAR": "$HOME", "QUOTE": 'say "no"'}
 
 
-def test_service_that_is_no_longer_listed_is_gone(host):
+def test_unlisted_service_is_removed(host):
     state = properties(host, "example-earlier.service", "ActiveState", "LoadState")
     assert state == {"ActiveState": "inactive", "LoadState": "not-found"}
     assert "example-earlier" not in host.check_output("ls /etc/systemd/system/example.target.wants")
 
 
-def test_service_of_another_owner_is_left_alone(host):
+def test_service_of_another_owner_is_not_changed(host):
     assert host.service("example-other").is_running
 
 
-def test_target_stops_and_starts_all(host, eventually):
+def test_target_stops_and_starts_all_services(host, eventually):
     with host.sudo():
         host.check_output("systemctl stop example.target")
         assert not host.service("example-probe").is_running
@@ -62,7 +62,7 @@ def test_target_stops_and_starts_all(host, eventually):
     eventually(lambda: host.service("example-probe").is_running)
 
 
-def test_connection_during_a_restart_waits_and_is_served(host):
+def test_connection_during_a_restart_waits_for_the_service(host):
     script = (
         "systemctl stop example-listener.service; "
         "python3 -c \"import socket; c = socket.create_connection(('127.0.0.1', 7000), 10); print(c.recv(9))\""
@@ -71,7 +71,7 @@ def test_connection_during_a_restart_waits_and_is_served(host):
         assert "hello" in host.check_output(script)
 
 
-def test_killed_service_comes_back(host, eventually):
+def test_killed_service_restarts(host, eventually):
     before = properties(host, "example-probe.service", "MainPID")["MainPID"]
     with host.sudo():
         host.check_output(f"kill -KILL {before}")

@@ -1,4 +1,4 @@
-"""The whole environment with each layer on a host of its own: what only hosts that depend on each other can get wrong."""
+"""The whole environment with each layer on a separate host."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Migration(migrations.Migration):
 
 @pytest.fixture
 def send(site, variables):
-    """Asks for an email; gives its subject and a look at its state."""
+    """Posts an email; returns its subject and a function that returns its state."""
     headers = {"Authorization": f"Bearer {variables['secret_app_api_key']}"}
 
     def post():
@@ -43,7 +43,7 @@ def send(site, variables):
 
 @pytest.fixture
 def on(host, inventory):
-    """Runs a command on a host by its name, as root; gives what it printed."""
+    """Runs a command as root on the host with this name; returns its output."""
 
     def run(name, command):
         other = host.get_host(f"ansible://{name}", ansible_inventory=str(inventory))
@@ -53,7 +53,7 @@ def on(host, inventory):
     return run
 
 
-def test_email_goes_from_host_to_host(send, inbox, eventually):
+def test_email_arrives_across_hosts(send, inbox, eventually):
     subject, state = send()
     eventually(lambda: state() == "sent")
     assert inbox().count(subject) == 1
@@ -69,7 +69,7 @@ def test_email_goes_from_host_to_host(send, inbox, eventually):
         ("mq1", "db1 5432", False),
     ],
 )
-def test_a_layer_s_port_is_open_to_the_layers_that_need_it(on, source, port, is_open):
+def test_port_of_a_layer_is_open_only_to_layers_that_need_it(on, source, port, is_open):
     connect = "import socket, sys; socket.create_connection(sys.argv[1:], timeout=3)"
     done = on(source, f"python3 -c '{connect}' {port} 2>&1 || true")
     assert (done == "") is is_open, done
@@ -86,7 +86,7 @@ def test_a_layer_s_port_is_open_to_the_layers_that_need_it(on, source, port, is_
         ),
     ],
 )
-def test_a_name_without_an_address_is_refused(run_playbook, role, variables, fault):
+def test_unresolvable_name_is_refused(run_playbook, role, variables, fault):
     done = run_playbook("site.yml", "--limit", "db1", "--tags", role, "--check", **variables)
     assert done.returncode != 0
     assert f"{fault}, for which db1 finds no address" in done.stdout, done.stdout
@@ -94,7 +94,7 @@ def test_a_name_without_an_address_is_refused(run_playbook, role, variables, fau
 
 @pytest.fixture
 def away(on):
-    """Stops units of a host while the test does something."""
+    """Stops units of a host within a with block."""
 
     @contextmanager
     def stop(name, *units):
@@ -107,7 +107,7 @@ def away(on):
     return stop
 
 
-def test_email_accepted_while_the_broker_s_host_is_away_arrives(send, inbox, away, eventually):
+def test_email_accepted_while_the_broker_is_down_arrives(send, inbox, away, eventually):
     with away("mq1", "rabbitmq-server"):
         subject, state = send()
         assert state() == "queued"
@@ -115,7 +115,7 @@ def test_email_accepted_while_the_broker_s_host_is_away_arrives(send, inbox, awa
     assert inbox().count(subject) == 1
 
 
-def test_all_find_the_database_again(send, inbox, away, eventually):
+def test_services_reconnect_to_the_database(send, inbox, away, eventually):
     with away("db1", "postgresql", "'postgresql@*'"), pytest.raises(AssertionError, match="Database unavailable"):
         send()
     subject, state = eventually(send)
@@ -123,8 +123,8 @@ def test_all_find_the_database_again(send, inbox, away, eventually):
     assert inbox().count(subject) == 1
 
 
-def test_a_release_whose_migration_fails_reaches_no_host(run_playbook, on, send, eventually, tmp_path):
-    """The migration runs on the web host; the worker's host must not go on to code that counts on it."""
+def test_release_with_a_failing_migration_is_activated_on_no_host(run_playbook, on, send, eventually, tmp_path):
+    """The migration runs on the web host. The worker host must not activate code that depends on it."""
     source = tmp_path / "app"
     shutil.copytree(APP, source, ignore=shutil.ignore_patterns(".*", "__pycache__"))
     last = max(path.stem for path in APP.glob("emails/migrations/0*.py"))

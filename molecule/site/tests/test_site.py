@@ -1,4 +1,4 @@
-"""The whole environment on one host: an email's way from the request to the inbox, and what holds when things fall over."""
+"""The whole environment on one host: an email from the request to the inbox, failures, reboot and drift."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ WORKERS = ["django_celery.stack.services : Manage the units of mailroom/celery"]
 
 @pytest.fixture
 def send(site, variables):
-    """Asks for an email to two recipients; gives its subject and a look at its state."""
+    """Posts an email to two recipients; returns its subject and a function that returns its state."""
     headers = {"Authorization": f"Bearer {variables['secret_app_api_key']}"}
 
     def post():
@@ -29,7 +29,7 @@ def send(site, variables):
 
 @pytest.fixture(scope="module")
 def playbook(run_playbook):
-    """Runs site.yml on the scenario's inventory, as an operator does; gives what it changed, task by task."""
+    """Runs site.yml on the scenario's inventory as an operator does; returns the tasks that changed something."""
 
     def run(*arguments, **variables):
         done = run_playbook("site.yml", *arguments, **variables)
@@ -60,11 +60,11 @@ def test_email_arrives_and_flower_has_counted_its_tasks(send, inbox, url, eventu
     before = flower_counted(url)
     subject, state = send()
     eventually(lambda: state() == "sent")
-    assert inbox().count(subject) == 2, "one mail a recipient"
+    assert inbox().count(subject) == 2, "expected one mail per recipient"
     eventually(lambda: flower_counted(url) >= before + 2)
 
 
-def test_flower_refuses_the_anonymous(url):
+def test_flower_refuses_anonymous_users(url):
     assert requests.get(f"{url(5555)}/workers", timeout=10).status_code == 401
 
 
@@ -81,12 +81,12 @@ def test_flower_shows_no_secret(url, variables, eventually):
         assert variables[name] not in str(found) + "".join(pages), name
 
 
-def test_flower_shows_the_queues(url, variables, eventually):
-    """It knows them from the workers, so this also says that workers answer its questions."""
+def test_flower_shows_queues(url, variables, eventually):
+    """Flower gets them from the workers, so this also tests that workers reply to it."""
 
     def queues():
         login = ("flower", variables["secret_flower_password"])
-        # Flower asks the workers when it starts and when it is told to; after a reboot it may have started before them.
+        # Flower inspects the workers at its start and on request. After a reboot it may have started before them.
         requests.get(f"{url(5555)}/api/workers?refresh=1", auth=login, timeout=10).raise_for_status()
         answer = requests.get(f"{url(5555)}/api/queues/length", auth=login, timeout=10).json()
         return sorted((queue["name"], queue["messages"]) for queue in answer["active_queues"])
@@ -99,7 +99,7 @@ def test_email_accepted_while_the_broker_is_down_arrives(send, inbox, systemctl,
     subject, state = send()
     assert state() == "queued"
     systemctl("start rabbitmq-server")
-    # A worker that lost the broker waits up to half a minute between two tries to reach it.
+    # A worker waits up to half a minute between two attempts to reconnect.
     eventually(lambda: state() == "sent", seconds=90)
     assert inbox().count(subject) == 2
 
@@ -111,7 +111,7 @@ def test_killed_worker_comes_back(send, inbox, systemctl, eventually):
     assert inbox().count(subject) == 2
 
 
-def test_all_is_up_again_after_a_reboot(send, inbox, systemctl, reboot, eventually):
+def test_everything_runs_after_a_reboot(send, inbox, systemctl, reboot, eventually):
     reboot()
     subject, state = eventually(send, seconds=60)
     eventually(lambda: state() == "sent", seconds=90)
@@ -120,12 +120,12 @@ def test_all_is_up_again_after_a_reboot(send, inbox, systemctl, reboot, eventual
 
 
 def test_second_run_changes_nothing_after_the_reboot(host, playbook):
-    # `host` keeps it in its place: pytest runs tests of no host last.
+    # The fixture `host` keeps the order: pytest runs tests without a host last.
     assert playbook() == []
 
 
 def test_drift_is_repaired(host, playbook, send, eventually):
-    """What hands did to a host: a stopped service, an edited unit, another password, a user who became administrator."""
+    """Manual changes: a stopped service, an edited unit, other passwords, a user with the tag administrator."""
     with host.sudo():
         host.check_output("systemctl disable --now mailroom-beat")
         host.check_output("sed -i s/TimeoutStopSec=.*/TimeoutStopSec=1/ '/etc/systemd/system/mailroom-worker@mail.service'")
@@ -144,8 +144,8 @@ def test_drift_is_repaired(host, playbook, send, eventually):
     assert playbook() == []
 
 
-def test_restart_that_a_killed_run_forgot_is_made_up_for(host, playbook, systemctl):
-    """A run that was killed between writing a file and restarting leaves processes that are older than their file."""
+def test_run_makes_up_for_a_restart_that_a_killed_run_missed(host, playbook, systemctl):
+    """A run that was killed between writing a file and the restart leaves processes that are older than their file."""
     units = ("mailroom-web", "mailroom-relay", "mailroom-worker@mail", "mailroom-beat")
     before = [systemctl(f"show --property MainPID --value {unit}") for unit in units]
     with host.sudo():
@@ -156,7 +156,7 @@ def test_restart_that_a_killed_run_forgot_is_made_up_for(host, playbook, systemc
     assert playbook("--tags", "django,celery") == []
 
 
-def test_worker_that_is_no_longer_listed_is_removed(playbook, systemctl):
+def test_unlisted_worker_is_removed(playbook, systemctl):
     kept = [{"name": "mail", "queues": ["mail.v1", "maintenance.v1"], "time_limit": 120}]
     assert playbook("--tags", "celery", celery_workers=kept) == WORKERS
     assert "maintenance" not in systemctl("list-units --all --plain --no-legend 'mailroom-worker@*'")

@@ -17,9 +17,9 @@ SHORTEST_KEY = 32
 
 class Command(BaseCommand):
     help = (
-        "Makes a superuser so: reads a JSON object with username, password and optionally email "
-        "and api_key on standard input; prints a line that starts with created, updated or "
-        "unchanged."
+        "Creates or updates a superuser from a JSON object on standard input, with username, "
+        "password and optionally email and api_key. Prints a line that starts with created, "
+        "updated or unchanged."
     )
 
     def handle(self, **_: Any) -> None:
@@ -33,7 +33,7 @@ class Command(BaseCommand):
         self.stdout.write(f"{result} {user.get_username()}")
 
     def read(self) -> dict[str, str]:
-        """The values wanted. No error repeats any part of the input: it holds secrets."""
+        """The values. Errors repeat no part of the input, because it contains secrets."""
         try:
             wanted = json.load(sys.stdin)
         except ValueError:
@@ -43,7 +43,7 @@ class Command(BaseCommand):
         if missing := REQUIRED - wanted.keys():
             raise CommandError(f"missing: {', '.join(sorted(missing))}")
         if wanted.keys() - REQUIRED - OPTIONAL:
-            raise CommandError(f"only {', '.join(sorted(REQUIRED | OPTIONAL))} are understood")
+            raise CommandError(f"only {', '.join(sorted(REQUIRED | OPTIONAL))} are allowed")
         for name, value in wanted.items():
             if not isinstance(value, str) or not value:
                 raise CommandError(f"{name}: expected a string that isn't empty")
@@ -74,7 +74,7 @@ class Command(BaseCommand):
     def ensure_key(self, user: Any, key: str) -> bool:
         digest = hash_key(key)
         if ApiKey.objects.filter(digest=digest).exclude(owner=user, name=KEY_NAME).exists():
-            raise CommandError("api_key: already in use under another name")
+            raise CommandError("api_key: another API key has the same value")
         found = ApiKey.objects.filter(owner=user, name=KEY_NAME).first()
         if found and found.digest == digest and not found.revoked:
             return False

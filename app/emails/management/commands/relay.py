@@ -11,7 +11,7 @@ class Command(BaseCommand):
     help = "Publishes due deliveries to the broker until it is stopped (SIGTERM or SIGINT)."
 
     def add_arguments(self, parser: CommandParser) -> None:
-        parser.add_argument("--once", action="store_true", help="publish what is due now and exit")
+        parser.add_argument("--once", action="store_true", help="publish what is due, then exit")
 
     def handle(self, *, once: bool, **_: Any) -> None:
         if once:

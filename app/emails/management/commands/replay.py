@@ -9,12 +9,12 @@ from emails.models import NEEDS_OPERATOR, Delivery
 
 class Command(BaseCommand):
     help = (
-        "Lists deliveries that need a decision (failed, or uncertain and held), by email and SMTP "
-        "code; with --send queues them again, with a new deadline."
+        "Lists failed deliveries and held uncertain ones, with the email and SMTP code. With "
+        "--send, retries them with a new deadline."
     )
 
     def add_arguments(self, parser: CommandParser) -> None:
-        parser.add_argument("emails", nargs="*", metavar="ID", help="of these emails; default: all")
+        parser.add_argument("emails", nargs="*", metavar="ID", help="only these emails")
         parser.add_argument("--state", choices=["failed", "uncertain"])
         parser.add_argument("--send", action="store_true")
 
