@@ -337,10 +337,6 @@ REFUSED = {
     ],
     "celery": [
         (
-            {"host_prefix": "/Users/me/My Apps"},
-            "host_prefix is '/Users/me/My Apps'; allowed is an absolute path without spaces or a last slash, or none.",
-        ),
-        (
             {"celery_requirements": "/nowhere"},
             "celery_requirements is '/nowhere', which is no lock on the controller that pins Celery.",
         ),
@@ -364,10 +360,6 @@ REFUSED = {
         ),
     ],
     "flower": [
-        (
-            {"host_prefix": "/Users/me/"},
-            "host_prefix is '/Users/me/'; allowed is an absolute path without spaces or a last slash, or none.",
-        ),
         ({"flower_name": "x" * 30}, f"flower_name is '{'x' * 30}'; allowed is a lower-case word of at most 24 letters,"),
         ({"flower_port": 70000}, "flower_port is 70000; allowed is 1 to 65535."),
         ({"flower_password": MARK[:11]}, "flower_password must have 12 characters at least."),

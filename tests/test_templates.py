@@ -62,7 +62,7 @@ FACTS = {"set_fact": {"hostname": "node", "os_family": "Debian", "cacheable": Tr
 
 def services_of(role):
     """The variables that a role passes to the role services, read from its task."""
-    (task,) = yaml.safe_load((ROOT / f"roles/{role}/tasks/service.yml").read_text())
+    task, *_ = yaml.safe_load((ROOT / f"roles/{role}/tasks/service.yml").read_text())
     return task["vars"]
 
 

@@ -173,7 +173,8 @@ def secret_errors(values, inventory):
         if texts[one] == texts[other]:
             sentences.append(f"{one} and {other} are the same; each secret must be another.")
     # The application reads this name, so a value here replaces secret_django_key.
-    own_key = (values.get("app_environment") or {}).get("SECRET_KEY") if "app_environment" in values else None
+    environment = values.get("app_environment") if "app_environment" in values else None
+    own_key = environment.get("SECRET_KEY") if isinstance(environment, Mapping) else None
     sentences += [
         f"SECRET_KEY of app_environment and {name} are the same; each secret must be another."
         for name, text in texts.items()
