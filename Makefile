@@ -14,6 +14,7 @@ export MOLECULE_COMMAND_BORDERS := 0
 
 # The slowest first, so that the last ones end at about the same time.
 SCENARIOS := site site-hosts site-el9 macos rabbitmq rabbitmq43 celery django erlang postgresql any-project flower firewall services ca_certificates built-collection
+BENCHMARKS := mail_compare mail_faults mail_load mail_pace broker_celery broker_faults broker_noop converge
 # How many scenarios run in parallel. A scenario mostly waits for its hosts.
 JOBS ?= 2
 SIDE_BY_SIDE = $(VENV)/bin/python tests/parts.py --jobs $(JOBS)
@@ -69,11 +70,13 @@ app: $(APP_VENV)/.complete ## Run the application with its own database and mail
 
 # ---- Tests ----
 
-.PHONY: test test-fast lint test-unit test-app-fast test-app broker-up broker-down test-scenarios
+.PHONY: test test-all bench-quick test-fast lint test-unit test-app-fast test-app broker-up broker-down test-scenarios
 test: lint test-unit $(APP_VENV)/.complete ## Run all tests
 	@testbed/install
 	@tests/install
 	@$(SIDE_BY_SIDE) test-app $(addprefix molecule-,$(SCENARIOS))
+
+test-all: test bench-quick ## Run everything, and each benchmark with --quick (an hour and a half)
 
 test-fast: $(VENV)/.complete $(APP_VENV)/.complete ## Run the tests that need no host (less than two minutes)
 	@$(SIDE_BY_SIDE) test-unit test-app-fast lint
@@ -99,6 +102,11 @@ test-app: $(VENV)/.complete $(APP_VENV)/.complete ## Run the application's tests
 	@$(MAKE) --no-print-directory broker-up
 	url=$$($(TESTBED) info --inventory inventories/app-tests --value broker.url) && cd app && \
 		TEST_BROKER_URL=$$url .venv/bin/pytest --cov --cov-report=term:skip-covered
+	@$(MAKE) --no-print-directory broker-down
+
+bench-quick: $(VENV)/.complete $(APP_VENV)/.complete ## Run each benchmark with --quick
+	@$(MAKE) --no-print-directory broker-up
+	@for name in $(BENCHMARKS); do echo "== bench/$$name --quick"; bench/$$name --quick || exit 1; done
 	@$(MAKE) --no-print-directory broker-down
 
 broker-up: $(VENV)/.complete $(APP_VENV)/.complete ## Start the broker of the application's tests and of bench/mail_*

@@ -260,7 +260,6 @@ NOT_YET_HELD = {
     "bench/mail_faults",
     "bench/mail_load",
     "bench/mail_pace",
-    "bench/rerun_unchanged",
     "molecule/any-project/tests/test_any_project.py",
     "molecule/ca_certificates/authorities.py",
     "molecule/conftest.py",
