@@ -160,7 +160,7 @@ def test_guest_is_deleted(api, run):
 def test_purge_keeps_a_nonempty_virtual_host_unless_it_is_listed(api, run, monkeypatch):
     warned = []
     # Ansible passes on warnings in different ways, depending on the modules that are loaded.
-    monkeypatch.setattr(rabbitmq_definitions.AnsibleModule, "warn", lambda _, text: warned.append(text))
+    monkeypatch.setattr(rabbitmq_definitions.UnloggedModule, "warn", lambda _, text: warned.append(text))
     api.definitions["vhosts"] += [{"name": name} for name in ("a/b", "empty", "in use", "app")]
     api.queues["a/b"] = [{"name": "q", "messages": 3}]
     api.connections["in use"] = [{}]

@@ -81,6 +81,7 @@ REFUSED = {
         ({"rabbitmq_open_files": "many"}, "rabbitmq_open_files is 'many', not a whole number."),
         ({"rabbitmq_memory_high_watermark": "0.5"}, "rabbitmq_memory_high_watermark is '0.5', not a number."),
         ({"rabbitmq_listeners": "127.0.0.1:5672"}, "rabbitmq_listeners is '127.0.0.1:5672', not a list."),
+        ({"rabbitmq_repository_urls": "https://a.example"}, "rabbitmq_repository_urls is 'https://a.example', not a list."),
         ({"rabbitmq_version": 4.10}, "rabbitmq_version is 4.1, not a text in quotes."),
         ({"rabbitmq_listener": []}, "rabbitmq_listener is no variable of the role rabbitmq, did you mean rabbitmq_listeners?"),
         ({"rabbitmq_administrator_password": 123456789012}, "rabbitmq_administrator_password is not a text in quotes."),

@@ -63,6 +63,14 @@ def test_spec_validates_all_variables_of_the_role(role):
         assert (ROOT / f"roles/{role}/tasks/validate.yml").exists()
 
 
+@pytest.mark.parametrize("role", [role for role in ROLES if role not in INTERNAL])
+def test_every_public_variable_is_set_by_a_test(role):
+    """A variable that no test sets may have no effect. Scenarios set most, the host `alternative` of test_templates.py the rest."""
+    places = ("molecule", "tests", "inventories", "testbed")
+    texts = [file.read_text() for file in FILES if file.parts[len(ROOT.parts)] in places and file.suffix in (".py", ".yml")]
+    assert [name for name in options(role) if not any(re.search(rf"\b{name}\b", text) for text in texts)] == []
+
+
 @pytest.mark.parametrize("role", [role for role in ROLES if role not in INTERNAL or role == "services"])
 def test_every_role_has_a_scenario_with_tests(role):
     assert (ROOT / f"molecule/{role}/molecule.yml").exists()

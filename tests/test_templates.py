@@ -43,6 +43,20 @@ HOSTS = {
         "celery_beat": False,
         "django_environment": {"LIST": ["a", "b"], "QUOTE": "it's", "TRUTH": False},
     },
+    # Variables that no scenario sets.
+    "alternative": {
+        "celery_user": "tasks",
+        "celery_directory": "/srv/tasks",
+        "celery_environment_file": "/srv/tasks.env",
+        "celery_log_level": "DEBUG",
+        "django_web_workers": 7,
+        "django_web_threads": 9,
+        "django_collectstatic": False,
+        "flower_url_prefix": "flower",
+        "flower_read_only": True,
+        "flower_max_tasks": 123,
+        "flower_memory_max": "99M",
+    },
     "worker alone": {"django_web": False, "django_processes": [], "celery_beat": False},
 }
 ROLES = ("services", "rabbitmq", "django", "celery", "flower")
@@ -55,6 +69,12 @@ TEMPLATES = {
     "environment": "django/templates/environment.j2",
     "manage": "django/templates/manage.j2",
 }
+# Other texts that a role writes or runs.
+EXPRESSIONS = {
+    "flower.environment": "{{ __flower_environment | django_celery.stack.environment_file }}",
+    "release commands": "{{ __django_release_commands | map(attribute='command') | join(', ') }}",
+}
+NO_UNITS = {*TEMPLATES, *EXPRESSIONS}
 
 # Facts, since the play contacts no host.
 FACTS = {"set_fact": {"hostname": "node", "os_family": "Debian", "cacheable": True}}
@@ -83,6 +103,8 @@ def rendered(tmp_path_factory):
     files += [ROOT / f"roles/rabbitmq/vars/{name}.yml" for name in ("main/main", "Debian", "main/checklist", "main/services")]
     tasks = [{"debug": {"msg": "{{ __services_units }}"}, "vars": services_of(role)} for role in ROLES[1:]]
     tasks += [{"debug": {"msg": f"{{{{ lookup('template', '{ROOT}/roles/{source}') }}}}"}} for source in TEMPLATES.values()]
+    new = {"__django_found": {"links": {}, "staged": []}, "__django_release": {"id": "new"}}
+    tasks += [{"debug": {"msg": text}, "vars": new} for text in EXPRESSIONS.values()]
     play = {"hosts": "all", "gather_facts": False, "vars_files": [str(file) for file in files], "tasks": [FACTS, *tasks]}
     (folder / "play.json").write_text(json.dumps([play]))
     code, answer, output = playbook("-i", folder / "hosts.json", folder / "play.json")
@@ -92,7 +114,7 @@ def rendered(tmp_path_factory):
     for host in HOSTS:
         units = [unit for result in results[: len(ROLES) - 1] for unit in result[host]["msg"]]
         texts = [result[host]["msg"] for result in results[len(ROLES) - 1 :]]
-        found[host] = {unit["name"]: unit["content"] for unit in units} | dict(zip(TEMPLATES, texts, strict=True))
+        found[host] = {unit["name"]: unit["content"] for unit in units} | dict(zip([*TEMPLATES, *EXPRESSIONS], texts, strict=True))
     return found
 
 
@@ -194,7 +216,7 @@ def test_units_of_a_host(rendered):
     for host, names in app.items():
         wanted = {f"mailroom-{name}" for name in names} | {"mailroom.target", "mailroom-flower.service", "rabbitmq-server.service"}
         wanted.add("epmd.socket")
-        assert set(rendered[host]) - set(TEMPLATES) == wanted
+        assert set(rendered[host]) - NO_UNITS == wanted
 
 
 def test_the_web_service_has_its_socket_and_time_to_finish_requests(rendered):
@@ -229,7 +251,7 @@ def test_a_process_gets_its_arguments_unchanged(rendered):
 def test_no_unit_contains_a_secret(rendered):
     for files in rendered.values():
         for name, text in files.items():
-            assert name in TEMPLATES or MARK not in text
+            assert name in NO_UNITS or MARK not in text
 
 
 def test_every_application_service_has_the_sandbox_and_no_start_limit(rendered):
@@ -239,7 +261,7 @@ def test_every_application_service_has_the_sandbox_and_no_start_limit(rendered):
                 unit = sections(text)
                 assert [directive for directive in unit["Service"] if directive[0] not in PER_SERVICE] == HARDENING, name
                 assert [directive for directive in unit["Unit"] if "StartLimit" in directive[0]] == [("StartLimitIntervalSec", "0")]
-                assert dict(unit["Service"])["User"] in ("mailroom", "mailroom-flower")
+                assert dict(unit["Service"])["User"] in ("mailroom", "mailroom-flower", "tasks")
 
 
 def test_the_packaged_broker_gets_only_a_drop_in(rendered):
@@ -252,9 +274,24 @@ def test_systemd_analyze_accepts_the_units(rendered, tmp_path):
     for host, files in rendered.items():
         folder = tmp_path / host.replace(" ", "-")
         folder.mkdir()
-        for name in files.keys() - TEMPLATES.keys() - {"rabbitmq-server.service", "epmd.socket"}:
+        for name in files.keys() - NO_UNITS - {"rabbitmq-server.service", "epmd.socket"}:
             # The programs are not on this machine.
-            (folder / name).write_text(re.sub(r"^ExecStart=/opt/\S+", "ExecStart=/bin/true", files[name], flags=re.MULTILINE))
+            (folder / name).write_text(re.sub(r"^ExecStart=/(opt|srv)/\S+", "ExecStart=/bin/true", files[name], flags=re.MULTILINE))
         command = ["systemd-analyze", "verify", "--man=no", *sorted(folder.iterdir())]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+def test_alternative_values_reach_the_services(rendered):
+    usual, other = rendered["usual"], rendered["alternative"]
+    worker = dict(settings(other["mailroom-worker@mail.service"]))
+    assert (worker["User"], worker["WorkingDirectory"]) == ("tasks", "/srv/tasks")
+    assert worker["EnvironmentFile"] == "/srv/tasks.env"
+    assert '"--loglevel=DEBUG"' in worker["ExecStart"] or "--loglevel=DEBUG" in worker["ExecStart"].split()
+    web = dict(settings(other["mailroom-web.service"]))["ExecStart"]
+    assert "--workers=7" in web and "--threads=9" in web
+    assert dict(settings(other["mailroom-flower.service"]))["MemoryMax"] == "99M"
+    flower = other["flower.environment"].splitlines()
+    assert {"FLOWER_URL_PREFIX='flower'", "FLOWER_READ_ONLY='true'", "FLOWER_MAX_TASKS='123'"} <= set(flower)
+    assert usual["release commands"] == "collectstatic --noinput --verbosity 0, check --deploy --fail-level ERROR"
+    assert other["release commands"] == "check --deploy --fail-level ERROR"

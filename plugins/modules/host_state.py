@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.django_celery.stack.plugins.module_utils.errors import Failure
 from ansible_collections.django_celery.stack.plugins.module_utils.host_state import HostState
+from ansible_collections.django_celery.stack.plugins.module_utils.unlogged import UnloggedModule
 
 DOCUMENTATION = r"""
 module: host_state
@@ -166,7 +166,7 @@ def main() -> None:
     }
     content: dict[str, object] = {"content": {"type": "str"}, "secret_content": {"type": "str", "no_log": True}}
     staged: dict[str, object] = {"staged": {"type": "bool", "default": False}}
-    module = AnsibleModule(
+    module = UnloggedModule(
         argument_spec={
             "users": {
                 "type": "list",
@@ -188,8 +188,6 @@ def main() -> None:
             "requires": {"type": "list", "elements": "path", "default": []},
         },
         supports_check_mode=True,
-        # Ansible masks nested secrets in its log of the arguments only while they have no line breaks, backslashes or quotes.
-        no_log=True,
     )
     state = HostState(module)
     try:

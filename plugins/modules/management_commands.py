@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.django_celery.stack.plugins.module_utils.errors import Failure
 from ansible_collections.django_celery.stack.plugins.module_utils.management_commands import run
+from ansible_collections.django_celery.stack.plugins.module_utils.unlogged import UnloggedModule
 
 DOCUMENTATION = r"""
 module: management_commands
@@ -69,15 +69,13 @@ def main() -> None:
         "stdin": {"type": "str", "no_log": True},
         "unchanged": {"type": "str"},
     }
-    module = AnsibleModule(
+    module = UnloggedModule(
         argument_spec={
             "directory": {"type": "path", "required": True},
             "environment_file": {"type": "path", "required": True},
             "commands": {"type": "list", "elements": "dict", "required": True, "options": command},
         },
         supports_check_mode=True,
-        # Ansible masks nested secrets in its log of the arguments only while they have no line breaks, backslashes or quotes.
-        no_log=True,
     )
     options = module.params
     if module.check_mode:

@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.django_celery.stack.plugins.module_utils.broker import Broker
 from ansible_collections.django_celery.stack.plugins.module_utils.errors import Failure
 from ansible_collections.django_celery.stack.plugins.module_utils.management_api import NoAnswer
 from ansible_collections.django_celery.stack.plugins.module_utils.masking import masked, uri_passwords
+from ansible_collections.django_celery.stack.plugins.module_utils.unlogged import UnloggedModule
 
 DOCUMENTATION = r"""
 module: rabbitmq_definitions
@@ -191,7 +191,7 @@ def main() -> None:
         "permissions": objects,
         "topic_permissions": objects,
     }
-    module = AnsibleModule(
+    module = UnloggedModule(
         argument_spec={
             "url": {"type": "str", "required": True},
             "administrator": {"type": "str", "required": True},
@@ -211,8 +211,6 @@ def main() -> None:
             "timeout": {"type": "int", "default": 60},
         },
         supports_check_mode=True,
-        # Ansible masks nested secrets in its log of the arguments only while they have no line breaks, backslashes or quotes.
-        no_log=True,
     )
     # Ansible prints the arguments at -vvv.
     module.no_log_values.update(uri_passwords([module.params["parameters"], module.params["global_parameters"]]))

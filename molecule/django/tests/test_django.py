@@ -123,14 +123,14 @@ def running(host):
 def test_environment_that_the_application_rejects_changes_nothing(host, run_playbook, variables):
     """The value passes the first play: only the application knows what is allowed."""
     before = running(host)
-    done = run_playbook("site.yml", "--tags", "django", app_environment={"LOG_LEVEL": "LOUD"})
+    done = run_playbook("playbooks/app.yml", app_environment={"LOG_LEVEL": "LOUD"})
     assert done.returncode != 0
     assert "`manage.py check --deploy --fail-level ERROR` failed" in done.stdout
     assert "LOG_LEVEL" in done.stdout
     assert "DEBUG, INFO, WARNING, ERROR or CRITICAL" in done.stdout
     assert variables["secret_django_key"] not in done.stdout
     assert running(host) == before
-    done = run_playbook("site.yml", "--tags", "django")
+    done = run_playbook("playbooks/app.yml")
     assert done.returncode == 0, done.stdout
     assert running(host) == before
     with host.sudo():
@@ -138,6 +138,6 @@ def test_environment_that_the_application_rejects_changes_nothing(host, run_play
 
 
 def test_run_fails_when_the_web_service_is_not_healthy(run_playbook):
-    done = run_playbook("site.yml", "--tags", "django", django_health_path="/no-such-path")
+    done = run_playbook("playbooks/app.yml", django_health_path="/no-such-path")
     assert done.returncode != 0
     assert "is not healthy: /no-such-path at 127.0.0.1:8000 answers 404" in done.stdout
