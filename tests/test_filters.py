@@ -57,12 +57,12 @@ def test_sound_internal_and_foreign_variables_are_no_fault(faults):
 
 
 def test_a_misspelt_variable_is_named_with_the_nearest(faults):
-    assert faults(broker_prot=1) == ["broker_prot is no variable of the role broker, did you mean broker_port?"]
+    assert faults(broker_prot=1) == ["broker_prot is not a variable of the role broker, did you mean broker_port?"]
 
 
 def test_where_none_is_near_all_are_listed(faults):
     (sentence,) = faults(broker_zzzzzzzzzzzzz=1)
-    assert sentence == f"broker_zzzzzzzzzzzzz is no variable of the role broker; the role has {', '.join(sorted(OPTIONS))}."
+    assert sentence == f"broker_zzzzzzzzzzzzz is not a variable of the role broker; the role has {', '.join(sorted(OPTIONS))}."
 
 
 @pytest.mark.parametrize(

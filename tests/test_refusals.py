@@ -82,21 +82,23 @@ REFUSED = {
         ({"rabbitmq_memory_high_watermark": "0.5"}, "rabbitmq_memory_high_watermark is '0.5', not a number."),
         ({"rabbitmq_listeners": "127.0.0.1:5672"}, "rabbitmq_listeners is '127.0.0.1:5672', not a list."),
         ({"rabbitmq_version": 4.10}, "rabbitmq_version is 4.1, not a text in quotes."),
-        ({"rabbitmq_listener": []}, "rabbitmq_listener is no variable of the role rabbitmq, did you mean rabbitmq_listeners?"),
+        ({"rabbitmq_listener": []}, "rabbitmq_listener is not a variable of the role rabbitmq, did you mean rabbitmq_listeners?"),
         ({"rabbitmq_administrator_password": 123456789012}, "rabbitmq_administrator_password is not a text in quotes."),
     ],
-    "erlang types": [({"erlang_versoin": "27"}, "erlang_versoin is no variable of the role erlang, did you mean erlang_version?")],
+    "erlang types": [
+        ({"erlang_versoin": "27"}, "erlang_versoin is not a variable of the role erlang, did you mean erlang_version?")
+    ],
     "django types": [
         ({"django_migrate": "false"}, "django_migrate is 'false', not true or false."),
-        ({"django_proceses": []}, "django_proceses is no variable of the role django, did you mean django_processes?"),
+        ({"django_proceses": []}, "django_proceses is not a variable of the role django, did you mean django_processes?"),
     ],
     "celery limits": [
         ({"celery_workers": [{**WORKER, "time_limit": "120"}]}, "celery_workers[0].time_limit is '120', not a whole number.")
     ],
-    "celery types": [({"celery_worker": []}, "celery_worker is no variable of the role celery, did you mean celery_workers?")],
+    "celery types": [({"celery_worker": []}, "celery_worker is not a variable of the role celery, did you mean celery_workers?")],
     "flower types": [
         ({"flower_port": "5555"}, "flower_port is '5555', not a whole number."),
-        ({"flower_prot": 5555}, "flower_prot is no variable of the role flower, did you mean flower_port?"),
+        ({"flower_prot": 5555}, "flower_prot is not a variable of the role flower, did you mean flower_port?"),
     ],
     "ca_certificates": [
         ({"ca_certificates_files": ["/nowhere.crt"]}, "/nowhere.crt in ca_certificates_files is not a file on the controller."),
@@ -104,11 +106,11 @@ REFUSED = {
     "ca_certificates names": [
         (
             {"ca_certificates_file": []},
-            "ca_certificates_file is no variable of the role ca_certificates, did you mean ca_certificates_files?",
+            "ca_certificates_file is not a variable of the role ca_certificates, did you mean ca_certificates_files?",
         ),
     ],
     "firewall": [
-        ({"firewall_enable": True}, "firewall_enable is no variable of the role firewall, did you mean firewall_enabled?"),
+        ({"firewall_enable": True}, "firewall_enable is not a variable of the role firewall, did you mean firewall_enabled?"),
     ],
     "firewall rules": [
         (
@@ -218,13 +220,13 @@ REFUSED = {
     "rabbitmq distribution": [
         (
             {"rabbitmq_version": "4.2"},
-            "rabbitmq_version is 4.2, and debian13 (host_platform) has RabbitMQ 4.0: set rabbitmq_source: team_rabbitmq for "
-            "another, or set host_platform to what the host runs.",
+            "rabbitmq_version is 4.2, and debian13 (host_platform) has RabbitMQ 4.0: set rabbitmq_source to team_rabbitmq for "
+            "another version, or set host_platform to the host's platform.",
         ),
         (
             {"rabbitmq_version": "4.0.12", "rabbitmq_source": "distribution", "erlang_version": "26"},
-            "erlang_version is 26, and debian13 (host_platform) has Erlang 27: allowed is that, or set host_platform to "
-            "what the host runs.",
+            "erlang_version is 26, and debian13 (host_platform) has Erlang 27: allowed is that version, or set host_platform to "
+            "the host's platform.",
         ),
     ],
     "common names": [
@@ -235,7 +237,7 @@ REFUSED = {
         ({"backup_directroy": "/b"}, "backup_directroy is not a variable of inventories/common; did you mean backup_directory?"),
         (
             {"app_zzzzzzzz": 1},
-            "app_zzzzzzzz is not a variable of inventories/common. One of your own is declared in "
+            "app_zzzzzzzz is not a variable of inventories/common. Declare your own variables in "
             "inventories/common/application.yml.",
         ),
     ],
@@ -258,11 +260,11 @@ REFUSED = {
     "common equal secrets": [
         (
             {"secret_django_key": f"{MARK}same", "secret_app_api_key": "{{ secret_django_key }}"},
-            "secret_app_api_key and secret_django_key are the same; each secret must be another.",
+            "secret_app_api_key and secret_django_key are the same; each secret must be different.",
         ),
         (
             {"secret_app_api_key": f"{MARK}same", "app_environment": {"SECRET_KEY": "{{ secret_app_api_key }}"}},
-            "SECRET_KEY of app_environment and secret_app_api_key are the same; each secret must be another.",
+            "SECRET_KEY of app_environment and secret_app_api_key are the same; each secret must be different.",
         ),
     ],
     "common environment": [
@@ -272,14 +274,14 @@ REFUSED = {
         ),
         (
             {"app_environment": {"ZZZZ": ""}},
-            "app_environment has ZZZZ, which the application does not read; known are those of app_environment_names.",
+            "app_environment has ZZZZ, which the application does not read; app_environment_names lists the names that it reads.",
         ),
     ],
     "common email": [
         (
             {"app_email_url": f"smtp://u:{MARK}@mail.example.org:smtp"},
-            "app_email_url has a port or a host that is malformed; allowed is a URL such as smtp://host:port, with the scheme "
-            "smtp, smtp+tls, smtp+ssl or consolemail. What is special in a password is written as urlencode does.",
+            "app_email_url has a malformed port or host; allowed is a URL such as smtp://host:port, with the scheme "
+            "smtp, smtp+tls, smtp+ssl or consolemail. Special characters in a password must be URL-encoded (urlencode).",
         ),
     ],
     "rabbitmq sources": [
