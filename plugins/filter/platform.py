@@ -32,7 +32,7 @@ def platform_family(facts, *families):
 
 
 def platform_python(facts):
-    """Return the name of a Python that the lock files support. The default Python of EL 9 and macOS is 3.9, which they do not."""
+    """Return the name of a Python that the lock files support. They do not support 3.9, the default of EL 9 and macOS."""
     if facts["os_family"] == "Darwin":
         return "python3.13"
     is_el9 = facts["os_family"] == "RedHat" and facts["distribution_major_version"] == "9"
