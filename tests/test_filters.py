@@ -76,12 +76,12 @@ def test_valid_internal_and_foreign_variables_are_accepted(faults):
 
 
 def test_misspelt_variable_is_reported_with_a_suggestion(faults):
-    assert faults(broker_prot=1) == ["broker_prot is no variable of the role broker, did you mean broker_port?"]
+    assert faults(broker_prot=1) == ["broker_prot is not a variable of the role broker, did you mean broker_port?"]
 
 
 def test_without_a_similar_name_all_variables_are_listed(faults):
     (sentence,) = faults(broker_zzzzzzzzzzzzz=1)
-    assert sentence == f"broker_zzzzzzzzzzzzz is no variable of the role broker; the role has {', '.join(sorted(OPTIONS))}."
+    assert sentence == f"broker_zzzzzzzzzzzzz is not a variable of the role broker; the role has {', '.join(sorted(OPTIONS))}."
 
 
 @pytest.mark.parametrize(

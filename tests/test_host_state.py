@@ -78,7 +78,7 @@ def test_directory_without_a_group_keeps_its_own(tmp_path):
 
 def test_file_in_the_place_of_a_directory_is_refused(tmp_path):
     (tmp_path / "a").write_text("")
-    with pytest.raises(Failure, match=r"/a must be a directory and is none"):
+    with pytest.raises(Failure, match=r"/a must be a directory, but is not"):
         state(directories=[entry(tmp_path / "a")])
 
 

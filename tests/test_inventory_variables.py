@@ -21,7 +21,7 @@ from helpers import MARK, ROOT, common_variables, playbook, wiring
 from jinja2 import UndefinedError
 
 GROUPS = {name: ["a"] for name in ("all", "ungrouped", "broker", "app", "web", "workers", "flower", "database")}
-EXPECTED = "Expected are broker, and app with web and workers in it; database and flower where they are used."
+EXPECTED = "Required are broker, and app with web and workers in it. Optional are database and flower."
 
 
 def without(*names, **more):
@@ -63,7 +63,7 @@ def test_misspelt_optional_group_is_refused(name, written):
 
 def test_hosts_of_web_and_workers_must_be_in_app():
     assert group_errors(without("web", web=["a", "b", "c"])) == [
-        "The group web has b, c, which the group app lacks: put web into app, as its child."
+        "The group web has b, c, which the group app lacks: make web a child of app."
     ]
 
 
@@ -82,8 +82,8 @@ def test_second_host_is_refused_unless_each_is_a_separate_environment(group, var
     assert host_count_errors("c", groups, {variable: "a"}) == []
     (sentence,) = host_count_errors("b", groups, {variable: "a"})
     assert sentence == (
-        f"The group {group} has the hosts a, b; allowed is one. There may be more only where each host is an environment of its "
-        f"own, with {variable} set to its own name."
+        f"The group {group} has the hosts a, b; allowed is one, or several if each host is a separate environment, with "
+        f"{variable} set to the host's name."
     )
 
 
@@ -125,7 +125,7 @@ def test_misspelt_group_ends_the_run(tmp_path):
 def test_second_broker_ends_the_run(tmp_path):
     groups = groups_of("one.invalid", broker={"hosts": {"one.invalid": None, "two.invalid": None}})
     assert refusal(inventory(tmp_path, groups)).startswith(
-        "The group broker has the hosts one.invalid, two.invalid; allowed is one."
+        "The group broker has the hosts one.invalid, two.invalid; allowed is one, or several"
     )
 
 
@@ -218,14 +218,14 @@ def test_valid_urls_are_accepted(url):
 @pytest.mark.parametrize(
     ("url", "error"),
     [
-        (f"smpt://u:{MARK}@mail.example.org:25", "another scheme or none"),
-        ("mail.example.org:25", "another scheme or none"),
-        ("smtp:mail.example.org", "another scheme or none"),
-        ("", "another scheme or none"),
-        (f"smtp://u:{MARK}@mail.example.org:smtp", "a port or a host that is malformed"),
-        (f"smtp://u:{MARK}/x@mail.example.org:25", "a port or a host that is malformed"),
-        ("smtp://mail.example.org:70000", "a port or a host that is malformed"),
-        ("smtp://[::1:25", "a port or a host that is malformed"),
+        (f"smpt://u:{MARK}@mail.example.org:25", "no scheme or a wrong one"),
+        ("mail.example.org:25", "no scheme or a wrong one"),
+        ("smtp:mail.example.org", "no scheme or a wrong one"),
+        ("", "no scheme or a wrong one"),
+        (f"smtp://u:{MARK}@mail.example.org:smtp", "a malformed port or host"),
+        (f"smtp://u:{MARK}/x@mail.example.org:25", "a malformed port or host"),
+        ("smtp://mail.example.org:70000", "a malformed port or host"),
+        ("smtp://[::1:25", "a malformed port or host"),
         ("smtp://mail.example.org:0", "the port 0"),
         (f"smtp+tls://u:{MARK}@:587", "no host"),
         ("smtp://mail example.org:25", "no host"),

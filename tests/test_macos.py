@@ -41,19 +41,19 @@ FORMULAE = {
     "installed": ("4.3.5", ["4.2.10_1"], "27", "supported", ""),
     "paired": ("4.2.10", [], "28", "paired", ""),
     "refused": ("4.2.10", [], "29", "refused", "RabbitMQ 4.2.10 of Homebrew does not run on Erlang 29"),
-    "another series": ("4.3.5", [], "27", "supported", "rabbitmq_version is '4.2', and Homebrew has one RabbitMQ alone, 4.3.5"),
+    "another series": ("4.3.5", [], "27", "supported", "rabbitmq_version is '4.2', and Homebrew has only RabbitMQ 4.3.5"),
 }
 # Prefixes of the jobs of brew services, now and until September 2026: Homebrew/brew#23750.
 BREW_LABELS = ("sh.brew", "homebrew.mxcl")
 # Per case: whether Homebrew is installed, the jobs of brew services, the clients; the expected error.
 SERVERS = {
     "right": (True, [], ["127.0.0.1", "192.0.2.0/24"], ""),
-    "no Homebrew": (False, [], [], "There is no /opt/homebrew/bin/brew. Install Homebrew as brew.sh says"),
+    "no Homebrew": (False, [], [], "There is no /opt/homebrew/bin/brew. Install Homebrew as described on brew.sh"),
     "brew services": (
         True,
         ["/L/sh.brew.postgresql@16.plist"],
         [],
-        "There is a PostgreSQL of brew services, /L/sh.brew.postgresql@16.plist",
+        "brew services has a PostgreSQL server, /L/sh.brew.postgresql@16.plist",
     ),
     "names": (True, [], ["::1", "web1"], "postgresql_clients has the names web1; allowed on a Mac are addresses and networks"),
 }
@@ -274,7 +274,7 @@ def test_homebrews_rabbitmq_is_accepted_or_rejected(answers, case):
     assert bool(refusal) == bool(FORMULAE[case][4])
     assert refusal.startswith(FORMULAE[case][4])
     if level == "refused":
-        assert 'With erlang_version and rabbitmq_erlang_version "27" the formula erlang@27 is installed' in refusal
+        assert 'If erlang_version and rabbitmq_erlang_version are "27", Ansible installs the formula erlang@27' in refusal
 
 
 @pytest.mark.parametrize("stable", ERLANGS)
@@ -291,7 +291,7 @@ def test_a_broker_of_brew_services_is_searched_by_both_labels(answers):
 def test_a_broker_of_brew_services_is_rejected_with_a_solution(answers, label):
     holds, refusal = answers["agents"][label]
     assert not holds
-    assert f"There is a broker of brew services, /L/{label}.rabbitmq.plist" in refusal
+    assert f"brew services has a broker, /L/{label}.rabbitmq.plist" in refusal
     assert "`brew services stop rabbitmq`" in refusal
 
 
@@ -336,7 +336,7 @@ def test_a_mac_that_cannot_run_the_database_is_rejected(answers, case):
 def test_root_must_be_told_the_owner_of_homebrew(answers):
     assert answers["agents"]["server of nobody: right"] == answers["daemons"]["server: right"] == []
     (refusal,) = answers["daemons"]["server of nobody: right"]
-    assert refusal.startswith("host_homebrew_user is empty and Ansible works as root")
+    assert refusal.startswith("host_homebrew_user is empty and Ansible runs as root")
 
 
 SERVER = """

@@ -40,7 +40,7 @@ def project(tmp_path):
     (tmp_path / "release" / "project.py").write_text("import os\nIMPORTED = os.urandom(4).hex()\n")
     python = f"import os, sys\nos.execv({sys.executable!r}, ['python', *sys.argv[1:]])\n"
     executable(tmp_path / "release" / "venv" / "bin" / "python", python)
-    (tmp_path / "environment").write_text("KEY='it'\\''s a $ecret'\n")
+    (tmp_path / "environment").write_text("KEY='it'\\''s $HOME'\n")
 
     def commands(*asked):
         full = [{"stdin": None, "unchanged": None, **each} for each in asked]
@@ -53,7 +53,7 @@ def test_commands_share_a_process_and_its_modules(project):
     one, two = project({"command": "one"}, {"command": "two"})
     assert one["stdout"].split()[1:] == two["stdout"].split()[1:]
     assert one["stdout"].startswith("one process")
-    assert one["stdout"].rstrip().endswith("key it's a $ecret")
+    assert one["stdout"].rstrip().endswith("key it's $HOME")
 
 
 def test_arguments_are_split_as_a_shell_does(project):

@@ -219,7 +219,7 @@ def test_supported_platforms_have_a_family(host):
         (facts("Fedora", "43", "RedHat"), "Fedora 43 is not supported."),
         (
             facts("Rocky", "8.10", "RedHat"),
-            "Rocky 8.10 is not supported: its dnf can be used by Python 3.6 alone, on which Ansible no",
+            "Rocky 8.10 is not supported: only Python 3.6 can use its dnf, and Ansible no",
         ),
         (facts("Archlinux", "rolling", "Archlinux"), "Archlinux rolling is not supported."),
     ],

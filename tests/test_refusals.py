@@ -35,12 +35,12 @@ NO_DATABASES = {"postgresql_databases": [], "postgresql_clients": []}
 TOPIC = {"vhost": "of-topics", "exchange": "e", "write": "", "read": ""}
 POLICY = {"name": "p", "vhost": "mailroom", "pattern": "^p", "definition": {}}
 
-KNOWN = "from a version on: RabbitMQ 4.3.3 on Erlang 27 or 28 or 29, RabbitMQ 4.3.0 on Erlang 26.2 or 27 or 28,"
+KNOWN = "combinations, from each version on: RabbitMQ 4.3.3 on Erlang 27 or 28 or 29, RabbitMQ 4.3.0 on Erlang 26.2 or 27 or 28,"
 NO_VHOST = (
     "rabbitmq_users, policies, parameters, exchanges, queues or bindings name the virtual host {}, which rabbitmq_vhosts does "
     "not list."
 )
-LATE = "celery_workers has a soft_time_limit that is not below the time_limit, in mail."
+LATE = "celery_workers has a soft_time_limit that is not below the time_limit, for mail."
 
 
 def versions(rabbitmq, erlang):
@@ -74,7 +74,7 @@ REFUSED = {
         ),
     ],
     "rabbitmq administrator": [
-        ({"rabbitmq_administrator": "guest"}, "rabbitmq_administrator may not be guest: the role removes that user."),
+        ({"rabbitmq_administrator": "guest"}, "rabbitmq_administrator must not be guest: the role deletes that user."),
     ],
     # layer_variable_errors, before any expression uses the variables.
     "rabbitmq types": [
@@ -83,33 +83,35 @@ REFUSED = {
         ({"rabbitmq_listeners": "127.0.0.1:5672"}, "rabbitmq_listeners is '127.0.0.1:5672', not a list."),
         ({"rabbitmq_repository_urls": "https://a.example"}, "rabbitmq_repository_urls is 'https://a.example', not a list."),
         ({"rabbitmq_version": 4.10}, "rabbitmq_version is 4.1, not a text in quotes."),
-        ({"rabbitmq_listener": []}, "rabbitmq_listener is no variable of the role rabbitmq, did you mean rabbitmq_listeners?"),
+        ({"rabbitmq_listener": []}, "rabbitmq_listener is not a variable of the role rabbitmq, did you mean rabbitmq_listeners?"),
         ({"rabbitmq_administrator_password": 123456789012}, "rabbitmq_administrator_password is not a text in quotes."),
     ],
-    "erlang types": [({"erlang_versoin": "27"}, "erlang_versoin is no variable of the role erlang, did you mean erlang_version?")],
+    "erlang types": [
+        ({"erlang_versoin": "27"}, "erlang_versoin is not a variable of the role erlang, did you mean erlang_version?")
+    ],
     "django types": [
         ({"django_migrate": "false"}, "django_migrate is 'false', not true or false."),
-        ({"django_proceses": []}, "django_proceses is no variable of the role django, did you mean django_processes?"),
+        ({"django_proceses": []}, "django_proceses is not a variable of the role django, did you mean django_processes?"),
     ],
     "celery limits": [
         ({"celery_workers": [{**WORKER, "time_limit": "120"}]}, "celery_workers[0].time_limit is '120', not a whole number.")
     ],
-    "celery types": [({"celery_worker": []}, "celery_worker is no variable of the role celery, did you mean celery_workers?")],
+    "celery types": [({"celery_worker": []}, "celery_worker is not a variable of the role celery, did you mean celery_workers?")],
     "flower types": [
         ({"flower_port": "5555"}, "flower_port is '5555', not a whole number."),
-        ({"flower_prot": 5555}, "flower_prot is no variable of the role flower, did you mean flower_port?"),
+        ({"flower_prot": 5555}, "flower_prot is not a variable of the role flower, did you mean flower_port?"),
     ],
     "ca_certificates": [
-        ({"ca_certificates_files": ["/nowhere.crt"]}, "/nowhere.crt of ca_certificates_files is no file on the controller."),
+        ({"ca_certificates_files": ["/nowhere.crt"]}, "/nowhere.crt in ca_certificates_files is not a file on the controller."),
     ],
     "ca_certificates names": [
         (
             {"ca_certificates_file": []},
-            "ca_certificates_file is no variable of the role ca_certificates, did you mean ca_certificates_files?",
+            "ca_certificates_file is not a variable of the role ca_certificates, did you mean ca_certificates_files?",
         ),
     ],
     "firewall": [
-        ({"firewall_enable": True}, "firewall_enable is no variable of the role firewall, did you mean firewall_enabled?"),
+        ({"firewall_enable": True}, "firewall_enable is not a variable of the role firewall, did you mean firewall_enabled?"),
     ],
     "firewall rules": [
         (
@@ -119,7 +121,7 @@ REFUSED = {
         ({"firewall_rules": [{"ports": [5672, 70000]}]}, "firewall_rules has the ports 5672, 70000; allowed are 1 to 65535."),
         (
             {"firewall_rules": [{"ports": [5672], "sources": ["192.0.2.7", "192.0.2.0/33", "web1"]}]},
-            "firewall_rules has the sources 192.0.2.0/33; allowed are addresses, networks and hosts' names.",
+            "firewall_rules has the sources 192.0.2.0/33; allowed are addresses, networks and host names.",
         ),
     ],
     # The roles' rules.
@@ -128,13 +130,13 @@ REFUSED = {
         *(
             (
                 versions(*pair),
-                f"rabbitmq_version {pair[0]} does not run on Erlang {pair[1]} (rabbitmq_erlang_version); known are, {KNOWN}",
+                f"rabbitmq_version {pair[0]} does not run on Erlang {pair[1]} (rabbitmq_erlang_version); known {KNOWN}",
             )
             for pair in (("3.13", "27"), ("4.0", "28"), ("4.0", "29"), ("4.2", "29"))
         ),
         ({"rabbitmq_erlang_cookie": MARK[:19]}, "rabbitmq_erlang_cookie must be 20 to 255 letters and digits."),
-        ({"rabbitmq_administrator_password": MARK[:11]}, "rabbitmq_administrator_password must have 12 characters at least."),
-        ({"rabbitmq_plugins": []}, "rabbitmq_plugins must list rabbitmq_management: the role works by its API."),
+        ({"rabbitmq_administrator_password": MARK[:11]}, "rabbitmq_administrator_password must have at least 12 characters."),
+        ({"rabbitmq_plugins": []}, "rabbitmq_plugins must list rabbitmq_management: the role uses its API."),
         ({"rabbitmq_memory_high_watermark": 2}, "rabbitmq_memory_high_watermark is 2; allowed is 0.1 to 0.9."),
         (
             {"rabbitmq_disk_free_limit": "2 gigs"},
@@ -148,7 +150,7 @@ REFUSED = {
         ),
         (
             {"rabbitmq_users": [{**USER, "name": "guest"}]},
-            "rabbitmq_users may list neither guest nor admin, who is rabbitmq_administrator.",
+            "rabbitmq_users must not list guest or admin (rabbitmq_administrator).",
         ),
         ({"rabbitmq_users": [{**USER, "permissions": [{"vhost": "of-users"}]}]}, NO_VHOST.format("of-users")),
         ({"rabbitmq_users": [{**USER, "topic_permissions": [TOPIC]}]}, NO_VHOST.format("of-topics")),
@@ -166,17 +168,16 @@ REFUSED = {
         ),
         (
             {"rabbitmq_parameters": [{"component": "operator_policy", "vhost": "mailroom", "name": "p", "value": {}}]},
-            "rabbitmq_parameters may not list operator_policy: the limits of rabbitmq_vhosts and rabbitmq_operator_policies are "
-            "for that.",
+            "rabbitmq_parameters must not list operator_policy: use the limits of rabbitmq_vhosts, or rabbitmq_operator_policies.",
         ),
         (
             {"rabbitmq_distribution_address": "localhost"},
             "rabbitmq_distribution_address is 'localhost'; allowed is an IPv4 address, such as 127.0.0.1.",
         ),
-        ({"rabbitmq_purge_vhosts": ["old"]}, "rabbitmq_purge_vhosts names old, which takes rabbitmq_purge to be true."),
+        ({"rabbitmq_purge_vhosts": ["old"]}, "rabbitmq_purge_vhosts lists old, but rabbitmq_purge is false; allowed is true."),
         (
             {"rabbitmq_purge": True, "rabbitmq_purge_vhosts": ["mailroom"]},
-            "rabbitmq_purge_vhosts names mailroom, which rabbitmq_vhosts lists.",
+            "rabbitmq_purge_vhosts lists mailroom, which rabbitmq_vhosts also lists.",
         ),
     ],
     "postgresql": [
@@ -185,23 +186,23 @@ REFUSED = {
         ({"postgresql_max_connections": 5}, "postgresql_max_connections is 5; allowed is 10 or more."),
         (
             {"postgresql_users": [{**DATABASE_USER, "name": "Mail Room"}], **NO_DATABASES},
-            "postgresql_users are called Mail Room; allowed are lower-case letters, digits, hyphens and underscores.",
+            "postgresql_users has the names Mail Room; allowed are lower-case letters, digits, hyphens and underscores.",
         ),
         (
             {"postgresql_users": [{**DATABASE_USER, "name": "postgres"}], **NO_DATABASES},
-            "postgresql_users may not list postgres, who is the server's own.",
+            "postgresql_users must not list postgres, the server's superuser.",
         ),
         (
             {"postgresql_users": [{**DATABASE_USER, "password": MARK[:11]}], **NO_DATABASES},
-            "postgresql_users has a password of less than 12 characters, of orders.",
+            "postgresql_users has a password of fewer than 12 characters for orders.",
         ),
         (
             {"postgresql_users": [DATABASE_USER], "postgresql_clients": []},
-            "postgresql_databases or postgresql_clients name the user mailroom, whom postgresql_users does not list.",
+            "postgresql_databases or postgresql_clients name the user mailroom, which postgresql_users does not list.",
         ),
         (
             {"postgresql_clients": [{"database": "mailroom", "user": "stranger", "address": "::1"}]},
-            "postgresql_databases or postgresql_clients name the user stranger, whom postgresql_users does not list.",
+            "postgresql_databases or postgresql_clients name the user stranger, which postgresql_users does not list.",
         ),
         (
             {"postgresql_databases": [], "postgresql_clients": [{"database": "mailroom", "user": "mailroom", "address": "::1"}]},
@@ -220,13 +221,13 @@ REFUSED = {
     "rabbitmq distribution": [
         (
             {"rabbitmq_version": "4.2"},
-            "rabbitmq_version is 4.2, and debian13 (host_platform) has RabbitMQ 4.0: set rabbitmq_source: team_rabbitmq for "
-            "another, or set host_platform to what the host runs.",
+            "rabbitmq_version is 4.2, and debian13 (host_platform) has RabbitMQ 4.0: set rabbitmq_source to team_rabbitmq for "
+            "another version, or set host_platform to the host's platform.",
         ),
         (
             {"rabbitmq_version": "4.0.12", "rabbitmq_source": "distribution", "erlang_version": "26"},
-            "erlang_version is 26, and debian13 (host_platform) has Erlang 27: allowed is that, or set host_platform to "
-            "what the host runs.",
+            "erlang_version is 26, and debian13 (host_platform) has Erlang 27: allowed is that version, or set host_platform to "
+            "the host's platform.",
         ),
     ],
     "common names": [
@@ -237,7 +238,7 @@ REFUSED = {
         ({"backup_directroy": "/b"}, "backup_directroy is not a variable of inventories/common; did you mean backup_directory?"),
         (
             {"app_zzzzzzzz": 1},
-            "app_zzzzzzzz is not a variable of inventories/common. One of your own is declared in "
+            "app_zzzzzzzz is not a variable of inventories/common. Declare your own variables in "
             "inventories/common/application.yml.",
         ),
     ],
@@ -260,11 +261,11 @@ REFUSED = {
     "common equal secrets": [
         (
             {"secret_django_key": f"{MARK}same", "secret_app_api_key": "{{ secret_django_key }}"},
-            "secret_app_api_key and secret_django_key are the same; each secret must be another.",
+            "secret_app_api_key and secret_django_key are the same; each secret must be different.",
         ),
         (
             {"secret_app_api_key": f"{MARK}same", "app_environment": {"SECRET_KEY": "{{ secret_app_api_key }}"}},
-            "SECRET_KEY of app_environment and secret_app_api_key are the same; each secret must be another.",
+            "SECRET_KEY of app_environment and secret_app_api_key are the same; each secret must be different.",
         ),
     ],
     "common environment": [
@@ -274,20 +275,20 @@ REFUSED = {
         ),
         (
             {"app_environment": {"ZZZZ": ""}},
-            "app_environment has ZZZZ, which the application does not read; known are those of app_environment_names.",
+            "app_environment has ZZZZ, which the application does not read; app_environment_names lists the names that it reads.",
         ),
     ],
     "common email": [
         (
             {"app_email_url": f"smtp://u:{MARK}@mail.example.org:smtp"},
-            "app_email_url has a port or a host that is malformed; allowed is a URL such as smtp://host:port, with the scheme "
-            "smtp, smtp+tls, smtp+ssl or consolemail. What is special in a password is written as urlencode does.",
+            "app_email_url has a malformed port or host; allowed is a URL such as smtp://host:port, with the scheme "
+            "smtp, smtp+tls, smtp+ssl or consolemail. Special characters in a password must be URL-encoded (urlencode).",
         ),
     ],
     "rabbitmq sources": [
         (
             {"rabbitmq_folder": "/nowhere", "rabbitmq_source": "folder"},
-            "rabbitmq_folder is '/nowhere', where the controller has no RPM.",
+            "rabbitmq_folder is '/nowhere'; allowed is a folder on the controller with RPMs.",
         ),
         (
             {"rabbitmq_repository_keys": [{"key": "k.asc", "fingerprint": "9F4587F226208342"}]},
@@ -296,7 +297,7 @@ REFUSED = {
         ),
     ],
     "erlang": [
-        ({"erlang_source": "folder"}, "erlang_folder is '', where the controller has no RPM."),
+        ({"erlang_source": "folder"}, "erlang_folder is ''; allowed is a folder on the controller with RPMs."),
         (
             {"erlang_repository_keys": [{"key": "k.asc", "fingerprint": "6B73A36E6026DFCA"}]},
             "erlang_repository_keys has the fingerprint 6B73A36E6026DFCA; allowed are 40 hexadecimal digits,",
@@ -306,20 +307,20 @@ REFUSED = {
     "django": [
         (
             {"host_prefix": "~/.local"},
-            "host_prefix is '~/.local'; allowed is an absolute path without spaces or a last slash, or none.",
+            "host_prefix is '~/.local'; allowed is an absolute path without spaces or a trailing slash, or an empty string.",
         ),
         (
             {"django_name": "Mail Room"},
             "django_name is 'Mail Room'; allowed is a lower-case word of at most 31 letters, digits and hyphens.",
         ),
-        ({"django_source": "/nowhere"}, "django_source is '/nowhere', where the controller has no manage.py."),
+        ({"django_source": "/nowhere"}, "django_source is '/nowhere'; allowed is a folder on the controller with a manage.py."),
         (
             {"django_source": "{{ project_without_hashes }}"},
-            "django_requirements is 'requirements.txt', which must be a lock with hashes below django_source, such as",
+            "django_requirements is 'requirements.txt'; allowed is a lock file with hashes in django_source, such as",
         ),
         (
             {"django_requirements": "pyproject.toml"},
-            "django_requirements is 'pyproject.toml', which must be a lock with hashes below django_source,",
+            "django_requirements is 'pyproject.toml'; allowed is a lock file with hashes in django_source,",
         ),
         (
             {"django_wsgi": "mailroom.wsgi"},
@@ -327,44 +328,44 @@ REFUSED = {
         ),
         (
             {"django_processes": [{**PROCESS, "name": "web"}]},
-            "django_processes are called web; web, worker, beat and flower are services of their own.",
+            "django_processes has the names web; web, worker, beat and flower are reserved for other services.",
         ),
-        ({"django_processes": [PROCESS, PROCESS]}, "django_processes are called relay, relay; each needs a name of its own."),
+        ({"django_processes": [PROCESS, PROCESS]}, "django_processes has the names relay, relay; each name must be unique."),
         (
             {"django_processes": [{**PROCESS, "watchdog": 60}]},
-            "django_processes has a watchdog in relay; allowed is one with readiness notify.",
+            "django_processes has a watchdog for relay; a watchdog requires readiness notify.",
         ),
         ({"django_releases_kept": 0}, "django_releases_kept is 0; allowed is 1 or more."),
     ],
     "celery": [
         (
             {"celery_requirements": "/nowhere"},
-            "celery_requirements is '/nowhere', which is no lock on the controller that pins Celery.",
+            "celery_requirements is '/nowhere'; allowed is a lock file on the controller that pins Celery.",
         ),
         (
             {"celery_requirements": "{{ lock_5_5 }}"},
-            "has no setting for its control queues, which the broker denies (RabbitMQ 4.0). Celery 5.7 works; for an older one, "
-            "rabbitmq_permitted_deprecated_features with transient_nonexcl_queues permits it.",
+            "has no setting for its control queues, which the broker denies (RabbitMQ 4.0). Celery 5.7 works. For an older "
+            "version, list transient_nonexcl_queues in rabbitmq_permitted_deprecated_features.",
         ),
-        ({"celery_workers": [WORKER, WORKER]}, "celery_workers are called mail, mail; each needs a name of its own."),
+        ({"celery_workers": [WORKER, WORKER]}, "celery_workers has the names mail, mail; each name must be unique."),
         (
             {"celery_workers": [{**WORKER, "name": "Mail@x"}]},
-            "celery_workers are called Mail@x; allowed are lower-case letters, digits, hyphens and underscores.",
+            "celery_workers has the names Mail@x; allowed are lower-case letters, digits, hyphens and underscores.",
         ),
-        ({"celery_workers": [{**WORKER, "queues": []}]}, "celery_workers has no queues in mail; allowed is one or more."),
+        ({"celery_workers": [{**WORKER, "queues": []}]}, "celery_workers has no queues for mail; allowed is one or more."),
         ({"celery_workers": [{**WORKER, "time_limit": 60, "soft_time_limit": 90}]}, LATE),
         # 300 is the default time_limit.
         ({"celery_workers": [{**WORKER, "soft_time_limit": 300}]}, LATE),
         (
             {"celery_workers": [{**WORKER, "watchdog": 60}]},
-            "celery_workers has a watchdog in mail; allowed is one with readiness notify.",
+            "celery_workers has a watchdog for mail; a watchdog requires readiness notify.",
         ),
     ],
     "flower": [
         ({"flower_name": "x" * 30}, f"flower_name is '{'x' * 30}'; allowed is a lower-case word of at most 24 letters,"),
         ({"flower_port": 70000}, "flower_port is 70000; allowed is 1 to 65535."),
-        ({"flower_password": MARK[:11]}, "flower_password must have 12 characters at least."),
-        ({"flower_cookie_secret": MARK}, "flower_cookie_secret must have 32 characters at least."),
+        ({"flower_password": MARK[:11]}, "flower_password must have at least 12 characters."),
+        ({"flower_cookie_secret": MARK}, "flower_cookie_secret must have at least 32 characters."),
         ({"flower_broker_url": f"redis://:{MARK}@localhost"}, "flower_broker_url must begin with amqp:// or amqps://."),
         ({"flower_username": "a:b"}, "flower_username is 'a:b'; allowed is a name without a colon."),
     ],
@@ -543,7 +544,7 @@ def test_one_wrong_value_ends_the_whole_site(tmp_path):
     hosts = [("flower-wrong.invalid", {"flower_port": 70000}, []), ("rabbitmq-right.invalid", {}, [])]
     code, answer, output = playbook("-i", write_inventory(tmp_path, hosts), "site.yml")
     assert code == 2
-    assert [play["play"]["name"] for play in answer["plays"]] == ["Variables"]
+    assert [play["play"]["name"] for play in answer["plays"]] == ["Validate the variables"]
     assert sum(numbers["failures"] for numbers in answer["stats"].values()) == 1
     assert sum(numbers["unreachable"] for numbers in answer["stats"].values()) == 0
     assert "flower_port is 70000" in output
@@ -559,7 +560,7 @@ NO_DATABASE = (
 def test_inventory_without_a_database_is_refused(tmp_path, groups):
     code, answer, output = playbook("-i", without_database(tmp_path, groups), "site.yml")
     assert code == 2
-    assert [play["play"]["name"] for play in answer["plays"]] == ["Variables"]
+    assert [play["play"]["name"] for play in answer["plays"]] == ["Validate the variables"]
     assert {host: numbers["unreachable"] for host, numbers in answer["stats"].items()} == {"app.invalid": 0, "mq.invalid": 0}
     assert answer["plays"][0]["tasks"][-1]["hosts"]["app.invalid"]["msg"] == NO_DATABASE, output
 

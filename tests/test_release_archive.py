@@ -131,5 +131,5 @@ def test_id_is_short_and_in_the_archives_name(project):
 
 
 def test_missing_folder_is_named(tmp_path):
-    with pytest.raises(AnsibleLookupError, match=r"nowhere is no folder on the controller"):
+    with pytest.raises(AnsibleLookupError, match=r"nowhere is not a folder on the controller"):
         release(tmp_path / "nowhere")

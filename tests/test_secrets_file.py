@@ -89,8 +89,8 @@ def test_encrypted_file_stays_encrypted_with_the_same_password_and_id(file, vaul
 @pytest.mark.parametrize(
     ("vault", "sentence"),
     [
-        (NO_VAULT, "is encrypted, and Ansible was given no vault password: add --ask-vault-pass or --vault-password-file"),
-        (VaultLib([("default", VaultSecret(b"another"))]), "is encrypted, and no vault password that Ansible was given opens it"),
+        (NO_VAULT, "is encrypted, and Ansible has no vault password: add --ask-vault-pass or --vault-password-file"),
+        (VaultLib([("default", VaultSecret(b"another"))]), "is encrypted, and none of Ansible's vault passwords decrypts it"),
     ],
 )
 def test_without_the_vault_password_nothing_is_written(file, vault, sentence):
@@ -126,9 +126,9 @@ def test_secrets_are_added_to_supported_texts(text):
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("{a: 1}\n", "can't be added to"),
-        ("a: 1\n...\n", "can't be added to"),
-        ("- a\n", "holds no mapping"),
+        ("{a: 1}\n", "can't be extended"),
+        ("a: 1\n...\n", "can't be extended"),
+        ("- a\n", "is not a mapping"),
         (f"a: {MARK}\n b: 1\n", r"is not valid YAML \(line 2\)"),
     ],
 )
@@ -304,6 +304,6 @@ def test_playbook_adds_to_an_encrypted_file_and_shows_no_secret(tmp_path):
 
     done = create_secrets(inventory)
     assert done.returncode != 0
-    sentence = f"{file} is encrypted, and Ansible was given no vault password: add --ask-vault-pass or --vault-password-file."
+    sentence = f"{file} is encrypted, and Ansible has no vault password: add --ask-vault-pass or --vault-password-file."
     assert sentence in done.stderr + done.stdout
     assert file.read_bytes() == encrypted

@@ -62,18 +62,18 @@ def test_key_in_a_second_armour_is_found():
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "no ASCII-armoured"),
-        ("<html>not found</html>", "no ASCII-armoured"),
-        ("-----BEGIN PGP PUBLIC KEY BLOCK-----\n\nAAAA\n", "no ASCII-armoured"),
+        ("", "not an ASCII-armoured"),
+        ("<html>not found</html>", "not an ASCII-armoured"),
+        ("-----BEGIN PGP PUBLIC KEY BLOCK-----\n\nAAAA\n", "not an ASCII-armoured"),
         (armour(packet(KEY)).replace("AAEC", "A*EC"), "damaged"),
-        (armour(packet(KEY)[:-3]), "cut off"),
-        (armour(packet(KEY) + b"\xc6"), "cut off"),
+        (armour(packet(KEY)[:-3]), "truncated"),
+        (armour(packet(KEY) + b"\xc6"), "truncated"),
         # Refused, because a package manager might find a key here that the lookup does not find.
-        (armour(packet(KEY) + b"\x06" + bytes(9)), "no OpenPGP packet"),
+        (armour(packet(KEY) + b"\x06" + bytes(9)), "not an OpenPGP packet"),
         (armour(packet(KEY) + b"\x9b" + KEY), "length"),
         (armour(packet(KEY) + b"\xc6\xe1" + KEY), "length"),
         (armour(packet(KEY) + packet(b"\x06" + bytes(50))), "version 6"),
-        (armour(packet(KEY)) + armour(packet(LONG_KEY), kind="MESSAGE"), "something else"),
+        (armour(packet(KEY)) + armour(packet(LONG_KEY), kind="MESSAGE"), "something other"),
     ],
 )
 def test_invalid_key_is_refused(text, words):

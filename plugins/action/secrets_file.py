@@ -1,4 +1,4 @@
-"""Adds generated secrets to a file of variables. An action plugin, since it needs the vault passwords that Ansible was given."""
+"""Adds generated secrets to a file of variables. This is an action plugin, since it needs Ansible's vault passwords."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ LENGTH = 40
 
 
 class NotAdded(Exception):
-    """The file stays as it is; carries the reason."""
+    """Nothing was added. The text is the reason."""
 
 
 def entries(text: str) -> list[tuple[str, str]]:
-    """The names at the top of a YAML text, each with its value as YAML. Tags such as !vault are kept, nothing is decrypted."""
+    """Return the top-level names of a YAML text, each with its value as YAML. Tags such as !vault stay, nothing is decrypted."""
     mapping = top(text)
     return [(key.value, yaml.serialize(value)) for key, value in mapping.value] if mapping else []
 
@@ -39,7 +39,7 @@ def top(text: str) -> yaml.MappingNode | None:
     if node is None or (isinstance(node, yaml.ScalarNode) and not node.value):
         return None
     if not isinstance(node, yaml.MappingNode):
-        raise NotAdded("holds no mapping of names to values")
+        raise NotAdded("is not a mapping of names to values")
     return node
 
 
@@ -48,7 +48,7 @@ def text_node(value: str) -> yaml.ScalarNode:
 
 
 def added(text: str, new: dict[str, str]) -> str:
-    """The text with the new names at its end. All that it has stays, comments and order too."""
+    """Return the text with the new names at its end. Existing names, comments and their order stay."""
     if not new:
         return text
     mapping = top(text)
@@ -62,23 +62,23 @@ def added(text: str, new: dict[str, str]) -> str:
             return longer
     except NotAdded:
         pass
-    raise NotAdded("can't be added to at its end. Write one name a line, as `name: value`, and no brackets around all of them")
+    raise NotAdded("can't be extended at its end. Write one name per line, as `name: value`, without brackets around all of them")
 
 
 def decrypted(content: bytes, vault: VaultLib) -> tuple[str, object, str | None]:
-    """The text of an encrypted file, and the secret and the vault ID to encrypt it with again."""
+    """Return the text of an encrypted file, and the secret and the vault ID that encrypt it."""
     if not vault.secrets:
-        raise NotAdded("is encrypted, and Ansible was given no vault password: add --ask-vault-pass or --vault-password-file")
+        raise NotAdded("is encrypted, and Ansible has no vault password: add --ask-vault-pass or --vault-password-file")
     try:
         text, _, secret = vault.decrypt_and_get_vault_id(content)
     except AnsibleVaultError:
-        raise NotAdded("is encrypted, and no vault password that Ansible was given opens it") from None
+        raise NotAdded("is encrypted, and none of Ansible's vault passwords decrypts it") from None
     return text.decode(), secret, parse_vaulttext_envelope(content)[3]
 
 
 def replace(path: Path, content: bytes) -> None:
-    """Replace the file by a new one that its owner alone can read: who reads it finds the old content or the new."""
-    # Ansible passes over hidden files, so one that a killed run left is never read. The next run replaces it.
+    """Replace the file by a new one that only its owner can read. Readers see the old content or the new."""
+    # Ansible ignores hidden files, so it never reads the file of a killed run. The next run replaces that file.
     new = path.with_name(f".{path.name}.new")
     new.unlink(missing_ok=True)
     descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -98,7 +98,7 @@ def replace(path: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path):
-    """Keeps a second run from replacing the file at the same time."""
+    """Prevent a second run from replacing the file at the same time."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -108,8 +108,8 @@ def locked(folder: Path):
 
 
 def add_secrets(path: Path, names: list[str], vault: VaultLib, check: bool = False) -> tuple[list[str], bool]:
-    """Add those names that the file lacks, each with a new secret. Gives their names, and whether the file changed."""
-    # A team may keep the file elsewhere, behind a link.
+    """Add the missing names to the file, each with a new secret. Return these names, and whether the file changed."""
+    # The path may be a link, if a team keeps the file elsewhere.
     path = path.resolve()
     if not check:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,10 +143,10 @@ class ActionModule(ActionBase):
         )
         path = Path(options["path"])
         try:
-            # Loading variables decrypts with the same object.
+            # Ansible uses the same object to decrypt variables.
             new, changed = add_secrets(path, options["names"], self._loader._vault, self._task.check_mode)
         except (NotAdded, OSError, UnicodeDecodeError) as error:
-            # The text of a decoding error quotes the file.
+            # The text of a decoding error quotes the file's content.
             cause = getattr(error, "strerror", None) or "it is not UTF-8"
             reason = error if isinstance(error, NotAdded) else f"can't be read or written: {cause}"
             raise AnsibleActionFail(f"{path} {reason}. Nothing was changed.") from None

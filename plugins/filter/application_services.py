@@ -1,13 +1,13 @@
-"""The processes of an application, as entries of the role services' list."""
+"""Converts the processes of an application to entries of services_list."""
 
 from __future__ import annotations
 
-# What a worker has, after its longest task, to stop its pool and close its connections.
+# The seconds that a worker has after its longest task to stop its pool and close its connections.
 STOP_SECONDS = 30
 
 
 def celery_workers_as_services(workers, name, app, program, log_level):
-    """A service per worker. `workers` have the defaults of celery_workers, `name` is the application's, `app` its Celery module."""
+    """Return one service per worker. `workers` have the defaults of celery_workers. `app` is the Celery module."""
     return [_worker_as_service(worker, name, app, program, log_level) for worker in workers]
 
 
@@ -40,12 +40,12 @@ def _worker_as_service(worker, name, app, program, log_level):
 
 
 def celery_workers_soft_limit_too_high(workers):
-    """Names of the workers whose soft time limit is not below the time limit."""
+    """Return the names of the workers whose soft time limit is not below the time limit."""
     return [worker["name"] for worker in workers if worker.get("soft_time_limit", 0) >= worker["time_limit"]]
 
 
 def django_processes_as_services(processes, name, bin_directory):
-    """A service per process. A program without an absolute path is one of `bin_directory`, that of the virtual environment."""
+    """Return one service per process. A program without an absolute path is in `bin_directory` of the virtual environment."""
     return [_process_as_service(process, name, bin_directory) for process in processes]
 
 

@@ -1,4 +1,4 @@
-"""Applies the defaults that a role's argument specs give for the entries of a list or mapping.
+"""Applies the defaults in a role's argument specs to the entries of a list or mapping.
 
 Ansible validates such entries against the specs, but passes them on without the defaults.
 """
@@ -17,7 +17,7 @@ ROLES = Path(__file__).resolve().parents[2] / "roles"
 
 @functools.cache
 def _options(role):
-    """The options of a role of this collection, from its meta/argument_specs.yml."""
+    """Return the options of a role of this collection, from its meta/argument_specs.yml."""
     file = ROLES / role / "meta" / "argument_specs.yml"
     try:
         text = file.read_text(encoding="utf-8")
@@ -27,7 +27,7 @@ def _options(role):
 
 
 def _complete(value, spec):
-    """A copy of the value in which every mapping has the defaults of its options."""
+    """Return a copy of the value in which every mapping has the defaults of its options."""
     options = spec.get("options")
     if not options or value is None:
         return value
@@ -39,9 +39,9 @@ def _complete(value, spec):
 
 
 def with_defaults(value, role, variable):
-    """The value of a role's variable, with the defaults of nested options; unknown keys are kept.
+    """Return the value of a role's variable, with the defaults of nested options. Unknown keys are kept.
 
-    The role is named, because role_path is that of the role whose task evaluates the expression, which can be another one.
+    The role is an argument, because role_path belongs to the role whose task evaluates the expression, which can be another role.
     """
     options = _options(role)
     if variable not in options:

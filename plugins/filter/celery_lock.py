@@ -1,4 +1,4 @@
-"""What a project's lock says of its packages."""
+"""Reads the version of a package from a lock file."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 
 def locked_version(lock, package):
-    """The version that a requirements lock pins a package to, or an empty string."""
+    """Return the version to which a lock file pins a package, or an empty string."""
     match = re.search(rf"^{re.escape(package)}(?:\[[^\]]*\])?==([^\s;\\]+)", lock, re.MULTILINE | re.IGNORECASE)
     return match.group(1) if match else ""
 

@@ -1,4 +1,4 @@
-"""Environment files that both systemd and sh can read."""
+"""Writes environment files that both systemd and sh can read."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 def environment_file(variables):
-    """The text of an environment file, one line per variable.
+    """Return the text of an environment file, one line per variable.
 
-    Values stand in single quotes, which systemd's EnvironmentFile= and sh read alike. True and false are written in
+    Values have single quotes, which systemd's EnvironmentFile= and sh read in the same way. True and false are written in
     lower case, lists with commas.
     """
     lines = []

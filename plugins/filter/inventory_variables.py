@@ -1,6 +1,6 @@
-"""Finds mistakes of an inventory that no role sees: its groups, its secrets, and the variables of inventories/common.
+"""Finds errors of an inventory that no role can find: in groups, secrets, and the variables of inventories/common.
 
-All sentences are for the person who runs the playbook. None shows a secret.
+The errors are sentences for the person who runs the playbook. No error shows a secret.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jinja2 import UndefinedError, pass_context
 COLLECTION = Path(__file__).resolve().parents[2]
 REQUIRED_GROUPS = ("broker", "app", "web", "workers")
 OPTIONAL_GROUPS = ("database", "flower")
-# The roles that validate.yml checks, by the groups whose hosts have them.
+# The roles that validate.yml checks, by the groups whose hosts they apply to.
 ROLES = {
     "all": ("ca_certificates", "firewall"),
     "broker": ("erlang", "rabbitmq"),
@@ -29,13 +29,13 @@ ROLES = {
     "workers": ("celery",),
     "flower": ("flower",),
 }
-# What the names of inventories/common begin with, beside those of the roles' variables.
+# Prefixes of the variables of inventories/common, in addition to the roles' variables.
 PREFIXES = ("app_", "backup_", "host_", "service_", "wiring_")
 SPECIFICATIONS = ("app_variable_specs", "wiring_variable_specs")
 
 
 def distance(one, other):
-    """How many letters are to be added, removed, replaced or swapped with the next to make one word the other."""
+    """Return the number of letters to add, remove, replace or swap with the next to turn one word into the other."""
     before: list[int] = []
     row = list(range(len(other) + 1))
     for i, letter in enumerate(one, 1):
@@ -48,7 +48,7 @@ def distance(one, other):
 
 
 def misspelt(name, known, mistakes):
-    """The first of the known names that this one is by so few mistakes in typing."""
+    """Return the first of the known names that differs from this one by at most this number of typing errors."""
     return next((word for word in known if word != name and distance(name, word) <= mistakes), None)
 
 
@@ -61,7 +61,7 @@ def did_you_mean(name, known):
 
 
 def group_errors(groups):
-    """Sentences about groups that the plays need and the inventory lacks, and about hosts that are in one without the other."""
+    """Return the errors of missing required groups, and of hosts that are in `web` or `workers` but not in `app`."""
     own = [name for name in groups if name not in ("all", "ungrouped")]
     expected = REQUIRED_GROUPS + OPTIONAL_GROUPS
     others = [name for name in own if name not in expected]
@@ -75,27 +75,25 @@ def group_errors(groups):
             sentences.append(f"The inventory has no group {name}.")
     if sentences:
         sentences.append(
-            f"Its groups are {', '.join(own) or 'none'}. Expected are broker, and app with web and workers in it; database and "
-            "flower where they are used."
+            f"Its groups are {', '.join(own) or 'none'}. Required are broker, and app with web and workers in it. "
+            "Optional are database and flower."
         )
         return sentences
     for name in ("web", "workers"):
         if outside := [host for host in groups[name] if host not in groups["app"]]:
-            sentences.append(
-                f"The group {name} has {', '.join(outside)}, which the group app lacks: put {name} into app, as its child."
-            )
+            sentences.append(f"The group {name} has {', '.join(outside)}, which the group app lacks: make {name} a child of app.")
     return sentences
 
 
 def host_count_errors(host, groups, values):
-    """Sentences about groups of which there can be one host, unless each host is an environment of its own, as this one may be."""
+    """Return the errors of groups that may have only one host, unless each host is a separate environment."""
     sentences = []
     for name, variable in (("broker", "wiring_broker"), ("database", "wiring_database")):
         hosts = groups.get(name, [])
         if host in hosts and len(hosts) > 1 and values.get(variable) != host:
             sentences.append(
-                f"The group {name} has the hosts {', '.join(hosts)}; allowed is one. There may be more only where each host is an "
-                f"environment of its own, with {variable} set to its own name."
+                f"The group {name} has the hosts {', '.join(hosts)}; allowed is one, or several if each host is a separate "
+                f"environment, with {variable} set to the host's name."
             )
     return sentences
 
@@ -104,37 +102,35 @@ def host_count_errors(host, groups, values):
 
 
 def common_names(inventory_dir):
-    """The names of all variables in an inventory's link to inventories/common, or None where it has no link."""
+    """Return the names of all variables in an inventory's link to inventories/common, or None without a link."""
     folder = Path(inventory_dir or "", "group_vars", "all", "00-common")
     if not inventory_dir or not folder.is_dir():
         return None
     names = set()
     for file in (path for path in sorted(folder.rglob("*")) if path.suffix in (".yml", ".yaml", ".json")):
-        # Composed, not loaded: a value may have a tag of Ansible's.
+        # Composed, not loaded, since a value may have one of Ansible's tags.
         node = yaml.compose(file.read_text(encoding="utf-8"), Loader=LOADER)
         names |= {key.value for key, _ in node.value} if isinstance(node, yaml.MappingNode) else set()
     return names
 
 
 def url_error(name, url, schemes):
-    """The sentence about a URL that is malformed. It leaves the URL out, which may hold a password."""
+    """Return the error of a malformed URL, or None. The error does not contain the URL, which may contain a password."""
     wanted = f"allowed is a URL such as {schemes[0]}://host:port, with the scheme {', '.join(schemes[:-1])} or {schemes[-1]}"
     try:
         parts = urlsplit(url)
         port = parts.port
     except ValueError:
-        return (
-            f"{name} has a port or a host that is malformed; {wanted}. What is special in a password is written as urlencode does."
-        )
+        return f"{name} has a malformed port or host; {wanted}. Special characters in a password must be URL-encoded (urlencode)."
     if parts.scheme not in schemes or not url.startswith(f"{parts.scheme}://"):
-        return f"{name} has another scheme or none; {wanted}."
+        return f"{name} has no scheme or a wrong one; {wanted}."
     if parts.scheme != "consolemail" and not re.fullmatch(r"[\w.:%-]+", parts.hostname or ""):
         return f"{name} has no host; {wanted}."
     return f"{name} has the port 0; {wanted}." if port == 0 else None
 
 
 class Values:
-    """A host's variables. Those that can't be evaluated are told apart by the reason."""
+    """A host's variables. Variables that can't be evaluated are grouped by the reason."""
 
     def __init__(self, context, names):
         self.context, self.names, self.failed = context, names, {}
@@ -146,7 +142,7 @@ class Values:
         return self.context.resolve(name) if name in self.names else default
 
     def errors_of(self, name, find):
-        """The sentences that `find` gives of the value, or one that says why there is no value."""
+        """Return the errors that `find` returns for the value. If the value can't be evaluated, record the reason."""
         try:
             return list(find(self.context.resolve(name)))
         except UndefinedError as error:
@@ -171,12 +167,12 @@ def secret_errors(values, inventory):
             texts[name] = values.get(name)
     for one, other in combinations(texts, 2):
         if texts[one] == texts[other]:
-            sentences.append(f"{one} and {other} are the same; each secret must be another.")
-    # The application reads this name, so a value here replaces secret_django_key.
+            sentences.append(f"{one} and {other} are the same; each secret must be different.")
+    # The application reads SECRET_KEY, so a value in app_environment replaces secret_django_key.
     environment = values.get("app_environment") if "app_environment" in values else None
     own_key = environment.get("SECRET_KEY") if isinstance(environment, Mapping) else None
     sentences += [
-        f"SECRET_KEY of app_environment and {name} are the same; each secret must be another."
+        f"SECRET_KEY of app_environment and {name} are the same; each secret must be different."
         for name, text in texts.items()
         if text == own_key and name != "secret_django_key"
     ]
@@ -187,13 +183,13 @@ def secret_errors(values, inventory):
 
 
 def shortest(path):
-    """A path as the person would type it: relative to the present folder where it is below that."""
+    """Return a path as a person would type it, relative to the working directory if possible."""
     path = Path(path)
     return path.relative_to(os.getcwd()) if path.is_relative_to(os.getcwd()) else path
 
 
 def specified(name, spec, value):
-    """The sentences about a value by its specification; `url_schemes` are those of a URL."""
+    """Return the errors of a value by its specification. `url_schemes` are the schemes of a URL."""
     wrong = list(mistyped(name, spec, value))
     if not wrong and "url_schemes" in spec:
         wrong = [error for error in [url_error(name, value, spec["url_schemes"])] if error]
@@ -201,19 +197,19 @@ def specified(name, spec, value):
 
 
 def environment_errors(values):
-    """Sentences about names in app_environment that the application does not read."""
+    """Yield the errors of names in app_environment that the application does not read."""
     known = values.get("app_environment_names") or []
     given = values.get("app_environment") or {}
     for name in sorted(given) if known and isinstance(given, Mapping) else ():
         if name not in known:
-            hint = did_you_mean(name, known) or "; known are those of app_environment_names."
+            hint = did_you_mean(name, known) or "; app_environment_names lists the names that it reads."
             yield f"app_environment has {name}, which the application does not read{hint}"
 
 
 def common_variable_errors(values, inventory_dir, sources):
-    """Sentences about a host's variables that inventories/common knows: names, secrets, types.
+    """Return the errors of a host's variables of inventories/common: names, secrets, types.
 
-    A team that replaces application.yml has its own names in it.
+    A team that replaces application.yml defines its own names there.
     """
     known = common_names(inventory_dir)
     if known is None:
@@ -222,10 +218,10 @@ def common_variable_errors(values, inventory_dir, sources):
         ]
     sentences = []
     for name in sorted(name for name in values.names if name.startswith(PREFIXES) and name not in known):
-        hint = did_you_mean(name, sorted(known)) or ". One of your own is declared in inventories/common/application.yml."
+        hint = did_you_mean(name, sorted(known)) or ". Declare your own variables in inventories/common/application.yml."
         sentences.append(f"{name} is not a variable of inventories/common{hint}")
     sentences += secret_errors(values, " -i ".join(str(shortest(source)) for source in sources))
-    # Without its secrets most of an environment can't be evaluated.
+    # Without the secrets, most variables can't be evaluated.
     if sentences := sentences + values.failures():
         return sentences
     for specs in (values.get(name) or {} for name in SPECIFICATIONS):
@@ -238,7 +234,7 @@ def common_variable_errors(values, inventory_dir, sources):
 
 
 def layer_variable_errors(values, group_names):
-    """Sentences about names and types of the variables of all roles that a host has, before any expression uses them."""
+    """Return the errors in names and types of the role variables of a host, before an expression uses them."""
     sentences = []
     for role in (role for group in ("all", *group_names) for role in ROLES.get(group, ())):
         options = role_options(COLLECTION / "roles" / role)
@@ -254,15 +250,15 @@ def layer_variable_errors(values, group_names):
 
 
 def distribution_errors(values):
-    """Sentences about versions that a broker's distribution does not have, where it is the source."""
+    """Return the errors of versions that the broker's distribution does not have, if the distribution is the source."""
     platform = values.get("host_platform")
     row = values.get("wiring_versions", {}).get(platform, {})
     if row.get("source") != "distribution":
         return []
     sentences = []
     for program, title, otherwise in (
-        ("rabbitmq", "RabbitMQ", "set rabbitmq_source: team_rabbitmq for another"),
-        ("erlang", "Erlang", "allowed is that"),
+        ("rabbitmq", "RabbitMQ", "set rabbitmq_source to team_rabbitmq for another version"),
+        ("erlang", "Erlang", "allowed is that version"),
     ):
         version, source = values.get(f"{program}_version"), values.get(f"{program}_source", "automatic")
         parts, shipped = version.split("."), row[program].split(".")
@@ -270,16 +266,16 @@ def distribution_errors(values):
         if source in ("automatic", "distribution") and all(map(str.isdigit, parts)) and parts[:length] != shipped[:length]:
             sentences.append(
                 f"{program}_version is {version}, and {platform} (host_platform) has {title} {row[program]}: {otherwise}, or set "
-                "host_platform to what the host runs."
+                "host_platform to the host's platform."
             )
     return sentences
 
 
 @pass_context
 def inventory_errors(context, names):
-    """All sentences about a host of an inventory. `names` are those of the host's variables.
+    """Return all errors of a host of an inventory. `names` are the names of the host's variables.
 
-    Later checks count on what earlier ones found in order, so the first that finds something is the last.
+    Each check assumes that the earlier ones found no error, so only the first errors are returned.
     """
     host, groups, group_names = (context.resolve(name) for name in ("inventory_hostname", "groups", "group_names"))
     values = Values(context, names)

@@ -1,17 +1,17 @@
-"""Property lists of launchd, from the role services' list of services."""
+"""Converts entries of services_list to property lists of launchd."""
 
 from __future__ import annotations
 
 import plistlib
 
-# A property list is readable by all users and launchd reads no environment file, so a shell reads it and then becomes the command.
-# Arguments: the file for the process's number, the environment file or an empty word, the command.
+# launchd reads no environment file, and all users can read a property list. So a shell reads the environment file and then executes
+# the command. Arguments: the PID file, the environment file or an empty word, the command.
 START = 'set -e; echo $$ >"$0"; if [ -n "$1" ]; then set -a; . "$1"; set +a; fi; shift; exec "$@"'
 
 
 def _job(name, user, command, directory, log_directory, *, environment=None, supervision, restart_on=()):
-    """A job, as the module launchd_jobs takes it. `supervision` are the keys that say when launchd starts and ends it."""
-    # Aqua is the session of a user at the screen, Background that of a user who has only logged in by SSH.
+    """Return a job for the module launchd_jobs. `supervision` has the keys that control when launchd starts and stops the job."""
+    # Aqua is the session of a user at the screen, Background the session of a user who is logged in only by SSH.
     session = {"UserName": user} if user else {"LimitLoadToSessionType": ["Aqua", "Background"]}
     content = {
         "Label": name,
@@ -48,7 +48,7 @@ def _service_job(service, user, log_directory):
             "RunAtLoad": True,
             "KeepAlive": True,
             "ThrottleInterval": 5,
-            # TERM goes to the first process. When it has ended, or at the timeout, the rest of its group is killed.
+            # The first process gets TERM. When it has exited, or at the timeout, launchd kills its process group.
             "ExitTimeOut": service["stop_timeout"],
             "AbandonProcessGroup": False,
             # With the default, Standard, macOS throttles the job in favour of apps.
@@ -60,7 +60,7 @@ def _service_job(service, user, log_directory):
 
 
 def _log_job(owner, user, log_directory):
-    """Rotates the logs every hour. It runs as the services' user, so it can access only that user's files."""
+    """Return a job that rotates the logs every hour. It runs as the services' user, so it can access only that user's files."""
     return _job(
         f"{owner.replace('/', '-')}-logs",
         user,
@@ -73,9 +73,9 @@ def _log_job(owner, user, log_directory):
 
 
 def launchd_jobs(services, owner, user, log_directory):
-    """The jobs of services, as the module launchd_jobs takes them, and one that rotates their logs.
+    """Return the jobs of services for the module launchd_jobs, and a job that rotates their logs.
 
-    `services` have the defaults of services_list. `user` is the user of daemons; it is empty for agents, which run as the user
+    `services` have the defaults of services_list. `user` is the user of daemons. It is empty for agents, which run as the user
     who loads them.
     """
     jobs = [_service_job(service, user, log_directory) for service in services]

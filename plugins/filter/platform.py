@@ -1,4 +1,4 @@
-"""The family of a host's platform, of which roles read their values and steps; a platform that they do not know is refused."""
+"""Returns the family of a host's platform, by which roles load variables and tasks. An unsupported platform is refused."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ FAMILIES = {
     "Darwin": "macOS 14, 15, 26 and 27",
 }
 VERSIONS = {
-    # What testing calls itself until it is released.
+    # The name of testing until its release.
     "Debian": ("13", "forky/sid"),
     "MacOSX": ("14", "15", "26", "27"),
     "Ubuntu": ("24.04", "26.04"),
     **dict.fromkeys(("RedHat", "Rocky", "AlmaLinux", "CentOS", "OracleLinux"), ("9", "10")),
 }
-OLD_EL = "its dnf can be used by Python 3.6 alone, on which Ansible no longer runs"
+OLD_EL = "only Python 3.6 can use its dnf, and Ansible no longer runs on Python 3.6"
 
 
 def platform_family(facts, *families):
-    """`Debian`, `RedHat` or `Darwin`, from a host's facts (subset `distribution`); a role that knows fewer families names them."""
+    """Return `Debian`, `RedHat` or `Darwin` from a host's facts (subset `distribution`). A role may support fewer `families`."""
     families = families or tuple(FAMILIES)
     name, family = facts["distribution"], facts["os_family"]
     version = facts["distribution_version" if name == "Ubuntu" else "distribution_major_version"]
@@ -32,7 +32,7 @@ def platform_family(facts, *families):
 
 
 def platform_python(facts):
-    """The name of the Python that the locks have packages for: EL 9 has 3.9 by default, macOS 3.9 too."""
+    """Return the name of a Python that the lock files support. They do not support 3.9, the default of EL 9 and macOS."""
     if facts["os_family"] == "Darwin":
         return "python3.13"
     is_el9 = facts["os_family"] == "RedHat" and facts["distribution_major_version"] == "9"

@@ -1,4 +1,4 @@
-"""Values that RabbitMQ wants in forms of its own."""
+"""Hashes passwords for RabbitMQ and compares versions of RabbitMQ and Erlang."""
 
 from __future__ import annotations
 
@@ -7,29 +7,29 @@ import hashlib
 
 
 def rabbitmq_password_hash(password, salt_of):
-    """RabbitMQ's salted SHA-256 of a password: base64 of four bytes of salt and the digest (its page "Passwords").
+    """Return RabbitMQ's salted SHA-256 of a password: base64 of a salt of four bytes and the digest (its page "Passwords").
 
-    The salt is derived from `salt_of`, a secret, so that the same data gives the same file in each run.
+    The salt is derived from the secret `salt_of`, so that each run writes the same file.
     """
     salt = hashlib.sha256(str(salt_of).encode()).digest()[:4]
     return base64.b64encode(salt + hashlib.sha256(salt + str(password).encode()).digest()).decode()
 
 
 def _begins(version, prefix):
-    """Whether a version such as 27.3.4 is of the series 27, or a series such as 27 holds the version."""
+    """Tell whether a version such as 27.3.4 belongs to the series 27, or a series such as 27 contains the version."""
     ours, theirs = str(version).split("."), str(prefix).split(".")
     length = min(len(ours), len(theirs))
     return ours[:length] == theirs[:length]
 
 
 def _release(version):
-    """A version as numbers; a series stands for its newest release, which is what a package manager installs."""
+    """Return a version as numbers. A series means its newest release, which a package manager would install."""
     numbers = [int(part) for part in str(version).split(".")]
     return (*numbers, 9999)[:3] if len(numbers) == 2 else tuple(numbers)
 
 
 def rabbitmq_compatibility(table, rabbitmq, erlang):
-    """`supported`, `paired`, `refused` or, for a RabbitMQ whose series the table does not have, `unknown`."""
+    """Return `supported`, `paired`, `refused`, or `unknown` if the table lacks the RabbitMQ series."""
     try:
         release = _release(rabbitmq)
     except ValueError:

@@ -1,6 +1,6 @@
-"""Finds faults of a role's variables that Ansible passes over: misspelt names, and values of another type than the role's.
+"""Finds errors in a role's variables that Ansible does not report: misspelt names and values of a wrong type.
 
-validate_argument_spec accepts the text '5672' for a number and 'a,b' for a list, and leaves the variable as it is.
+validate_argument_spec accepts the text '5672' for a number and 'a,b' for a list, and does not convert the variable.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from jinja2 import pass_context
 
-# The one in C takes a tenth of the time.
+# The loader in C takes a tenth of the time.
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 TYPES: dict[str, tuple[Any, str]] = {
     "bool": (bool, "true or false"),
@@ -28,10 +28,10 @@ TYPES: dict[str, tuple[Any, str]] = {
 
 
 def mistyped(name, spec, value):
-    """Sentences about a value, and what is in it, that is not of its option's type."""
+    """Yield an error for a value, or a nested value, that does not have its option's type."""
     kind = spec.get("type", "str")
     types, wanted = TYPES[kind]
-    # Texts are sequences and truths are whole numbers to Python.
+    # In Python, a text is a sequence, and true and false are whole numbers.
     disguised = (isinstance(value, str) and types is Sequence) or (isinstance(value, bool) and types is not bool)
     if disguised or not isinstance(value, types):
         shown = "not" if spec.get("no_log") or isinstance(value, (Mapping, list)) else f"{value!r}, not"
@@ -47,25 +47,25 @@ def mistyped(name, spec, value):
 
 
 def role_options(role_path):
-    """The specification of a role's variables."""
+    """Return the argument specs of a role's variables."""
     text = (Path(role_path) / "meta" / "argument_specs.yml").read_text(encoding="utf-8")
     specs = yaml.load(text, Loader=LOADER)  # noqa: S506 - both are safe loaders
     return specs["argument_specs"]["main"]["options"]
 
 
 def misnamed(name, role, options):
-    """The sentence about a variable that begins with a role's name and is not one of its options."""
+    """Return the error for a variable that begins with a role's name and is not one of its options."""
     near = difflib.get_close_matches(name, options, n=1, cutoff=0.6)
     hint = f", did you mean {near[0]}?" if near else f"; the role has {', '.join(sorted(options))}."
-    return f"{name} is no variable of the role {role}{hint}"
+    return f"{name} is not a variable of the role {role}{hint}"
 
 
 @pass_context
 def role_variable_errors(context, names, role_path):
-    """Sentences about the variables that begin with the role's name and that its argument_specs do not have so.
+    """Return the errors of the variables that begin with the role's name: unknown names and wrong types.
 
-    `names` are those of a host's variables, `role_path` is the role's directory. Names of registers and internal values
-    begin with two underscores and are not looked at.
+    `names` are the names of a host's variables. `role_path` is the role's directory. Registered and internal variables begin
+    with two underscores and are not checked.
     """
     role = Path(role_path).name
     options = role_options(role_path)

@@ -1,10 +1,10 @@
-"""Unit files of systemd, from the role services' list of services."""
+"""Converts entries of services_list to systemd units."""
 
 from __future__ import annotations
 
 import re
 
-# Directives that remove what a Python network service does not need: systemd.exec(5).
+# Directives that remove privileges that a Python network service does not need: systemd.exec(5).
 SANDBOX = [
     ("NoNewPrivileges", "yes"),
     ("CapabilityBoundingSet", ""),
@@ -40,7 +40,7 @@ SANDBOX = [
 
 
 def quote(value):
-    """A value as one word of a unit file: systemd.syntax(7). Specifiers (%) are escaped."""
+    """Return a value as one word of a unit file: systemd.syntax(7). Specifiers (%) are escaped."""
     text = str(value).replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
     text = text.replace("\n", "\\n").replace("\t", "\\t")
     if text and re.fullmatch(r"[A-Za-z0-9_@%+=:,./$-]+", text):
@@ -49,17 +49,17 @@ def quote(value):
 
 
 def command_line(words):
-    """A command line of a unit file: systemd.service(5). Variables ($) are escaped too."""
+    """Return a command line of a unit file: systemd.service(5). Variables ($) are escaped too."""
     return " ".join(quote(word).replace("$", "$$") for word in words)
 
 
 def _lines(directives):
-    """Pairs of name and value as lines, without those whose value is None."""
+    """Return pairs of name and value as lines, without pairs whose value is None."""
     return [f"{name}={value}" for name, value in directives if value is not None]
 
 
 def _file(sections):
-    """The text of a unit file, from a mapping of sections to their lines."""
+    """Return the text of a unit file, from a mapping of sections to their lines."""
     return "\n".join("\n".join([f"[{name}]", *lines]) + "\n" for name, lines in sections.items())
 
 
@@ -84,7 +84,7 @@ def _service(service, app, user, after):
     unit = [
         ("Description", service["description"]),
         ("PartOf", f"{app}.target"),
-        # Only the order: none of these units is required, since it can be on another host.
+        # This sets only the order. None of these units is required, since it can run on another host.
         ("After", " ".join(["network-online.target", *after])),
         ("Wants", "network-online.target"),
         ("Requires", socket),
@@ -102,11 +102,11 @@ def _service(service, app, user, after):
         ("ExecStart", command_line(service["command"])),
         ("Restart", "always"),
         ("RestartSec", 2),
-        # TERM goes only to the main process, so its children finish their work. At the timeout all are killed.
+        # Only the main process gets TERM, so its children finish their work. At the timeout, systemd kills all of them.
         ("KillMode", "mixed"),
         ("TimeoutStopSec", service["stop_timeout"]),
         ("WatchdogSec", service.get("watchdog")),
-        # When the kernel kills a child that uses too much memory, the service goes on and replaces the child.
+        # If the kernel kills a child that uses too much memory, the service continues and replaces the child.
         ("OOMPolicy", "continue"),
         ("MemoryMax", service.get("memory_max")),
         ("LimitNOFILE", service["open_files"]),
@@ -120,7 +120,7 @@ def _service(service, app, user, after):
 
 
 def _packaged_unit(service):
-    """The drop-in of a unit that a package installs."""
+    """Return the drop-in of a unit that a package installs."""
     if "listen" in service:
         listeners = _lines(("ListenStream", address) for address in service["listen"])
         content = _file({"Socket": ["# The package's own addresses are forgotten first.", "ListenStream=", *listeners]})
@@ -130,10 +130,10 @@ def _packaged_unit(service):
 
 
 def systemd_units(services, app, user, after):
-    """The units of services, as the module systemd_units takes them.
+    """Return the units of services for the module systemd_units.
 
-    `services` have the defaults of services_list. `app` is empty where all services are packaged. `user` is the user and the
-    group of the services; `after` are units that start before them.
+    `services` have the defaults of services_list. `app` is empty if all services are packaged. `user` is the user and the
+    group of the services. `after` lists units that start before them.
     """
     units = [{"name": f"{app}.target", "content": _target(app), "shared": True}] if app else []
     for service in services:

@@ -1,4 +1,4 @@
-"""Hosts of a play, once the inventory's file of secrets can be read.
+"""Returns the hosts of a play if Ansible can read the inventory's file of secrets.
 
 A play's hosts are evaluated before Ansible loads variables, which fails on an encrypted file without naming it.
 """
@@ -15,10 +15,10 @@ from ansible.plugins.lookup import LookupBase
 
 DOCUMENTATION = r"""
 name: readable_secrets
-short_description: Names hosts, unless a file of secrets is encrypted and Ansible has no vault password
+short_description: Return hosts, unless a file of secrets is encrypted and Ansible has no vault password
 description:
-  - Gives what it is given. It fails where C(group_vars/all/91-secrets.yml) of an inventory is encrypted and Ansible was given no
-    vault password, with a sentence that names the file and the option to add.
+  - Returns its terms. Fails if C(group_vars/all/91-secrets.yml) of an inventory is encrypted and Ansible has no vault password.
+    The error names the file and the missing option.
 options:
   _terms: {description: The pattern of the hosts., required: true}
 author: The maintainers of this bundle
@@ -34,7 +34,6 @@ class LookupModule(LookupBase):
                     encrypted = is_encrypted_file(content)
                 if encrypted:
                     raise AnsibleLookupError(
-                        f"{file} is encrypted, and Ansible was given no vault password: add --ask-vault-pass or "
-                        "--vault-password-file."
+                        f"{file} is encrypted, and Ansible has no vault password: add --ask-vault-pass or --vault-password-file."
                     )
         return terms

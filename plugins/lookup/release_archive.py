@@ -1,4 +1,4 @@
-"""A project folder as an archive that is named after its content."""
+"""Packs a project folder into an archive that is named after its content."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from ansible.plugins.lookup import LookupBase
 
 DOCUMENTATION = r"""
 name: release_archive
-short_description: A project folder as an archive that is named after its content
+short_description: Pack a project folder into an archive that is named after its content
 description:
-  - Packs a folder of the controller. Equal content gives equal bytes, whatever the times and owners of the files, so the
-    archive's name tells whether a host has it already.
+  - Packs a folder of the controller. The archive does not depend on the times and owners of the files. Equal content has the same
+    name, so a role can see from the name whether a host already has the release.
 options:
   _terms: {description: The folder., required: true}
   exclude: {description: "Names to leave out, as shell patterns.", type: list, elements: str, default: []}
-  salt: {description: Text that makes another release of the same content., type: str, default: ""}
+  salt: {description: Text that changes the release of the same content., type: str, default: ""}
 author: The maintainers of this bundle (@django-celery)
 """
 
@@ -42,7 +42,7 @@ def files_of(folder: Path, exclude: list[str]) -> Iterator[Path]:
     """Files and symbolic links below a folder, sorted, as paths relative to it."""
     for directory, names, files in os.walk(folder):
         names[:] = sorted(name for name in names if not any(fnmatch.fnmatch(name, p) for p in exclude))
-        # A link to a folder is one of its folders to os.walk, which does not go there.
+        # os.walk lists a link to a folder as a folder, and does not follow it.
         files += [name for name in names if os.path.islink(os.path.join(directory, name))]
         for name in sorted(files):
             if not any(fnmatch.fnmatch(name, pattern) for pattern in exclude):
@@ -50,11 +50,11 @@ def files_of(folder: Path, exclude: list[str]) -> Iterator[Path]:
 
 
 def pack(folder: Path, exclude: list[str]) -> bytes:
-    """The folder's tar archive: bytes that depend on names, content and the executable bit alone."""
+    """Return the folder's tar archive. It depends only on names, content and the executable bit."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as archive:
         for path in files_of(folder, exclude):
-            # Made from nothing, it has no time and no owner, and two files that share their data are two files.
+            # A new entry has no time and no owner, and hard links become separate files.
             member = tarfile.TarInfo(str(path))
             status = os.lstat(folder / path)
             member.mode = 0o750 if status.st_mode & 0o100 else 0o640
@@ -75,10 +75,10 @@ class LookupModule(LookupBase):
         for term in terms:
             folder = Path(os.path.expanduser(term))
             if not folder.is_dir():
-                raise AnsibleLookupError(f"{folder} is no folder on the controller.")
+                raise AnsibleLookupError(f"{folder} is not a folder on the controller.")
             content = pack(folder, self.get_option("exclude"))
             digest = hashlib.sha256(content + b"\0" + self.get_option("salt").encode()).hexdigest()[:12]
-            # Ansible's own temporary directory: private to the user, removed when the playbook ends.
+            # Ansible's temporary directory is private to the user. Ansible removes it when the playbook ends.
             path = Path(constants.DEFAULT_LOCAL_TMP) / f"release-{digest}.tar.gz"
             if not path.exists():
                 part = path.with_suffix(f".{os.getpid()}")

@@ -1,4 +1,4 @@
-"""Texts of OpenPGP keys, each checked against the fingerprint that it must have."""
+"""Reads OpenPGP keys and checks their fingerprints."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from ansible_collections.django_celery.stack.plugins.plugin_utils.openpgp import
 
 DOCUMENTATION = r"""
 name: signing_keys
-short_description: Texts of OpenPGP keys, each checked against its fingerprint
+short_description: Read OpenPGP keys and check their fingerprints
 description:
-  - Reads keys on the controller, so a host never sees a key that has another fingerprint than expected.
+  - Reads keys on the controller. A key with an unexpected fingerprint never reaches a host.
 options:
   _terms:
     description: Mappings of C(key), a URL or a file, and C(fingerprint), 40 hexadecimal digits.

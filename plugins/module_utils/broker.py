@@ -1,4 +1,4 @@
-"""A RabbitMQ broker that is given the objects of the role's variables: read, compared, imported and read again."""
+"""Imports the objects of the role's variables into a RabbitMQ broker: reads, compares, imports, and reads again."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from ansible_collections.django_celery.stack.plugins.module_utils.masking import
 # Exchanges that RabbitMQ creates in each virtual host.
 BUILT_IN = re.compile(r"$|amq\.")
 
-# Seconds that an import may take to be visible on this node, and that rabbitmqctl may take.
+# Seconds until an import must be visible on this node, and until rabbitmqctl must end.
 VISIBLE = 5
 RABBITMQCTL = 120
 
 
 def contents(queues: Iterable[Object], exchanges: Iterable[Object], connections: Iterable[Object]) -> list[str]:
-    """Return what a deleted virtual host would take with it, such as `2 queues`; nothing where it is empty."""
+    """Return the contents of a virtual host, such as `2 queues`. The list is empty if the virtual host is."""
     queues = list(queues)
-    # A queue that is down has no count of messages.
+    # An unavailable queue has no message count.
     messages = sum(queue.get("messages") or 0 for queue in queues)
     declared = [exchange for exchange in exchanges if not BUILT_IN.match(exchange["name"])]
     parts = {"queues": len(queues), "messages": messages, "exchanges": len(declared), "connections": len(list(connections))}
@@ -38,7 +38,7 @@ def contents(queues: Iterable[Object], exchanges: Iterable[Object], connections:
 
 
 class Broker:
-    """One node of a broker and the variables that list what it is to have.
+    """One node of a broker, and the variables that list its objects.
 
     `add_secrets` is called with passwords that Ansible must not print.
     """
@@ -48,14 +48,14 @@ class Broker:
         self.check = check
         self.add_secrets = add_secrets
         self.administrator = variables["administrator"]
-        # Check mode starts no broker, so it does not wait for one either.
+        # Check mode starts no broker, so it does not wait for one.
         timeout = 0 if check else variables["timeout"]
         self.api = ManagementApi(variables["url"], self.administrator, variables["password"], timeout)
 
     def update(self) -> dict[str, Any]:
-        """Bring the broker to what the variables list, or in check mode tell what would change. Returns the module's result.
+        """Update the broker to match the variables, or in check mode report the changes. Return the module's result.
 
-        Raises NoAnswer where no API answers, and Failure.
+        Raises NoAnswer if the API does not answer, and Failure.
         """
         before: Object = {}
         after: Object = {}
@@ -74,8 +74,7 @@ class Broker:
         found = compare(actual, self.variables, purge)
         if found.conflicts:
             raise Failure(
-                f"{'; '.join(found.conflicts)}. "
-                "Delete it once it is empty, list it with the values that it has, or use another name."
+                f"{'; '.join(found.conflicts)}. Delete it once it is empty, list it with its existing values, or use another name."
             )
         before.update(found.before)
         after.update(found.after)
@@ -110,14 +109,14 @@ class Broker:
         return definitions
 
     def disabled_feature_flags(self) -> list[str]:
-        """Return the stable feature flags that are not enabled, by name. One that a node does not know is `unavailable`."""
+        """Return the names of the disabled stable feature flags. The state of a flag that a node does not know is `unavailable`."""
         flags = self.api.get("feature-flags")
         return sorted(flag["name"] for flag in flags if flag["state"] == "disabled" and flag["stability"] in ("stable", "required"))
 
     def purge(self, actual: Object) -> tuple[Purge, list[str]]:
-        """Return what may be deleted, and a sentence for each virtual host that is not listed and is kept.
+        """Return the objects to delete, and a sentence for each unlisted virtual host that is kept.
 
-        A virtual host is deleted if it is empty or named by `purge_vhosts`.
+        An unlisted virtual host is deleted if it is empty or in `purge_vhosts`.
         """
         listed, named = {vhost["name"] for vhost in self.variables["vhosts"]}, set(self.variables["purge_vhosts"])
         unlisted = {vhost["name"] for vhost in actual["vhosts"]} - listed
@@ -133,7 +132,7 @@ class Broker:
         )
 
     def apply(self, difference: Difference) -> None:
-        """Import, then delete: an object exists before the one that it replaces is deleted."""
+        """Import, then delete, so that an object exists before the object that it replaces is deleted."""
         if difference.to_import:
             self.api.post("definitions", difference.to_import)
         for path in difference.to_delete:

@@ -1,7 +1,7 @@
-"""The difference between the definitions of a RabbitMQ broker and the objects that the role's variables list.
+"""Compares the definitions of a RabbitMQ broker with the objects in the role's variables.
 
-Nothing here asks the broker: `compare` takes the definitions that it exported and returns what to import and what to delete.
-KINDS is the one table of what each kind of object consists of.
+This file sends no requests. `compare` takes exported definitions and returns the objects to import and to delete.
+KINDS describes each kind of object.
 """
 
 from __future__ import annotations
@@ -19,38 +19,38 @@ from ansible_collections.django_celery.stack.plugins.module_utils.password_hash 
     password_matches,
 )
 
-# An object as the variables or the definitions have it, or a part of one: names of fields and their values.
+# An object of the variables or the definitions, or a part of an object: names of fields and their values.
 Object = dict[str, Any]
 
-# RabbitMQ creates this user with a known password. It is deleted in any case.
+# RabbitMQ creates this user with a known password. The role always deletes it.
 GUEST = "guest"
 
-# In place of a default: the variables have to give the field.
+# Instead of a default: the variables must set the field.
 REQUIRED: Any = object()
 
 
 def api_path(*parts: str) -> str:
-    """Return a path below /api of the management API. Names may hold slashes and spaces."""
+    """Return a path below /api of the management API. Names may contain slashes and spaces."""
     return "/".join(quote(part, safe="") for part in parts)
 
 
 def pick(entry: Object, fields: Mapping[str, Any]) -> Object:
-    """Return the fields of an entry, each with its default where the entry has none. A required one has to be there."""
+    """Return the fields of an entry, with defaults for missing fields. A required field must exist."""
     return {name: entry[name] if default is REQUIRED else entry.get(name) or default for name, default in fields.items()}
 
 
 def as_text(key: Object) -> dict[str, str]:
-    """Return a key as texts, so that keys with mappings in them can be looked up and printed."""
+    """Return a key as texts, so that keys that contain mappings can be looked up and printed."""
     return {name: value if isinstance(value, str) else json.dumps(value, sort_keys=True) for name, value in key.items()}
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What objects of a kind consist of, how they are compared, and how they are deleted."""
+    """The fields of a kind of object, and how objects of this kind are compared and deleted."""
 
-    # What people call an object: a format of its keys.
+    # The name of an object for people, as a format of its keys.
     title: str
-    # The list of the definitions that has the objects.
+    # The list in the definitions that contains the objects.
     section: str
     # The fields that identify an object, with their defaults.
     keys: Mapping[str, Any]
@@ -58,23 +58,23 @@ class Kind:
     values: Mapping[str, Any]
     # Returns the objects that the variables list.
     listed: Callable[[Mapping[str, Any]], Iterable[Object]]
-    # Keys that are the same for all objects of the kind; the section may hold other kinds too.
+    # Keys that are the same for all objects of the kind. The section may contain other kinds too.
     constant: Mapping[str, str] = field(default_factory=dict)
-    # Returns the values of an object of the broker. It is given the wanted values too, whose password it has to recognise.
+    # Returns the values of an object of the broker. It also gets the wanted values, to compare the password.
     read: Callable[[Object, Object], Object] = lambda actual, wanted: {name: actual.get(name) for name in wanted}
-    # The values that an object which does not exist has; None: it has to be created.
+    # The values of a missing object. With None, a missing object must be created.
     absent: Optional[Object] = None
-    # Returns what to import beside the key: from the wanted values and the object of the broker, if it has one.
+    # Returns the values to import with the key, from the wanted values and the broker's object, if it exists.
     to_import: Callable[[Object, Optional[Object]], Object] = lambda wanted, actual: wanted
-    # Returns the values as they may be printed.
+    # Returns the values for printing.
     shown: Callable[[Object], Any] = lambda values: values
-    # Returns paths of the API to delete after the import, which does not take these parts of an object back.
+    # Returns API paths to delete after the import, since an import does not remove these parts of an object.
     left_over: Callable[[Object, Object, Object], list[str]] = lambda key, wanted, actual: []
-    # The path of the API that deletes an object: formats of its keys. Without it a purge keeps the objects.
+    # The API path of an object, as formats of its keys. Without a path, a purge keeps the objects.
     path: tuple[str, ...] = ()
-    # What the diff says of an object that a purge deletes; None: its values.
+    # The diff's text for an object that a purge deletes. With None, the diff shows its values.
     purged: Optional[str] = None
-    # Whether an import changes an object that exists. If not, RabbitMQ answers 204 all the same.
+    # Whether an import changes an existing object. If not, RabbitMQ still answers 204.
     changeable: bool = True
 
     def key(self, entry: Object) -> Object:
@@ -84,7 +84,7 @@ class Kind:
         return self.title.format(**as_text(key))
 
     def index(self, entries: Iterable[Object]) -> dict[tuple[str, ...], Object]:
-        """Return those of a section's entries that are of this kind, by their keys."""
+        """Return a section's entries of this kind, by their keys."""
         return {
             tuple(as_text(self.key(entry)).values()): entry
             for entry in entries
@@ -97,12 +97,12 @@ class Kind:
 
 
 def lists(name: str) -> Callable[[Mapping[str, Any]], Iterable[Object]]:
-    """Return a reader of one list of the variables, which may be missing."""
+    """Return a reader of one list in the variables. The list may be missing."""
     return lambda variables: variables.get(name) or []
 
 
 def permissions(name: str) -> Callable[[Mapping[str, Any]], Iterable[Object]]:
-    """Return a reader of one list of each user, whose entries do not name the user."""
+    """Return a reader of one list of each user, which adds the user to the entries."""
     return lambda variables: [
         {**entry, "user": user["name"]} for user in variables.get("users") or [] for entry in user.get(name) or []
     ]
@@ -135,31 +135,31 @@ def queues(variables: Mapping[str, Any]) -> list[Object]:
 
 
 def read_vhost(actual: Object, wanted: Object) -> Object:
-    """Older brokers have the fields beside the metadata, newer ones within."""
+    """Older brokers export the fields next to the metadata, newer ones in the metadata."""
     metadata = actual.get("metadata") or {}
     return {name: actual.get(name) or metadata.get(name) or "" for name in wanted}
 
 
 def import_vhost(wanted: Object, actual: Optional[Object]) -> Object:
-    """The import replaces the metadata. What the variables do not set is kept."""
+    """The import replaces the metadata, so values that the variables do not set are copied from the broker."""
     actual = actual or {}
     return {**actual, **wanted, "metadata": {**(actual.get("metadata") or {}), **wanted}}
 
 
 def user_tags(user: Object) -> list[str]:
-    """Return the tags of a user of the broker, sorted. Older brokers write them as one text with commas."""
+    """Return the sorted tags of a user of the broker. Older brokers export them as one text with commas."""
     tags = user.get("tags") or []
     return sorted(tags.split(",")) if isinstance(tags, str) else sorted(tags)
 
 
 def read_user(actual: Object, wanted: Object) -> Object:
-    """The broker has a hash of the password: it is either the wanted one or unknown."""
+    """The broker has only a hash of the password, so a password other than the wanted one is unknown."""
     password = wanted["password"] if password_matches(wanted["password"], actual) else None
     return {"tags": user_tags(actual), "limits": actual.get("limits") or {}, "password": password}
 
 
 def import_user(wanted: Object, actual: Optional[Object]) -> Object:
-    """A hash that matches stays, so that a change of the tags does not change the password."""
+    """A matching hash is kept, so that a change of the tags does not change the hash."""
     if actual is not None and password_matches(wanted["password"], actual):
         hashed = {name: actual[name] for name in ("password_hash", "hashing_algorithm")}
     else:
@@ -168,7 +168,7 @@ def import_user(wanted: Object, actual: Optional[Object]) -> Object:
 
 
 def left_over_limits(key: Object, wanted: Object, actual: Object) -> list[str]:
-    """An import adds limits to those of a user."""
+    """An import adds limits of a user and removes none."""
     return [api_path("user-limits", key["name"], limit) for limit in actual["limits"] if limit not in wanted["limits"]]
 
 
@@ -272,7 +272,7 @@ KINDS = {
         keys={"vhost": REQUIRED, "name": REQUIRED},
         values={"durable": True, "auto_delete": False, "arguments": {}},
         listed=queues,
-        # A queue without the argument is a classic one.
+        # A queue without the argument is a classic queue.
         read=lambda actual, wanted: {
             "durable": actual.get("durable"),
             "auto_delete": actual.get("auto_delete"),
@@ -291,7 +291,7 @@ KINDS = {
             "routing_key": "",
             "arguments": {},
         },
-        # All of it is the key: another routing key is another binding.
+        # All fields are keys: another routing key is another binding.
         values={},
         listed=lists("bindings"),
     ),
@@ -300,7 +300,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Purge:
-    """What a purge may delete: everything that is not listed but this administrator, and of the virtual hosts only these."""
+    """A purge deletes all unlisted objects except this administrator, and only these virtual hosts."""
 
     administrator: str
     vhosts: Collection[str] = ()
@@ -310,17 +310,17 @@ class Purge:
             return key["name"] not in self.vhosts
         if kind == "users":
             return key["name"] in (self.administrator, GUEST)
-        # The permissions of a user, and everything in a virtual host, are deleted with it.
+        # RabbitMQ deletes permissions with their user, and the contents of a virtual host with the virtual host.
         return key["vhost"] in self.vhosts or ("user" in key and key["user"] not in listed_users)
 
 
 @dataclass
 class Difference:
-    """What to do to the broker. It is false where there is nothing to do.
+    """The changes to a broker. It is false if there are none.
 
     to_import: definitions, a list of objects per section.
-    to_delete: paths below /api, to delete after the import.
-    before, after: titles of objects, each with readable values without passwords; None for an object that does not exist.
+    to_delete: paths below /api to delete after the import.
+    before, after: titles of objects, each with readable values without passwords. None means that the object does not exist.
     conflicts: a sentence for each object that exists with other values and cannot be changed.
     """
 
@@ -337,7 +337,7 @@ class Difference:
         self.before[name], self.after[name] = masked(before), masked(after)
 
     def update(self, kind: Kind, wanted: Object, actual: Optional[Object]) -> None:
-        """Add what makes the broker's object, if it has one, equal to the wanted one."""
+        """Add the changes that make the broker's object, if it exists, equal to the wanted object."""
         key, values = kind.key(wanted), pick(wanted, kind.values)
         existing = kind.absent if actual is None else kind.read(actual, values)
         if existing == values:
@@ -361,9 +361,9 @@ class Difference:
 
 
 def compare(actual: Mapping[str, Any], variables: Mapping[str, Any], purge: Optional[Purge] = None) -> Difference:
-    """Return the difference between exported definitions and the lists of the variables, such as `vhosts` and `users`.
+    """Return the difference between exported definitions and the lists in the variables, such as `vhosts` and `users`.
 
-    An object that is not listed is left alone, unless `purge` says otherwise.
+    An unlisted object is kept, unless `purge` deletes it.
     """
     found = Difference()
     existing = {name: kind.index(actual.get(kind.section) or []) for name, kind in KINDS.items()}

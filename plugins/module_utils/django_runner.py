@@ -1,6 +1,6 @@
 """Runs several management commands of a Django project in one process, so that the project is imported once.
 
-The module `management_commands` passes this file's text to the project's Python, which needs nothing but Django.
+The module `management_commands` passes this file's text to the project's Python, which needs only Django.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Optional
 
 
 def run(arguments: list[str], stdin: Optional[str]) -> dict[str, Any]:
-    """Run manage.py of the working directory. Return its exit code and what it printed."""
+    """Run manage.py of the working directory. Return its exit code and output."""
     out, errors = io.StringIO(), io.StringIO()
     sys.argv = ["manage.py", *arguments]
     # A command that asks a question gets no answer and fails.
@@ -39,7 +39,7 @@ def run(arguments: list[str], stdin: Optional[str]) -> dict[str, Any]:
 def main() -> None:
     """Read commands as JSON, a list of {arguments, stdin}, until one fails. Print their results as a JSON list."""
     results_fd = os.dup(1)
-    # Output of programs that a command starts does not get between the results.
+    # The output of programs that a command starts must not mix with the results.
     os.dup2(2, 1)
     results = []
     for command in json.load(sys.stdin):

@@ -1,7 +1,7 @@
-"""The error that a module of this collection reports to the person who runs the playbook."""
+"""The error that modules of this collection report to the person who runs the playbook."""
 
 from __future__ import annotations
 
 
 class Failure(Exception):
-    """The host cannot be brought to the wanted state. The text is a full sentence, which `fail_json` prints."""
+    """The module cannot reach the wanted state. The text is a full sentence, which `fail_json` prints."""

@@ -1,4 +1,4 @@
-"""Users, directories and files of a host: compared with what a role lists, and changed where they differ."""
+"""Compares users, directories and files of a host with the lists of a role, and changes those that differ."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.django_celery.stack.plugins.module_utils.errors import Failure
 from ansible_collections.django_celery.stack.plugins.module_utils.managed_files import read, replace_file
 
-# A staged file is this beside its path until a role moves it.
+# The suffix of a staged file, until a role moves it.
 STAGED_SUFFIX = ".new"
 
 NO_LOGIN = "/usr/sbin/nologin"
@@ -29,7 +29,7 @@ Entry = dict[str, Any]
 
 
 def run_command(*command: str) -> str:
-    """Return what a command printed. Raises Failure with what it printed as errors."""
+    """Return the output of a command. Raises Failure with the command's error output."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise Failure(f"`{' '.join(command)}` failed: {done.stderr.strip() or done.stdout.strip()}")
@@ -37,11 +37,11 @@ def run_command(*command: str) -> str:
 
 
 def installed_versions(names: list[str]) -> dict[str, str]:
-    """Return the version of each of the packages that is installed, as dpkg or rpm has it."""
+    """Return the versions of the installed packages among these, in the format of dpkg or rpm."""
     if not names:
         return {}
     query = DPKG_QUERY if os.path.exists(DEBIAN) else RPM_QUERY
-    # Both return an error where a package is not installed, and print the others.
+    # If a package is not installed, both return an error and still print the others.
     text = subprocess.run([*query, *names], capture_output=True, text=True, check=False).stdout
     rows = [line.split("\t") for line in text.splitlines()]
     return {row[0]: row[2] for row in rows if len(row) == 3 and row[1] == "installed"}
@@ -63,7 +63,7 @@ def lock_holder(path: str) -> str:
 
 
 def user_id(name: str) -> Optional[int]:
-    """Return the number of a user, given by its name or its number; None where there is no such user."""
+    """Return the number of a user, from its name or its number. None if the user does not exist."""
     try:
         return int(name) if name.isdigit() else pwd.getpwnam(name).pw_uid
     except KeyError:
@@ -71,7 +71,7 @@ def user_id(name: str) -> Optional[int]:
 
 
 def group_id(name: str) -> Optional[int]:
-    """Return the number of a group, given by its name or its number; None where there is no such group."""
+    """Return the number of a group, from its name or its number. None if the group does not exist."""
     try:
         return int(name) if name.isdigit() else grp.getgrnam(name).gr_gid
     except KeyError:
@@ -79,7 +79,7 @@ def group_id(name: str) -> Optional[int]:
 
 
 class HostState:
-    """What one role lists of a host. `run` does everything; `result` is the module's result, also after a Failure."""
+    """The state of a host that one role lists. `run` does everything. `result` is the module's result, also after a Failure."""
 
     def __init__(self, module: AnsibleModule) -> None:
         self.module = module
@@ -89,7 +89,7 @@ class HostState:
         self.result: dict[str, Any] = {"changed": False, "diff": self.diff, "staged": self.staged}
 
     def run(self) -> None:
-        """Change the host where it differs from the lists, or in check mode tell what would change. Raises Failure."""
+        """Update the host to match the lists, or in check mode report the changes. Raises Failure."""
         wanted = self.module.params
         versions = installed_versions(list(wanted["packages"]))
         self.result["packages"] = versions
@@ -111,12 +111,12 @@ class HostState:
             self.file(file)
 
     def changes(self, path: str, before: object, after: object) -> None:
-        """Add a diff entry: texts as they are, other values as Ansible prints them."""
+        """Add a diff entry. Ansible prints values other than texts as JSON."""
         self.result["changed"] = True
         self.diff.append({"before_header": path, "after_header": path, "before": before, "after": after})
 
     def user(self, name: str, home: str) -> None:
-        """Create or correct a system user that can't log in. Its home is not created here."""
+        """Create or correct a system user that can't log in, without its home directory."""
         try:
             found = pwd.getpwnam(name)
         except KeyError:
@@ -135,7 +135,7 @@ class HostState:
             run_command(*command, name)
 
     def identity(self, entry: Entry) -> tuple[Optional[int], Optional[int]]:
-        """Return the numbers of an entry's owner and group; None: it names none, or in check mode one that is not there yet."""
+        """Return the numbers of an entry's owner and group. None: it is not set, or in check mode does not exist yet."""
         found = []
         for key, look_up in (("owner", user_id), ("group", group_id)):
             name = entry[key]
@@ -146,7 +146,7 @@ class HostState:
         return found[0], found[1]
 
     def attributes(self, entry: Entry, status: os.stat_result) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return owner, group and mode of a path as they are and as they are wanted."""
+        """Return the actual and the wanted owner, group and mode of a path."""
         uid, gid = self.identity(entry)
         before = {"uid": status.st_uid, "gid": status.st_gid, "mode": f"{status.st_mode & 0o7777:04o}"}
         after = {
@@ -157,7 +157,7 @@ class HostState:
         return before, after
 
     def set_attributes(self, entry: Entry) -> None:
-        """Give a path its owner, group and mode where it has others. A change of the owner clears bits of the mode."""
+        """Set the owner, group and mode of a path if they differ. The mode is set last: a change of the owner clears mode bits."""
         before, after = self.attributes(entry, os.stat(entry["path"]))
         if before == after:
             return
@@ -172,12 +172,12 @@ class HostState:
             self.set_attributes(entry)
             return
         if os.path.lexists(path):
-            raise Failure(f"{path} must be a directory and is none. Move it away.")
+            raise Failure(f"{path} must be a directory, but is not. Move it away.")
         self.changes(path, {"state": "absent"}, {"state": "directory"})
         if self.check:
             return
         os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
-        # Closed until it has its owner.
+        # Other users have no access until the owner is set.
         os.mkdir(path, 0o700)
         uid, gid = self.identity(entry)
         os.chown(path, -1 if uid is None else uid, -1 if gid is None else gid)
@@ -185,7 +185,7 @@ class HostState:
         self.module.set_default_selinux_context(path, False)
 
     def file(self, entry: Entry) -> None:
-        """Write a file whose text differs. A staged file keeps its old text, and the new text goes into a file beside it."""
+        """Write a file if its text differs. If it is staged, write the new text to a file next to it, and keep the old text."""
         path, secret = entry["path"], entry["content"] is None
         staged = path + STAGED_SUFFIX
         text: str = entry["secret_content"] if secret else entry["content"]

@@ -1,4 +1,4 @@
-"""The launchd jobs of one owner: written, loaded, and started or restarted."""
+"""Manages the launchd jobs of one owner: writes, loads, starts and restarts them."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from ansible_collections.django_celery.stack.plugins.module_utils.managed_files 
     read,
 )
 
-# A job, as the module's option `jobs` has it; its property list; and what `launchctl print` says of it, None: it is not loaded.
+# A job in the module's option `jobs`, its property list, and its state from `launchctl print`. None: the job is not loaded.
 Job = dict[str, Any]
 PropertyList = dict[str, Any]
 State = Optional[dict[str, str]]
 
-# Exit codes of launchctl: the job takes its time to stop; it is not loaded.
+# Exit codes of launchctl: the job is still stopping, or it is not loaded.
 IN_PROGRESS = 36
 GONE = (3, 113)
-# A job that was just booted out, or is not gone yet, can't be loaded at this moment.
+# Exit codes of launchctl if a job can't be loaded yet, because it was just booted out or is still stopping.
 NOT_YET = (5, 37)
 ANY = range(256)
 
-# Seconds for what launchd does by itself, beyond the time that a job has to stop.
+# Seconds for launchd, in addition to the time that a job has to stop.
 PATIENCE = 20
 
 
 def parse(content: str, name: str) -> PropertyList:
-    """Return the values of a job's property list. Raises Failure where launchd would refuse it."""
+    """Return the values of a job's property list. Raises Failure if launchd would refuse it."""
     try:
         values: PropertyList = plistlib.loads(content.encode())
     except Exception as error:
@@ -49,7 +49,7 @@ def parse(content: str, name: str) -> PropertyList:
 
 
 def parse_print(text: str) -> dict[str, str]:
-    """Return what `launchctl print` says of a job itself. Its endpoints and coalitions are indented further."""
+    """Return the values that `launchctl print` shows for a job. Those of its endpoints and coalitions are further indented."""
     values: dict[str, str] = {}
     for line in text.splitlines():
         match = re.match(r"\t(\w[\w ]*) = (.*)$", line)
@@ -59,12 +59,12 @@ def parse_print(text: str) -> dict[str, str]:
 
 
 def parse_disabled(text: str) -> list[str]:
-    """Return the labels that `launchctl print-disabled` calls disabled; older systems say true."""
+    """Return the labels that `launchctl print-disabled` shows as disabled. Older systems show true."""
     return re.findall(r'"([^"]+)" => (?:disabled|true)$', text, re.MULTILINE)
 
 
 def process(state: State) -> Optional[int]:
-    """Return the process ID of a job, or None where it has no process."""
+    """Return the process ID of a job, or None if it has no process."""
     return int(state["pid"]) if state and "pid" in state else None
 
 
@@ -84,7 +84,7 @@ def is_stale(job: Job, state: State) -> bool:
 
 
 def log_end(name: str, plist: PropertyList) -> str:
-    """Return the end of a job's log, for an error."""
+    """Return the end of a job's log for an error message."""
     path = plist.get("StandardErrorPath", "")
     try:
         with open(path, "rb") as file:
@@ -95,7 +95,7 @@ def log_end(name: str, plist: PropertyList) -> str:
 
 
 class Jobs:
-    """The jobs of one owner on this host. `run` does everything; `result` is the module's result, also after a Failure."""
+    """The jobs of one owner on this host. `run` does everything. `result` is the module's result, also after a Failure."""
 
     def __init__(self, module: AnsibleModule) -> None:
         self.check = module.check_mode
@@ -113,7 +113,7 @@ class Jobs:
         }
 
     def launchctl(self, *arguments: str, allowed: Collection[int] = ()) -> subprocess.CompletedProcess[str]:
-        """Return a call that exited with 0 or an allowed code. There is no time limit: a job has its own to stop."""
+        """Return a call that exited with 0 or an allowed code. It has no time limit, since each job has its own time to stop."""
         command = ["launchctl", *arguments]
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -130,7 +130,7 @@ class Jobs:
         return os.path.join(self.directory, f"{name}.plist")
 
     def own_domain(self) -> str:
-        """Return the user's domain. A user who is not logged in at the screen, but by SSH for instance, has no gui domain."""
+        """Return the user's domain. A user who is not logged in at the screen, but by SSH for example, has no gui domain."""
         uid = os.geteuid()
         logged_in = self.launchctl("print", f"gui/{uid}", allowed=ANY).returncode == 0
         return f"gui/{uid}" if logged_in else f"user/{uid}"
@@ -140,7 +140,7 @@ class Jobs:
         return None if done.returncode else parse_print(done.stdout)
 
     def lint(self, path: str, text: str) -> None:
-        """Check a property list by Apple's own program, where there is one. Raises Failure."""
+        """Check a property list with Apple's plutil, if it is installed. Raises Failure."""
         try:
             done = subprocess.run(["plutil", "-lint", "-s", "-"], input=text, capture_output=True, text=True, check=False)
         except FileNotFoundError:
@@ -149,7 +149,7 @@ class Jobs:
             raise Failure(f"plutil rejects {path}: {done.stdout.strip() or done.stderr.strip()}")
 
     def run(self) -> None:
-        """Bring the jobs to what is listed, or in check mode tell what would change. Raises Failure."""
+        """Update the jobs to match the list, or in check mode report the changes. Raises Failure."""
         self.domain = self.domain or self.own_domain()
         plists = {job["name"]: parse(job["content"], job["name"]) for job in self.jobs}
         wanted = {self.path(job["name"]): self.marker.put(job["content"]) for job in self.jobs}
@@ -203,7 +203,7 @@ class Jobs:
                     self.launchctl("enable", self.target(name))
 
     def boot_out(self, states: dict[str, State]) -> None:
-        """Stop jobs in parallel; each has its own time to stop. Raises Failure."""
+        """Stop jobs in parallel. Each has its own time to stop. Raises Failure."""
         begin = time.monotonic()
         calls = {
             name: subprocess.Popen(
@@ -215,7 +215,7 @@ class Jobs:
             _, error = call.communicate()
             if call.returncode not in (0, IN_PROGRESS, *GONE):
                 raise Failure(f"`launchctl bootout {self.target(name)}` failed: {error.strip()}")
-        # launchctl may exit before the process has.
+        # launchctl may exit before the process does.
         for name, state in states.items():
             until = begin + int((state or {}).get("exit timeout", 0)) + PATIENCE
             while self.state(name) is not None:
@@ -224,7 +224,7 @@ class Jobs:
                 time.sleep(0.2)
 
     def bootstrap(self, name: str) -> None:
-        """Load a job, repeatedly while launchd has not let go of its predecessor. Raises Failure."""
+        """Load a job. Retry while launchd has not removed the previous one. Raises Failure."""
         until = time.monotonic() + PATIENCE
         while True:
             done = self.launchctl("bootstrap", self.domain, self.path(name), allowed=ANY)
@@ -235,9 +235,9 @@ class Jobs:
             time.sleep(1)
 
     def settle(self, jobs: list[Job], plists: dict[str, PropertyList], before: dict[str, int]) -> None:
-        """Watch the jobs that were started until the longest settling time is over. Raises Failure when one dies.
+        """Watch the started jobs until the longest settling time is over. Raises Failure if a job dies.
 
-        `before` has the runs of jobs that were loaded already.
+        `before` has the runs of jobs that were already loaded.
         """
         watched = [job for job in jobs if plists[job["name"]].get("KeepAlive")]
         until = time.monotonic() + max([job["settle"] for job in watched], default=0)

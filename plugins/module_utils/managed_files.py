@@ -1,4 +1,4 @@
-"""Files that belong to an owner: they carry its marker, so that the next run finds those that are no longer listed."""
+"""Manages the files of an owner. They contain its marker, so that the next run finds files that are no longer listed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DIRECTORY_MODE = 0o755
 
 
 def read(path: str) -> Optional[str]:
-    """Return a file's text, or None where there is no file. Bytes that are no UTF-8, of others' files, are replaced."""
+    """Return a file's text, or None if the file does not exist. Bytes that are not UTF-8 are replaced."""
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
             return file.read()
@@ -24,10 +24,10 @@ def read(path: str) -> Optional[str]:
 
 
 def newest(paths: Iterable[str], packages: tuple[str, ...] = ()) -> float:
-    """Return the latest modification time of the paths that exist, in seconds since the epoch; 0.0 where none does.
+    """Return the latest modification time of the existing paths, in seconds since the epoch. 0.0 if no path exists.
 
-    Links are not followed. Below the folders `packages` the time counts at which a file was put in its place, since rpm sets the
-    modification time to that of the build.
+    Links are not followed. In the folders `packages`, the change time counts, since rpm sets the modification time to the time of
+    the build.
     """
     times = [0.0]
     for path in paths:
@@ -42,10 +42,10 @@ def newest(paths: Iterable[str], packages: tuple[str, ...] = ()) -> float:
 def replace_file(
     module: AnsibleModule, path: str, text: str, mode: int, uid: Optional[int] = None, gid: Optional[int] = None
 ) -> None:
-    """Replace a file at once by one with this text and mode, whatever the umask.
+    """Replace a file atomically by one with this text and mode, regardless of the umask.
 
-    Readers see the old text or the new one, and nobody else can read it before it has its owner. Without `uid` or `gid` a file that
-    is there keeps its own.
+    Readers see the old text or the new one. Other users can't read the new file before its owner is set. Without `uid` or `gid`, an
+    existing file keeps its owner or group.
     """
     try:
         status = os.stat(path)
@@ -68,7 +68,7 @@ def replace_file(
 
 @dataclass(frozen=True)
 class FirstLineMarker:
-    """A comment in the first line, for formats in which `#` begins one."""
+    """A comment in the first line, for formats whose comments begin with `#`."""
 
     owner: str
 
@@ -99,19 +99,19 @@ class PropertyListMarker:
 
 
 def orphans(paths: Iterable[str], marker: Any, wanted: Collection[str]) -> list[str]:
-    """Return those of the paths, sorted, that are files with the marker and are not wanted."""
+    """Return the sorted paths of files that have the marker and are not wanted."""
     return sorted(path for path in paths if path not in wanted and os.path.isfile(path) and marker.is_in(read(path) or ""))
 
 
 class ManagedFiles:
-    """Writes and deletes files, and keeps what changed: entries for Ansible's diff."""
+    """Writes files, and collects the changes as entries for Ansible's diff."""
 
     def __init__(self, module: AnsibleModule) -> None:
         self.module = module
         self.diff: list[dict[str, str]] = []
 
     def note(self, path: str, text: Optional[str]) -> bool:
-        """Add a diff entry if the file's text is not this one, None being no file. Tell whether it is not."""
+        """Add a diff entry if the file has another text, and tell whether it has. None means that the file must not exist."""
         before = read(path)
         if before == text:
             return False
@@ -119,7 +119,7 @@ class ManagedFiles:
         return True
 
     def write(self, path: str, text: str) -> None:
-        """Replace a file at once by one with this text and FILE_MODE, whatever the umask. Creates its folder."""
+        """Replace a file atomically by one with this text and FILE_MODE, regardless of the umask. Create its folder."""
         directory = os.path.dirname(path)
         if not os.path.isdir(directory):
             os.makedirs(directory)

@@ -1,4 +1,4 @@
-"""A client of RabbitMQ's management API: waits for a broker that starts, and names its errors without passwords."""
+"""A client of RabbitMQ's management API. It waits while a broker starts, and reports errors without passwords."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ansible.module_utils.urls import open_url
 from ansible_collections.django_celery.stack.plugins.module_utils.errors import Failure
 from ansible_collections.django_celery.stack.plugins.module_utils.masking import masked
 
-# Seconds that one request may take, and between two attempts to reach the API.
+# The time limit of one request, and the pause between two attempts to reach the API, in seconds.
 REQUEST = 60
 RETRY = 0.5
 
@@ -25,7 +25,7 @@ class Unauthorized(Failure):
 
 
 class ManagementApi:
-    """The API of one node at `url`, asked as one user. Requests are repeated for `timeout` seconds until the node answers."""
+    """The API of one node at `url`, used as one user. Requests are retried for `timeout` seconds until the node answers."""
 
     def __init__(self, url: str, user: str, password: str, timeout: float) -> None:
         self.url = url
@@ -43,13 +43,13 @@ class ManagementApi:
         self.request("PUT", path, data)
 
     def delete(self, path: str) -> None:
-        """Delete what a path stands for. It may be gone: deleted by hand, or by a run that was interrupted."""
+        """Delete the object of a path. It may already be deleted, by hand or by an interrupted run."""
         self.request("DELETE", path)
 
     def request(self, method: str, path: str, data: Any = None) -> Any:
-        """Return the answer's JSON, None where it is empty. `path` is below /api; `data` is sent as JSON.
+        """Return the answer's JSON, or None if the answer is empty. `path` is below /api. `data` is sent as JSON.
 
-        Raises NoAnswer, Unauthorized, or Failure with the API's reason, in which passwords of URIs are masked.
+        Raises NoAnswer, Unauthorized, or Failure with the API's reason. Passwords in URIs are masked.
         """
         while True:
             try:
@@ -61,7 +61,7 @@ class ManagementApi:
                     url_username=self.user,
                     url_password=self.password,
                     force_basic_auth=True,
-                    # A proxy of the host's environment would be sent the password.
+                    # A proxy in the host's environment would get the password.
                     use_proxy=False,
                     timeout=REQUEST,
                 ) as response:

@@ -1,4 +1,4 @@
-"""Management commands of a Django project, run in one process with the project's environment."""
+"""Runs management commands of a Django project in one process with the project's environment."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from typing import Any
 from ansible_collections.django_celery.stack.plugins.module_utils import django_runner
 from ansible_collections.django_celery.stack.plugins.module_utils.errors import Failure
 
-# The environment file is one that sh can read. The runner's text is an argument, since commands come from standard input.
+# sh can read the environment file. The runner's text is an argument, since the commands come from standard input.
 SHELL = 'set -eu; set -a; . "$1"; set +a; cd "$2"; exec venv/bin/python -c "$3"'
 
-# A command, as the module's option `commands` has it.
+# A command in the module's option `commands`.
 Command = dict[str, Any]
 
 
 def run(environment_file: str, directory: str, commands: Sequence[Command]) -> list[dict[str, Any]]:
-    """Run the commands in their order. Return for each its name, whether it changed something, and what it printed.
+    """Run the commands in order. Return for each its name, whether it changed something, and its output.
 
     Raises Failure with the output of the first command that fails.
     """

@@ -1,11 +1,11 @@
-"""Passwords in URIs, which shovels and federation upstreams have in their parameters: found, and masked before printing."""
+"""Finds and masks passwords in URIs. Parameters of shovels and federation upstreams contain such URIs."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
-# A URI quotes "@" and "/" in a password. One that does not is refused by RabbitMQ, whose answer repeats it.
+# "@" and "/" in a password must be percent-encoded. RabbitMQ refuses a URI in which they are not, and repeats it in the answer.
 PASSWORD_IN_URI = re.compile(r"(?<=://)([^/@\s:]*):([^\s\"',]+)(?=@)")
 
 
@@ -19,7 +19,7 @@ def uri_passwords(value: Any) -> set[str]:
 
 
 def masked(value: Any) -> Any:
-    """Return the value with `********` in place of each password in a URI; nested lists and mappings are copied."""
+    """Return the value with `********` instead of each password in a URI. Nested lists and mappings are copied."""
     if isinstance(value, dict):
         return {key: masked(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""RabbitMQ's salted password hashes, as its page "Passwords" describes them: base64 of four bytes of salt and the digest."""
+"""RabbitMQ's salted password hashes, from its page "Passwords": base64 of a salt of four bytes and the digest."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ ALGORITHMS = {NEW_HASHES: hashlib.sha256, "rabbit_password_hashing_sha512": hash
 
 
 def password_hash(password: str) -> str:
-    """Return a hash of the password by the algorithm NEW_HASHES, with a random salt."""
+    """Return a hash of the password with a random salt, by the algorithm NEW_HASHES."""
     salt = os.urandom(4)
     return base64.b64encode(salt + hashlib.sha256(salt + password.encode()).digest()).decode()
 
 
 def password_matches(password: str, user: Mapping[str, Any]) -> bool:
-    """Tell whether the `password_hash` of a user, as definitions have it, is one of this password."""
+    """Tell whether the `password_hash` of a user in definitions is a hash of this password."""
     algorithm = ALGORITHMS.get(user.get("hashing_algorithm") or "")
     stored = base64.b64decode(user.get("password_hash") or "")
     return algorithm is not None and stored[4:] == algorithm(stored[:4] + password.encode()).digest()

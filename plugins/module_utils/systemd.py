@@ -1,4 +1,4 @@
-"""The systemd units of one owner: written, enabled, and started or restarted together."""
+"""Manages the systemd units of one owner: writes and enables them, and starts or restarts them together."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ansible_collections.django_celery.stack.plugins.module_utils.managed_files 
     orphans,
 )
 
-# A unit, as the module's option `units` has it, and the properties of one, as `systemctl show` names them.
+# A unit in the module's option `units`, and the properties that `systemctl show` prints for a unit.
 Unit = dict[str, Any]
 Properties = dict[str, str]
 
@@ -27,9 +27,9 @@ PROPERTIES = (
     "Id,ActiveState,SubState,Result,LoadState,UnitFileState,NeedDaemonReload,NRestarts,"
     "ExecMainStartTimestampMonotonic,ActiveEnterTimestampMonotonic"
 )
-# What lies here comes from packages.
+# Packages install files here.
 PACKAGES = ("/usr/",)
-# What Linux, Python and Erlang call an address on which another program listens.
+# The errors of Linux, Python and Erlang for an address on which another program listens.
 TAKEN = re.compile("address (is )?already in use|eaddrinuse", re.IGNORECASE)
 LISTENERS = ["ss", "--no-header", "--listening", "--tcp", "--numeric", "--processes"]
 # The owner in the marker of a shared unit.
@@ -37,19 +37,19 @@ SEVERAL = "several owners"
 
 
 def target_path(directory: str, unit: Unit) -> str:
-    """Return the file that carries a unit's text: the unit file, or a drop-in for a packaged unit."""
+    """Return the path of a unit's text: the unit file, or a drop-in for a packaged unit."""
     if unit["packaged"]:
         return os.path.join(directory, unit["name"] + ".d", "50-ansible.conf")
     return os.path.join(directory, unit["name"])
 
 
 def unit_files(directory: str) -> list[str]:
-    """Return the paths of a directory that may be unit files or drop-ins."""
+    """Return the paths in a directory that may be unit files or drop-ins."""
     return glob.glob(os.path.join(directory, "*")) + glob.glob(os.path.join(directory, "*.d", "*.conf"))
 
 
 def started_at(properties: Properties) -> Optional[float]:
-    """Return when the unit's process, or the unit itself, started: seconds since the epoch by the present clock, or None."""
+    """Return when the unit's process, or the unit, started, in seconds since the epoch by the current clock. None if it did not."""
     for name in ("ExecMainStartTimestampMonotonic", "ActiveEnterTimestampMonotonic"):
         stamp = properties.get(name) or "0"
         if stamp != "0":
@@ -64,7 +64,7 @@ def is_stale(properties: Properties, paths: Iterable[str]) -> bool:
 
 
 def parse_show(text: str) -> dict[str, Properties]:
-    """Return the properties of each unit that `systemctl show` printed, by the unit's name."""
+    """Return the properties that `systemctl show` printed, by the unit's name."""
     units = {}
     for block in text.strip().split("\n\n"):
         properties = dict(line.split("=", 1) for line in block.splitlines() if "=" in line)
@@ -74,7 +74,7 @@ def parse_show(text: str) -> dict[str, Properties]:
 
 
 class Units:
-    """The units of one owner on this host. `run` does everything; `result` is the module's result, also after a Failure."""
+    """The units of one owner on this host. `run` does everything. `result` is the module's result, also after a Failure."""
 
     def __init__(self, module: AnsibleModule) -> None:
         self.check = module.check_mode
@@ -94,7 +94,7 @@ class Units:
         }
 
     def run(self) -> None:
-        """Bring the units to what is listed, or in check mode tell what would change. Raises Failure.
+        """Update the units to match the list, or in check mode report the changes. Raises Failure.
 
         A run that changes nothing calls systemctl once.
         """
@@ -104,7 +104,7 @@ class Units:
         if self.files.diff and not self.check:
             self.systemctl("daemon-reload")
         states = self.show()
-        # A run that was killed has written a file.
+        # A run that was killed has written a file without a reload.
         if not self.check and not self.files.diff and any(state.get("NeedDaemonReload") == "yes" for state in states.values()):
             self.systemctl("daemon-reload")
             states = self.show()
@@ -115,7 +115,7 @@ class Units:
         self.start(states)
 
     def systemctl(self, *arguments: str, fail: bool = True) -> str:
-        """Return what a call printed. There is no time limit: the units have their own, and a worker's stop takes long."""
+        """Return the output of a call. It has no time limit: the units have their own, and workers may need long to stop."""
         command = ["systemctl", "--no-ask-password", *arguments]
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -130,7 +130,7 @@ class Units:
         return parse_show(self.systemctl("show", "--property", PROPERTIES, "--", *names)) if names else {}
 
     def wanted_files(self) -> dict[str, str]:
-        """Return the texts of the files that the units consist of, by path."""
+        """Return the texts of the units' files, by path."""
         shared = FirstLineMarker(SEVERAL)
         return {
             target_path(self.directory, unit): (shared if unit["shared"] else self.marker).put(unit["content"])
@@ -146,7 +146,7 @@ class Units:
             self.result["changed"] = True
             if self.check:
                 continue
-            # A drop-in's unit belongs to a package.
+            # The unit of a drop-in belongs to a package.
             if not path.endswith(".conf"):
                 self.systemctl("disable", "--now", "--", name)
             os.unlink(path)
@@ -166,16 +166,16 @@ class Units:
                 self.systemctl("enable", "--", *disabled)
 
     def start(self, states: dict[str, Properties]) -> None:
-        """Start the units that are down, restart those that are stale, and wait for all of them together."""
+        """Start units that are down, restart units that are stale, and wait for all of them together."""
         acted = []
-        # Services of the sockets that are restarted: systemd refuses to restart a socket while its service runs.
+        # The services of restarted sockets, since systemd refuses to restart a socket while its service runs.
         of_sockets: list[str] = []
         for unit in self.units:
             name = unit["name"]
             state = states.get(name, {})
             if state.get("ActiveState") not in ("active", "reloading"):
                 self.started.append(name)
-            # The restart of a target would restart everything that is part of it.
+            # The restart of a target would restart all its units.
             elif not name.endswith(".target") and (name in of_sockets or is_stale(state, self.files_of(unit))):
                 self.restarted.append(name)
             else:
@@ -191,13 +191,13 @@ class Units:
         names = [unit["name"] for unit in acted]
         if of_sockets:
             self.systemctl("stop", "--", *of_sockets, fail=False)
-        # It clears the limit of starts and the count of restarts, by which `settle` sees that a unit died.
+        # This resets the start limit and the count of restarts, by which `settle` detects that a unit died.
         self.systemctl("reset-failed", "--", *names, fail=False)
-        # A start of a unit that systemd is about to start again counts as a restart.
+        # If systemd is already about to restart a unit, a start of the unit counts as a restart.
         activating = [name for name in self.started if states.get(name, {}).get("ActiveState") == "activating"]
         restart = self.restarted + activating
         try:
-            # One call each: systemd stops and starts the units in parallel, in the order that they ask for.
+            # One call per verb, so that systemd stops and starts the units in parallel, in the order that the units require.
             for verb, chosen in (("restart", restart), ("start", [name for name in names if name not in restart])):
                 if chosen:
                     self.systemctl(verb, "--", *chosen)
@@ -211,7 +211,7 @@ class Units:
         return [target_path(self.directory, unit), *unit["restart_on"]]
 
     def settle(self, units: list[Unit]) -> None:
-        """Watch the units that were started until the longest settling time is over. Raises Failure when one dies."""
+        """Watch the started units until the longest settling time is over. Raises Failure if a unit dies."""
         until = time.monotonic() + max(unit["settle"] for unit in units)
         while True:
             states = self.show()
@@ -227,7 +227,7 @@ class Units:
             time.sleep(0.3)
 
     def journal(self, name: str) -> str:
-        """Return the last lines that a unit logged, after the cause if they tell of a port that another program has."""
+        """Return the last lines of a unit's journal, after the cause if another program uses an address of the unit."""
         command = ["journalctl", "--no-pager", "--lines=40", "--output=cat", "--unit", name]
         text = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False).stdout.strip()
         cause = ""

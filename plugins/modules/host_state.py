@@ -12,11 +12,12 @@ module: host_state
 short_description: Compare users, directories, files and packages of a host with a list, in one call
 version_added: 0.1.0
 description:
-  - Creates and corrects system users, directories and files, in this order. Tells which packages are missing and which paths exist.
-  - Each call of a module costs Ansible a quarter of a second a host. A role lists here what M(ansible.builtin.user),
-    M(ansible.builtin.file), M(ansible.builtin.copy) and M(ansible.builtin.stat) would look at one by one. So a run that changes
-    nothing needs one call a role.
-  - Installs no package. A role does that with the package manager's module, only when RV(packages_missing) is not empty.
+  - Creates and corrects system users, directories and files, in this order. Reports which packages are missing and which paths
+    exist.
+  - Each call of a module takes Ansible a quarter of a second per host. One call of this module replaces several calls of
+    M(ansible.builtin.user), M(ansible.builtin.file), M(ansible.builtin.copy) and M(ansible.builtin.stat). So a run that changes
+    nothing needs one call per role.
+  - Installs no packages. A role calls the package manager's module only if RV(packages_missing) is not empty.
 options:
   users:
     description: System users that can't log in. Their home directories are not created.
@@ -33,7 +34,7 @@ options:
         type: path
         required: true
   directories:
-    description: Directories. Parents that are missing are created with mode 0755.
+    description: Directories. Missing parents are created with mode 0755.
     type: list
     elements: dict
     default: []
@@ -47,14 +48,14 @@ options:
         type: str
         required: true
       group:
-        description: The group, by name or number. Without it, the group of an existing directory stays.
+        description: The group, by name or number. Without it, an existing directory keeps its group.
         type: str
       mode:
         description: The mode in octal digits.
         type: str
         required: true
   files:
-    description: Files. Each is replaced at once, so that no reader sees a part of it.
+    description: Files. Each is replaced atomically, so that no reader sees a part of it.
     type: list
     elements: dict
     default: []
@@ -67,12 +68,12 @@ options:
         description: The text. Set this or O(files[].secret_content).
         type: str
       secret_content:
-        description: A text that appears in no output, no log and no diff.
+        description: A text that does not appear in the output, the log or the diff.
         type: str
       staged:
         description:
-          - Whether a changed text is written to the path with C(.new) at its end, for the role to test and to move. The file itself
-            stays as it is until then.
+          - Whether a changed text is written to the path with the suffix C(.new), for the role to test and to move. Until then, the
+            file is not changed.
         type: bool
         default: false
       owner:
@@ -87,16 +88,16 @@ options:
         type: str
         required: true
   packages:
-    description: By the name of a package of dpkg or rpm, a regular expression that the beginning of its version must match.
+    description: Packages of dpkg or rpm. Each value is a regular expression that the beginning of the version must match.
     type: dict
     default: {}
   look_at:
-    description: Paths that RV(exists) and RV(links) tell about.
+    description: Paths to report in RV(exists) and RV(links).
     type: list
     elements: path
     default: []
   requires:
-    description: Paths without which nothing is changed, such as a directory that a package brings.
+    description: Paths without which nothing is changed, such as a directory that a package creates.
     type: list
     elements: path
     default: []
@@ -118,7 +119,7 @@ EXAMPLES = r"""
 
 RETURN = r"""
 packages:
-  description: Versions of those of the packages that are installed.
+  description: Versions of the packages that are installed.
   type: dict
   returned: always
   sample: {python3-venv: 3.13.5-1}
@@ -139,7 +140,7 @@ exists:
   returned: always
   sample: {/opt/mailroom/current: true}
 links:
-  description: Targets of those of the paths that are symbolic links.
+  description: Targets of the paths that are symbolic links.
   type: dict
   returned: always
   sample: {/opt/mailroom/current: /opt/mailroom/releases/5e398af7a47e}

@@ -12,18 +12,18 @@ module: launchd_jobs
 short_description: Manage the launchd jobs of one owner
 version_added: 0.1.0
 description:
-  - Writes property lists, boots out and removes jobs of the same owner that are no longer listed, loads the others and sees that
-    they run.
-  - Restarts a job whose process is older than a file of its O(jobs[].restart_on). Each run compares them again, so a run that was
-    killed between writing a file and restarting is completed by the next one.
-  - A job whose property list changes is booted out before the new one is written. So launchd has always loaded what is on the
-    disk, and a run that was killed in between leaves a job that is not loaded, which the next run sees.
-  - A restart is a boot-out and a load, never C(kickstart -k), which is documented to kill the job. A boot-out grants the job its
-    C(ExitTimeOut).
-  - Waits until every job that it started stays up; otherwise fails with the end of the job's log.
+  - Writes property lists, boots out and removes jobs of the same owner that are no longer listed, and loads and starts the
+    others.
+  - Restarts a job whose process is older than a file of its O(jobs[].restart_on). Each run compares them again, so the next
+    run completes a run that was killed between writing a file and the restart.
+  - A job whose property list changes is booted out before the new property list is written. So launchd never runs a job with an
+    older property list than the one on disk. A run that is killed in between leaves an unloaded job, which the next run loads.
+  - A restart is a boot-out and a load, not C(kickstart -k), which is documented to kill the job. At a boot-out, the job has its
+    C(ExitTimeOut) to stop.
+  - Waits until every started job keeps running. Otherwise fails with the end of the job's log.
 options:
   owner:
-    description: Who lists these jobs. Jobs with this owner that are not listed are booted out and removed.
+    description: The owner of the jobs. Other jobs with this owner are booted out and removed.
     type: str
     required: true
   jobs:
@@ -42,7 +42,7 @@ options:
         required: true
       pid_file:
         description:
-          - The file into which the job's process writes its process ID when it starts. Its modification time is when that was.
+          - The file to which the job's process writes its process ID at its start. Its modification time is the time of the start.
           - Required with O(jobs[].restart_on).
         type: path
       restart_on:
@@ -51,7 +51,7 @@ options:
         elements: path
         default: []
       settle:
-        description: Seconds for which the job must stay up after a start.
+        description: Seconds for which the job must keep running after a start.
         type: float
         default: 0
   directory:
@@ -60,8 +60,8 @@ options:
     required: true
   domain:
     description: >-
-      The domain of the jobs, such as V(system). Empty for that of the user: C(gui/<uid>) where the user is logged in at the screen,
-      otherwise C(user/<uid>).
+      The domain of the jobs, such as V(system). If it is empty, the user's domain is used. This is C(gui/<uid>) if the user is
+      logged in at the screen, otherwise C(user/<uid>).
     type: str
     default: ""
 author: The maintainers of this bundle (@django-celery)

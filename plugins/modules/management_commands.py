@@ -13,19 +13,19 @@ short_description: Run management commands of a Django project in one process
 version_added: 0.1.0
 description:
   - Runs C(manage.py) of a release once for each command, in one Python process. Django and the project are imported only once.
-  - Stops at the first command that fails, and shows what it printed.
+  - Stops at the first command that fails, and shows its output.
   - Runs nothing in check mode.
 options:
   directory:
-    description: The release, which holds C(manage.py) and a virtual environment C(venv).
+    description: The release, with C(manage.py) and a virtual environment C(venv).
     type: path
     required: true
   environment_file:
-    description: A file of variables that C(sh) can read. The commands get them as their environment.
+    description: A file that C(sh) can read. Its variables are the environment of the commands.
     type: path
     required: true
   commands:
-    description: The commands, in their order.
+    description: The commands, in order.
     type: list
     elements: dict
     required: true
@@ -35,10 +35,10 @@ options:
         type: str
         required: true
       stdin:
-        description: What the command reads from its standard input. A secret belongs here and not in the arguments.
+        description: The command's standard input. Pass secrets here, not in the arguments.
         type: str
       unchanged:
-        description: A regular expression that matches the output if the command changed nothing. Unset, each run is a change.
+        description: A regular expression that matches the output if the command changed nothing. Without it, each run is a change.
         type: str
 author: The maintainers of this bundle (@django-celery)
 """
@@ -55,7 +55,7 @@ EXAMPLES = r"""
 
 RETURN = r"""
 commands:
-  description: For each command its name, whether it changed something, and what it printed.
+  description: The name and output of each command, and whether it changed something.
   type: list
   elements: dict
   returned: success

@@ -17,13 +17,12 @@ description:
   - Compares virtual hosts, users, permissions, policies, parameters, exchanges, queues and bindings with those of the broker. One
     request of the management API reads them all and one sends those that differ, so a run with hundreds of objects takes as many
     requests as one with a single object. The module then reads the definitions again and fails if they still differ.
-  - Passwords are compared with the salted hash that the broker stores, so a changed password is noticed and an unchanged one is no
-    change.
-  - Objects that are not listed are left alone, unless O(purge) is set. The user C(guest) is deleted in any case.
-  - A queue or an exchange that exists with other values cannot be changed. The module fails then, before it sends anything.
-  - If the broker rejects the administrator's password, C(rabbitmqctl) imports the administrator from O(definitions); it is
-    authenticated by the Erlang cookie.
-  - Stable feature flags are enabled, which RabbitMQ requires before an upgrade to the next series.
+  - Passwords are compared with the salted hash that the broker stores, so only a changed password is a change.
+  - Objects that are not listed are kept, unless O(purge) is set. The user C(guest) is always deleted.
+  - A queue or an exchange that exists with other values cannot be changed. The module then fails before it changes anything.
+  - If the broker rejects the administrator's password, C(rabbitmqctl) imports the administrator from O(definitions). The
+    Erlang cookie authenticates C(rabbitmqctl).
+  - Enables the stable feature flags, which RabbitMQ requires before an upgrade to the next series.
 options:
   url:
     description: Scheme, host and port of the management API.
@@ -173,7 +172,7 @@ removed:
   returned: always
   sample: [user guest]
 kept:
-  description: Virtual hosts that are not listed and stay, each with the reason.
+  description: Unlisted virtual hosts that are kept, each with the reason.
   type: list
   elements: str
   returned: always

@@ -4,10 +4,10 @@ DOCUMENTATION = r"""
 module: secrets_file
 short_description: Adds generated secrets to a file of variables
 description:
-  - Adds each of I(names) that the file does not have, with 40 random letters and digits. All else in the file stays as it is.
-  - A file that ansible-vault encrypted stays encrypted, with the same vault password and vault ID.
-  - The file is replaced at once by one of mode 0600, so a run that is killed leaves the old file or the new one.
-  - It works on the controller, whatever host it runs for. No secret is in what it returns.
+  - Adds each of I(names) that the file lacks, with 40 random letters and digits. Nothing else in the file is changed.
+  - An encrypted file is encrypted again with the same vault password and vault ID.
+  - The file is replaced atomically by one with mode 0600, so a killed run leaves the old file or the new one.
+  - The plugin runs on the controller. The result contains no secret.
 options:
   path: {description: The file., type: path, required: true}
   names: {description: Names of the secrets., type: list, elements: str, required: true}

@@ -14,14 +14,13 @@ version_added: 0.1.0
 description:
   - Writes unit files and drop-ins, removes units of the same owner that are no longer listed, enables and starts the others.
   - Restarts a unit whose process is older than its unit file or than a file of its O(units[].restart_on). Each run compares them
-    again, so a run that was killed between writing a file and restarting is completed by the next one. A handler would be
-    forgotten.
+    again, so the next run completes a run that was killed between writing a file and the restart. A handler would not run.
   - Starts all units by one call, so that systemd starts them in parallel. Waits until each of them is active and stays active
-    for its O(units[].settle); otherwise fails with the end of the unit's journal.
-  - A target whose file changes is not restarted, since that would restart everything that is part of it.
+    for its O(units[].settle). Otherwise fails with the end of the unit's journal.
+  - A target whose file changes is not restarted, since that would restart all its units.
 options:
   owner:
-    description: Who lists these units. Units with this owner that are not listed are stopped and removed.
+    description: The owner of the units. Other units with this owner are stopped and removed.
     type: str
     required: true
   units:
@@ -38,11 +37,11 @@ options:
         description: The text of the unit file or of the drop-in.
         type: str
       packaged:
-        description: Whether the unit comes from a package. O(units[].content) is a drop-in for it then.
+        description: Whether the unit comes from a package. O(units[].content) is then a drop-in.
         type: bool
         default: false
       shared:
-        description: Whether the unit has several owners. It is never removed as no longer listed then.
+        description: Whether the unit has several owners. It is then never removed.
         type: bool
         default: false
       restart_on:

@@ -1,4 +1,4 @@
-"""Fingerprints of OpenPGP keys, so that a signing key is checked before a host trusts it. Needs no gpg anywhere."""
+"""Reads fingerprints of OpenPGP keys without gpg, so that a signing key is checked before a host trusts it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ ARMOUR = re.compile(r"^-----BEGIN PGP PUBLIC KEY BLOCK-----$(.*?)^-----END PGP P
 
 
 def _blocks(text: str) -> Iterator[bytes]:
-    """The bytes inside each ASCII armour of a text (RFC 9580, section 6)."""
+    """Yield the bytes of each ASCII-armoured block of a text (RFC 9580, section 6)."""
     found = ARMOUR.findall("\n".join(line.strip() for line in text.splitlines()))
     if not found:
-        raise AnsibleFilterError("This is no ASCII-armoured OpenPGP public key.")
+        raise AnsibleFilterError("This is not an ASCII-armoured OpenPGP public key.")
     if len(found) != text.count("-----BEGIN"):
-        raise AnsibleFilterError("There is something else beside the OpenPGP public key, or a second one that is not closed.")
+        raise AnsibleFilterError("The text has something other than OpenPGP public keys, or a key without an end.")
     for block in found:
         # Armour headers end at the first empty line; the checksum line begins with "=".
         body = block.partition("\n\n")[2] or block
@@ -31,13 +31,13 @@ def _blocks(text: str) -> Iterator[bytes]:
 
 
 def _packets(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Pairs of tag and body (RFC 9580, section 4.2). Lengths that a key's packets can't have are refused."""
+    """Yield pairs of tag and body (RFC 9580, section 4.2). Lengths that a key's packets can't have are refused."""
     at = 0
     while at < len(data):
         header = data[at]
         at += 1
         if not header & 0x80:
-            raise AnsibleFilterError("The OpenPGP key holds something that is no OpenPGP packet.")
+            raise AnsibleFilterError("The OpenPGP key contains data that is not an OpenPGP packet.")
         if header & 0x40:
             tag, first = header & 0x3F, data[at]
             if first < 192:
@@ -47,11 +47,11 @@ def _packets(data: bytes) -> Iterator[tuple[int, bytes]]:
             elif first == 255:
                 length, at = int.from_bytes(data[at + 1 : at + 5], "big"), at + 5
             else:
-                raise AnsibleFilterError("The OpenPGP key holds a packet of partial length.")
+                raise AnsibleFilterError("The OpenPGP key contains a packet of partial length.")
         else:
             tag, size = (header >> 2) & 0x0F, 1 << (header & 3)
             if size == 8:
-                raise AnsibleFilterError("The OpenPGP key holds a packet of indeterminate length.")
+                raise AnsibleFilterError("The OpenPGP key contains a packet of indeterminate length.")
             length, at = int.from_bytes(data[at : at + size], "big"), at + size
         if at + length > len(data):
             raise IndexError
@@ -60,9 +60,9 @@ def _packets(data: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 def openpgp_fingerprints(text: str) -> list[str]:
-    """Fingerprints of all primary keys in an armoured text: upper case hexadecimal, 40 digits each.
+    """Return the fingerprints of all primary keys in an armoured text, as 40 upper-case hexadecimal digits.
 
-    What it can't tell the fingerprint of is refused, never passed over: the host would trust it unseen.
+    A key whose fingerprint can't be read is refused, since the host would trust it unchecked.
     """
     found = []
     try:
@@ -70,10 +70,10 @@ def openpgp_fingerprints(text: str) -> list[str]:
             for tag, body in _packets(block):
                 if tag == PUBLIC_KEY:
                     if body[0] != 4:
-                        raise AnsibleFilterError(f"The OpenPGP key is of version {body[0]}; only version 4 is known here.")
+                        raise AnsibleFilterError(f"The OpenPGP key has version {body[0]}; only version 4 is supported.")
                     prefix = b"\x99" + len(body).to_bytes(2, "big")
-                    # The fingerprint of a version 4 key is defined as its SHA-1; it guards nothing else here.
+                    # The standard defines the fingerprint of a version 4 key as its SHA-1.
                     found.append(hashlib.sha1(prefix + body, usedforsecurity=False).hexdigest().upper())
     except IndexError:
-        raise AnsibleFilterError("The OpenPGP key is cut off.") from None
+        raise AnsibleFilterError("The OpenPGP key is truncated.") from None
     return found

@@ -140,4 +140,4 @@ def test_environment_that_the_application_rejects_changes_nothing(host, run_play
 def test_run_fails_when_the_web_service_is_not_healthy(run_playbook):
     done = run_playbook("playbooks/app.yml", django_health_path="/no-such-path")
     assert done.returncode != 0
-    assert "is not healthy: /no-such-path at 127.0.0.1:8000 answers 404" in done.stdout
+    assert "is not healthy: /no-such-path at 127.0.0.1:8000 returns 404" in done.stdout

@@ -174,7 +174,7 @@ def test_repository_signed_by_a_foreign_key_is_refused(refused, stand_in):
     stranger = {"key": f"{stand_in['testbed_files']}/stranger.asc", "fingerprint": stand_in["testbed_stranger"]["fingerprint"]}
     said = refused(erlang_repository_keys=[stranger])
     assert "GPG signature verification error" in said
-    assert "If the mirror has moved to another key, put it there" in said
+    assert "If the mirror has a new key, add it to erlang_repository_keys" in said
 
 
 def test_key_with_an_unexpected_fingerprint_is_not_copied(host, refused, stand_in):
