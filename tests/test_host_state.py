@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import grp
+import json
 import os
 import pwd
 import stat
@@ -11,9 +12,11 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from ansible.module_utils.testing import patch_module_args
 from ansible_collections.django_celery.stack.plugins.module_utils import host_state
 from ansible_collections.django_celery.stack.plugins.module_utils.errors import Failure
 from ansible_collections.django_celery.stack.plugins.module_utils.host_state import HostState
+from ansible_collections.django_celery.stack.plugins.modules import host_state as host_state_module
 from helpers import executable
 
 ME, GROUP = pwd.getpwuid(os.getuid()).pw_name, grp.getgrgid(os.getgid()).gr_name
@@ -214,6 +217,28 @@ def test_error_of_useradd_is_shown(monkeypatch, programs, tmp_path):
     executable(tmp_path / "bin" / "useradd", "import sys\nsys.exit('useradd: cannot lock /etc/passwd')\n")
     with pytest.raises(Failure, match="cannot lock /etc/passwd"):
         state(users=[APP])
+
+
+# ---- The module ----
+
+
+@pytest.mark.parametrize(("path", "words"), [("a", {"changed": True}), ("a/b", {"failed": True, "changed": True})])
+def test_module_prints_its_result(tmp_path, capsys, path, words):
+    with patch_module_args({"files": [entry(tmp_path / path, content="text\n")]}), pytest.raises(SystemExit):
+        host_state_module.main()
+    result = json.loads(capsys.readouterr().out)
+    assert words.items() <= result.items()
+    assert result["packages_missing"] == []
+
+
+def test_write_that_fails_leaves_no_temporary_file(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError("no space")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(OSError, match="no space"):
+        state(files=[file_entry(tmp_path / "a", "text\n")])
+    assert os.listdir(tmp_path) == []
 
 
 # ---- Check mode ----

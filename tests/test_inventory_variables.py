@@ -383,7 +383,7 @@ def test_common_names_come_from_every_file_of_variables(folder):
     ("name", "hint"),
     [
         ("app_nmae", "; did you mean app_name?"),
-        ("service_zzzzzzzzzzzz", ". One of your own is declared in inventories/common/application.yml."),
+        ("service_zzzzzzzzzzzz", ". Declare your own variables in inventories/common/application.yml."),
     ],
 )
 def test_an_unknown_variable_is_refused(errors, name, hint):
@@ -409,7 +409,7 @@ def test_a_misspelt_secret_is_named_only_while_the_right_one_is_missing(errors):
 
 
 def test_equal_secrets_are_refused(errors):
-    assert errors(secret_two=f"{MARK}1") == ["secret_one and secret_two are the same; each secret must be another."]
+    assert errors(secret_two=f"{MARK}1") == ["secret_one and secret_two are the same; each secret must be different."]
 
 
 def test_a_secret_that_is_not_text_is_refused_and_not_compared(errors):
@@ -429,7 +429,7 @@ def test_a_value_that_contradicts_its_specification_is_refused(errors):
         "wiring_port is '5', not a whole number.",
     ]
     (sentence,) = errors(app_database_url=f"mysql://u:{MARK}@db/shop")
-    assert sentence.startswith("app_database_url has another scheme or none; allowed is a URL such as postgresql://host:port")
+    assert sentence.startswith("app_database_url has no scheme or a wrong one; allowed is a URL such as postgresql://host:port")
     # The type's error is enough.
     assert errors(app_database_url=5) == ["app_database_url is not a text in quotes."]
 
@@ -447,7 +447,7 @@ def test_a_team_need_not_specify_its_variables(errors):
 
 @pytest.mark.parametrize(
     ("name", "hint"),
-    [("EMAIL_ULR", "; did you mean EMAIL_URL?"), ("ZZZZ", "; known are those of app_environment_names.")],
+    [("EMAIL_ULR", "; did you mean EMAIL_URL?"), ("ZZZZ", "; app_environment_names lists the names that it reads.")],
 )
 def test_an_environment_variable_that_the_application_does_not_read_is_refused(errors, name, hint):
     assert errors(app_environment={name: "x", "DEBUG": True}) == [
@@ -467,7 +467,7 @@ def test_variables_of_roles_are_checked_on_the_hosts_that_have_the_roles(errors)
     assert errors(group_names=["broker", "strangers"], **wrong) == [
         firewall,
         "rabbitmq_plugins is 'a,b', not a list.",
-        "rabbitmq_verison is no variable of the role rabbitmq, did you mean rabbitmq_version?",
+        "rabbitmq_verison is not a variable of the role rabbitmq, did you mean rabbitmq_version?",
     ]
     assert errors(group_names=["workers"], **wrong) == [firewall, "celery_beat can't be evaluated: no group"]
 
@@ -508,18 +508,18 @@ def test_versions_that_the_distribution_has_or_does_not_matter(broker_errors, ch
     [
         (
             {"rabbitmq_version": "4.2"},
-            ("rabbitmq_version is 4.2", "has RabbitMQ 4.0: set rabbitmq_source: team_rabbitmq for another"),
+            ("rabbitmq_version is 4.2", "has RabbitMQ 4.0: set rabbitmq_source to team_rabbitmq for another version"),
         ),
         (
             {"erlang_version": "26.2.5", "erlang_source": "distribution"},
-            ("erlang_version is 26.2.5", "has Erlang 27: allowed is that"),
+            ("erlang_version is 26.2.5", "has Erlang 27: allowed is that version"),
         ),
     ],
 )
 def test_a_version_that_the_distribution_lacks_is_refused(broker_errors, changes, words):
     given, shipped = words
     assert broker_errors(**changes) == [
-        f"{given}, and debian13 (host_platform) {shipped}, or set host_platform to what the host runs."
+        f"{given}, and debian13 (host_platform) {shipped}, or set host_platform to the host's platform."
     ]
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 import pytest
+from ansible.module_utils.testing import patch_module_args
 from ansible_collections.django_celery.stack.plugins.module_utils.errors import Failure
 from ansible_collections.django_celery.stack.plugins.module_utils.management_commands import run
+from ansible_collections.django_celery.stack.plugins.modules import management_commands
 from helpers import executable
 
 MANAGE = """
@@ -107,3 +110,20 @@ def test_change_is_told_by_the_output(project, unchanged, changed):
 def test_no_commands_start_no_process(project, tmp_path):
     (tmp_path / "release" / "venv" / "bin" / "python").unlink()
     assert project() == []
+
+
+@pytest.mark.parametrize(("command", "words"), [("one", {"changed": True}), ("fail", {"failed": True})])
+def test_module_prints_its_result(project, tmp_path, capsys, command, words):
+    options = {"directory": str(tmp_path / "release"), "environment_file": str(tmp_path / "environment")}
+    with patch_module_args({**options, "commands": [{"command": command}]}), pytest.raises(SystemExit):
+        management_commands.main()
+    assert words.items() <= json.loads(capsys.readouterr().out).items()
+
+
+def test_check_mode_runs_no_command(project, tmp_path, capsys):
+    options = {"directory": str(tmp_path / "release"), "environment_file": str(tmp_path / "environment")}
+    arguments = {**options, "commands": [{"command": "write"}], "_ansible_check_mode": True}
+    with patch_module_args(arguments), pytest.raises(SystemExit):
+        management_commands.main()
+    assert json.loads(capsys.readouterr().out)["commands"] == []
+    assert not (tmp_path / "release" / "written").exists()

@@ -55,7 +55,7 @@ def test_an_encrypted_file_of_secrets_needs_a_vault_password(inventory, hosts, s
     with pytest.raises(AnsibleLookupError) as caught:
         hosts([inventory / source])
     assert str(caught.value) == (
-        f"{file} is encrypted, and Ansible was given no vault password: add --ask-vault-pass or --vault-password-file."
+        f"{file} is encrypted, and Ansible has no vault password: add --ask-vault-pass or --vault-password-file."
     )
     assert hosts([inventory / source], SECRETS) == ["all", "broker"]
 

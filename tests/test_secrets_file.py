@@ -230,7 +230,7 @@ def test_the_action_uses_the_vault_passwords_that_ansible_was_given(file):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ("- a\n", "holds no mapping of names to values"),
+        ("- a\n", "is not a mapping of names to values"),
         (f"a: {MARK}".encode() + b"\xff", "can't be read or written: it is not UTF-8"),
         (None, "can't be read or written: Is a directory"),
     ],

@@ -201,6 +201,9 @@ class HostState:
             self.changes(path, before or "", text)
         if entry["staged"]:
             self.staged.append(path)
-        if not self.check:
-            uid, gid = self.identity(entry)
-            replace_file(self.module, staged if entry["staged"] else path, text, int(entry["mode"], 8), uid, gid)
+        if self.check:
+            return
+        if not os.path.isdir(os.path.dirname(path)):
+            raise Failure(f"{path}: its directory does not exist.")
+        uid, gid = self.identity(entry)
+        replace_file(self.module, staged if entry["staged"] else path, text, int(entry["mode"], 8), uid, gid)
