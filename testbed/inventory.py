@@ -81,7 +81,7 @@ def read(directory: Path) -> Inventory:
         capture_output=True,
         check=False,
         cwd=CLONE,
-        # Otherwise Ansible only warns of a file that is not YAML, and the file's hosts are missing.
+        # Otherwise Ansible prints only a warning about a file that is not YAML, and the file's hosts are missing.
         env={**os.environ, "ANSIBLE_INVENTORY_UNPARSED_FAILED": "true"},
     )
     if done.returncode:

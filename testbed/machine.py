@@ -103,7 +103,7 @@ def _guards() -> Iterator[tuple[Path, list[bytes]]]:
 
 
 def _namespace_of_running_hosts() -> str | None:
-    """Return /proc/PID/ns/mnt of the monitor process of a running container of the testbed, if any.
+    """Return /proc/PID/ns/mnt of a monitor process, if a container of the testbed runs.
 
     That namespace has Podman's mounts. With it, running hosts stay usable after the namespace's file has been lost.
     """

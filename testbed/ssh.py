@@ -33,7 +33,7 @@ def directory(stack: str) -> Path:
 
 
 def host_files(stack: str, host: str) -> Path:
-    """Return the directory of the files that a stand-in gives to its inventory; other hosts have none."""
+    """Return the directory of the files that a stand-in gives to its inventory. Other hosts give no files."""
     return directory(stack) / "hosts" / host
 
 

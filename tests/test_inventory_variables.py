@@ -366,7 +366,7 @@ def test_group_errors_hide_all_others(errors):
 
 @pytest.mark.parametrize("inventory_dir", [None, "", "/nowhere"])
 def test_an_inventory_without_the_common_variables_is_refused(errors, folder, monkeypatch, inventory_dir):
-    # An inventory that is a list of hosts has no folder; the present one is not taken for it.
+    # An inventory that is a list of hosts has no folder. The working directory does not count as one.
     monkeypatch.chdir(folder)
     assert errors(inventory_dir=inventory_dir) == [
         "The inventory has no folder group_vars/all/00-common: link inventories/common there, as docs/new-environment.md shows."

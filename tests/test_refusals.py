@@ -426,7 +426,7 @@ def read_together():
 
 
 with warnings.catch_warnings():
-    # Jinja warns of escapes in regular expressions.
+    # Jinja prints warnings about escapes in regular expressions.
     warnings.simplefilter("ignore", DeprecationWarning)
     TOGETHER = read_together()
 

@@ -189,7 +189,7 @@ def record(ended: Sequence[Ended], begin: Sequence[Claimed] = ()) -> tuple[set[i
 
 
 def unclaim(claimed: Sequence[Claimed]) -> None:
-    """Queues claimed deliveries again of which nothing was sent."""
+    """Return claimed deliveries to the queue. Nothing of them was sent."""
     numbers = [each.number for each in claimed]
     _count("unclaim", {"ids": [each.id for each in claimed], "numbers": numbers})
 

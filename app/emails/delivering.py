@@ -1,4 +1,4 @@
-"""Processes a message of the queue in a worker: claim, send, record."""
+"""A worker handles one queue message: it claims, sends and records deliveries."""
 
 import logging
 import time

@@ -181,7 +181,7 @@ class Systemd(bootsteps.StartStopStep):  # type: ignore[misc]
     """Notifies systemd when the worker is ready, and pings the watchdog.
 
     The worker is ready when it consumes. Pings stop when its loop is stuck, so systemd restarts it.
-    They go on while it reconnects to the broker.
+    They continue while it reconnects to the broker.
     """
 
     requires = ("celery.worker.consumer.tasks:Tasks",)

@@ -128,7 +128,7 @@ DATABASE["OPTIONS"] = {
     "keepalives_count": 3,
 } | DATABASE.get("OPTIONS", {})
 if PREPARED_STATEMENTS:
-    # Executions before a statement is prepared. Django's own statements never are.
+    # Executions before a statement is prepared. Django's ORM prepares no statements.
     DATABASE["OPTIONS"].setdefault("prepare_threshold", 5)
 DATABASES = {"default": DATABASE}
 

@@ -67,7 +67,7 @@ def test_denied_features_are_denied(connect, host):
 
 
 def test_channel_prefetch_applies_to_each_consumer(connect):
-    """Because global_qos is denied, two consumers of a channel get a message each, not one together."""
+    """Because global_qos is denied, both consumers of a channel get one message, not one of them."""
     # The application's user may not publish to the default exchange.
     channel = connect("admin", "administrator").channel()
     channel.queue_declare("mail.qos", durable=True, auto_delete=False, arguments={"x-queue-type": "classic"})
