@@ -20,7 +20,7 @@ GALAXY = {
 }
 # Roles that don't support macOS.
 WITHOUT_MACOS = ("firewall",)
-BY_HAND = re.compile(r"<!-- By hand -->\n(.*?)\n<!-- End of what is by hand -->", re.DOTALL)
+BY_HAND = re.compile(r"<!-- Handwritten -->\n(.*?)\n<!-- End of the handwritten part -->", re.DOTALL)
 
 
 def plain(text: str | list[str]) -> str:

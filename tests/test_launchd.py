@@ -445,7 +445,7 @@ def test_records_of_disabled_jobs_are_parsed():
     assert jobs.parse_disabled(DISABLED) == jobs.parse_disabled(DISABLED_ONCE) == ["org.example.b"]
 
 
-# The stand-in compared with the records
+# The launchd stand-in compared with recorded output of launchctl
 
 
 def shape(line):

@@ -209,7 +209,7 @@ def test_passwords_in_parameters_are_never_printed(api, run, capsys):
     result = run(api.url, parameters=[{**was, "value": {"src-uri": uri.format("HiddenAfter")}}])
     assert result["changed"]
     assert api.definitions["parameters"][0]["value"]["src-uri"] == uri.format("HiddenAfter")
-    # Includes the arguments, which Ansible prints at -vvv.
+    # The result contains the module's arguments, which Ansible prints with -vvv.
     assert "invocation" in result
     assert "Hidden" not in json.dumps(result)
 

@@ -108,7 +108,7 @@ class Conf:
     # The mail server: the path of an email backend, or an alias of MAILERS (Django 6.1).
     DELIVERY_BACKEND = Setting("django.core.mail.backends.smtp.EmailBackend", text)
     DELIVERY_MAILER = Setting("", text)
-    # Seconds to wait for a reply of the mail server, unless EMAIL_TIMEOUT or the mailer sets them.
+    # Seconds to wait for a reply from the mail server, unless EMAIL_TIMEOUT or the mailer sets them.
     DELIVERY_TIMEOUT = Setting[float](10, seconds(0.1))
     DEADLINE_SECONDS = Setting(86400, seconds(1))
     RETRY_SECONDS = Setting[float](30.0, seconds(0.1))

@@ -50,7 +50,7 @@ def build(delivery: Claimed) -> EmailMultiAlternatives:
 
 
 def attach(message: EmailMultiAlternatives, attachment: Attachment) -> None:
-    """Attaches a file in base64, so that its line ends stay. Django would encode text otherwise."""
+    """Attaches a file as base64, which preserves its line endings. Django would use another encoding for text files."""
     content = bytes(attachment.content)
     maintype, subtype = attachment.content_type.split("/")
     part: Any

@@ -18,7 +18,7 @@ schema = schemathesis.openapi.from_wsgi("/api/openapi.json", application)
 
 @pytest.fixture
 def one_connection():
-    """Otherwise a request would close the connection of the test's transaction."""
+    """Keep the database connection open between requests. Django would close it, and with it the test's transaction."""
     for signal in (request_started, request_finished):
         signal.disconnect(close_old_connections)
     yield

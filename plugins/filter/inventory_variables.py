@@ -1,4 +1,4 @@
-"""Finds errors of an inventory that no role can find: in groups, secrets, and the variables of inventories/common.
+"""Finds inventory errors that no single role can detect: in the groups, the secrets and the variables of inventories/common.
 
 The errors are sentences for the person who runs the playbook. No error shows a secret.
 """

@@ -79,7 +79,10 @@ def group_id(name: str) -> Optional[int]:
 
 
 class HostState:
-    """The state of a host that one role lists. `run` does everything. `result` is the module's result, also after a Failure."""
+    """Updates a host to the users, directories and files that a role lists, and reports packages.
+
+    Call `run`, then read `result`, which is also valid after a Failure.
+    """
 
     def __init__(self, module: AnsibleModule) -> None:
         self.module = module
