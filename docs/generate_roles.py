@@ -60,7 +60,7 @@ def tables(options: dict, path: str = ""):
 
 
 def readme(role: Path) -> str:
-    """Return the text of a role's README.md, with the section "By hand" of the current file."""
+    """Return the text of a role's README.md, with the handwritten part of the current file."""
     spec = yaml.safe_load((role / "meta/argument_specs.yml").read_text())["argument_specs"]["main"]
     file = role / "README.md"
     found = BY_HAND.search(file.read_text()) if file.exists() else None
