@@ -148,9 +148,10 @@ def test_staged_file_that_is_no_longer_wanted_is_removed(tmp_path):
     assert not new.exists()
 
 
-def test_unknown_owner_is_refused(tmp_path):
-    with pytest.raises(Failure, match=r"/a: the owner nobody-of-this-name does not exist"):
-        state(files=[file_entry(tmp_path / "a", "text\n", owner="nobody-of-this-name")])
+@pytest.mark.parametrize("key", ["owner", "group"])
+def test_unknown_owner_is_refused(tmp_path, key):
+    with pytest.raises(Failure, match=rf"/a: the {key} nobody-of-this-name does not exist"):
+        state(files=[{**file_entry(tmp_path / "a", "text\n"), key: "nobody-of-this-name"}])
 
 
 def test_owner_may_be_a_number(tmp_path):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import sys
 
 import pytest
 from ansible.module_utils.testing import patch_module_args
+from ansible_collections.django_celery.stack.plugins.module_utils import django_runner
 from ansible_collections.django_celery.stack.plugins.module_utils.errors import Failure
 from ansible_collections.django_celery.stack.plugins.module_utils.management_commands import run
 from ansible_collections.django_celery.stack.plugins.modules import management_commands
@@ -126,4 +129,44 @@ def test_check_mode_runs_no_command(project, tmp_path, capsys):
     with patch_module_args(arguments), pytest.raises(SystemExit):
         management_commands.main()
     assert json.loads(capsys.readouterr().out)["commands"] == []
+    assert not (tmp_path / "release" / "written").exists()
+
+
+# ---- The runner ----
+
+
+@pytest.fixture
+def here(project, tmp_path, monkeypatch):
+    """The process of this test is that of the project's Python."""
+    monkeypatch.chdir(tmp_path / "release")
+    monkeypatch.syspath_prepend(str(tmp_path / "release"))
+    monkeypatch.setenv("KEY", "value")
+    monkeypatch.setattr(sys, "argv", ["pytest"])
+    monkeypatch.setattr(sys, "stdin", sys.stdin)
+    yield
+    sys.modules.pop("project", None)
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "output"),
+    [("one", 0, "one process"), ("fail", 3, "the reason"), ("say", 1, "the message"), ("ask", 1, "EOFError")],
+)
+def test_runner_returns_what_a_command_did(here, command, code, output):
+    result = django_runner.run([command], None)
+    assert result["code"] == code
+    assert output in result["stdout"] + result["stderr"]
+
+
+def test_runner_stops_at_the_first_failure(here, tmp_path, monkeypatch):
+    asked = [{"arguments": [name], "stdin": None} for name in ("one", "fail", "write")]
+    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(asked)))
+    with (tmp_path / "results").open("w") as file:
+        kept = os.dup(1)
+        os.dup2(file.fileno(), 1)
+        try:
+            django_runner.main()
+        finally:
+            os.dup2(kept, 1)
+            os.close(kept)
+    assert [result["code"] for result in json.loads((tmp_path / "results").read_text())] == [0, 3]
     assert not (tmp_path / "release" / "written").exists()
