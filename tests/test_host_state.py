@@ -300,8 +300,9 @@ def test_packages_of_rpm(tmp_path, monkeypatch):
 
 def test_program_that_holds_the_lock_of_dpkg_is_named(dpkg, tmp_path, monkeypatch):
     lock = tmp_path / "lock"
-    lock.write_text("")
     monkeypatch.setattr(host_state, "DPKG_LOCK", str(lock))
+    assert state(packages={"never": ""}).result["packages_locked_by"] == ""
+    lock.write_text("")
     assert state(packages={"never": ""}).result["packages_locked_by"] == ""
     held = "import fcntl, sys\nfile = open(sys.argv[1], 'w')\nfcntl.lockf(file, fcntl.LOCK_EX)\nprint('held', flush=True)\ninput()"
     with subprocess.Popen([sys.executable, "-c", held, lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
