@@ -7,7 +7,7 @@ from gunicorn.glogging import Logger
 
 from emails.context import one_line
 
-# Without query string and referrer, because search terms may be addresses.
+# The format has no query string and no referrer, because search terms may be addresses.
 access_log_format = '%(h)s "%(m)s %(U)s" %(s)s %(B)s %(M)sms request=%({x-request-id}o)s'
 
 

@@ -1,7 +1,7 @@
 """Runs the application for development: `make app` starts it, Ctrl-C stops it.
 
-Starts a temporary PostgreSQL, the web server, the relay, a worker and a mail catcher. The broker
-is that of BROKER_URL, or else the test host of `make broker-up`.
+Starts a temporary PostgreSQL, the web server, the relay, a worker and a mail catcher. The broker is
+the one in BROKER_URL, or the test host of `make broker-up` without that variable.
 """
 
 import json
@@ -26,12 +26,12 @@ TEST_HOST = (
     *(".venv/bin/python", "-m", "testbed", "info"),
     *("--inventory", "inventories/app-tests", "--value", "broker.url"),
 )
-# Processes that have not ended after this time are killed.
+# Seconds after which processes that have not ended are killed.
 STOP_SECONDS = 10
 
 
 class Signals:
-    """Records a signal, so that a process that is being started is stopped too."""
+    """Records signals, so that a process that is just being started is stopped too."""
 
     def __init__(self) -> None:
         self.arrived = False
@@ -93,7 +93,7 @@ def copy(name: str, output: IO[str]) -> None:
 
 
 def port_of(variable: str, default: int) -> int:
-    """The port that the variable sets, 0 for any free one. Exits if it can't be used."""
+    """The port from the variable; 0 means any free port. Exits if the port can't be used."""
     value = os.environ.get(variable) or default
     try:
         with socket.create_server((HOST, int(value))) as server:
@@ -104,7 +104,7 @@ def port_of(variable: str, default: int) -> int:
 
 
 def broker_url() -> str:
-    """The URL of the broker. Exits if it does not respond."""
+    """The URL of the broker. Exits if the broker does not respond."""
     if named := os.environ.get("BROKER_URL"):
         if not any(answers(url) for url in named.split(";")):
             sys.exit("No broker responds at the host and port of BROKER_URL.")
@@ -132,7 +132,7 @@ def main() -> int:
     web_port, mail_port = port_of("WEB_PORT", 8000), port_of("MAIL_PORT", 8025)
     smtp_port = port_of("SMTP_PORT", 0)
     broker = broker_url()
-    # The data is temporary, so it needn't survive a crash.
+    # The data is temporary, so it does not have to survive a crash.
     with Postgresql(fsync="off") as server:
         processes = Processes(
             os.environ

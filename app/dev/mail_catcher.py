@@ -1,6 +1,6 @@
 """A mail server that delivers nothing: python -m dev.mail_catcher SMTP_PORT PAGE_PORT
 
-Keeps the latest messages in memory and shows them on a web page.
+The server keeps the latest messages in memory and shows them on a web page.
 """
 
 import sys
@@ -86,7 +86,7 @@ def page_handler(catcher: Catcher) -> type[BaseHTTPRequestHandler]:
             self.wfile.write(page.encode("utf-8", "replace"))
 
         def log_message(self, *_: Any) -> None:
-            """Logs nothing, because the page reloads itself every few seconds."""
+            """Logs no requests, because the page reloads itself every few seconds."""
 
     return Handler
 

@@ -58,7 +58,7 @@ class DeliveryAdmin(ReadOnly, admin.ModelAdmin):
 
     @admin.action(description="Retry failed and held deliveries", permissions=["replay"])
     def replay(self, request: HttpRequest, queryset: QuerySet[Delivery]) -> None:
-        # The list's queryset has an order and joins, which an UPDATE can't have.
+        # The list's queryset is ordered and has joins, which an UPDATE does not support.
         chosen = Delivery.objects.filter(pk__in=list(queryset.values_list("pk", flat=True)))
         count = services.replay(chosen)
         messages.success(

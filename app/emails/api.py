@@ -67,7 +67,7 @@ def invalid(request: HttpRequest, error: ValidationError) -> HttpResponse:
 
 @api.exception_handler(MalformedRequest)
 def malformed(request: HttpRequest, error: MalformedRequest) -> HttpResponse:
-    # Pydantic's location of a problem: "body", the name of the view's parameter, the field; or
+    # Pydantic locates a problem by "body", the name of the view's parameter, the field; or
     # "path", "query" or "header" and the name.
     problems = [
         (problem["loc"][2 if problem["loc"][0] == "body" else 1 :], problem["msg"])

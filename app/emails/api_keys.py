@@ -19,7 +19,7 @@ def hash_key(key: str) -> str:
 
 
 def authenticate(key: str) -> ApiKey | None:
-    """The API key with its owner and the owner's limits, or None if it is unknown or revoked."""
+    """The API key with its owner and the owner's limits. None: the key is unknown or revoked."""
     digest = hash_key(key)
     user_model = get_user_model()
     models = ((ApiKey, "k"), (user_model, "u"), (SendingLimits, "l"))

@@ -22,7 +22,7 @@ class Request(HttpRequest):
 
 
 def limit_count(attachments: Any) -> Any:
-    """Refuses too many attachments before each one is validated."""
+    """Refuses too many attachments before any attachment is validated."""
     if isinstance(attachments, list) and len(attachments) > conf.MAX_ATTACHMENTS:
         raise PydanticCustomError("too_many", f"must not be more than {conf.MAX_ATTACHMENTS}")
     return attachments

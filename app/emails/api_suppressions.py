@@ -63,7 +63,7 @@ def suppress(request: Request, suppression: SuppressionIn) -> Any:
     summary="Remove an address from the suppression list",
 )
 def unsuppress(request: Request, suppression_id: int) -> Any:
-    """Takes the id, so that no access log has the address."""
+    """Takes the id, not the address, so that the address is not in access logs."""
     found = Suppression.objects.filter(owner=request.auth.owner, pk=suppression_id)
     deleted, _ = found.delete()
     if not deleted:

@@ -18,7 +18,7 @@ REPLACED_HEADERS = {"to", "cc", "bcc", "reply-to", "message-id", "date", "from"}
 class EmailBackend(BaseEmailBackend):
     """EMAIL_BACKEND = "emails.backend.EmailBackend": stores the emails of Django's mail functions.
 
-    It stores them in the caller's transaction. The workers deliver them with
+    The backend stores emails in the caller's transaction. The workers deliver them with
     EMAILS_DELIVERY_BACKEND or EMAILS_DELIVERY_MAILER.
     """
 

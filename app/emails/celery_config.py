@@ -7,13 +7,13 @@ from celery.utils.text import str_to_list
 
 from emails.queues import CONSUMED
 
-# The project's settings override these.
+# The project's settings override these settings.
 DEFAULTS: dict[str, Any] = {
     "worker_detect_quorum_queues": True,
     "broker_native_delayed_delivery_queue_type": "classic",
     # Workers survive any outage of the broker. Publishing has a timeout, because a broker with a
-    # memory or disk alarm stops reading. It is not retried, because an attempt that timed out may
-    # have published a copy.
+    # memory or disk alarm stops reading. Publishing is not retried, because an attempt that timed
+    # out may have published the message.
     "broker_connection_retry_on_startup": True,
     "broker_connection_max_retries": None,
     "broker_connection_timeout": 4,
@@ -30,9 +30,9 @@ DEFAULTS: dict[str, Any] = {
     },
     "task_publish_retry": False,
     "worker_cancel_long_running_tasks_on_connection_loss": False,
-    # With an exclusive control queue, a worker exits when it reconnects before the broker has
-    # noticed the loss of the old connection. RabbitMQ 4.3 refuses queues that are neither
-    # exclusive nor durable.
+    # If the control queue is exclusive, a worker exits if it reconnects before the broker has
+    # noticed the loss of the old connection. RabbitMQ 4.3 refuses queues that are neither exclusive
+    # nor durable.
     "control_queue_exclusive": False,
     "control_queue_durable": True,
     "event_queue_exclusive": True,
@@ -51,7 +51,7 @@ def configure(app: Celery) -> None:
 
 
 def _add_defaults(source: Any, **_: Any) -> None:
-    """Not Celery's add_defaults(), which would override the project's settings."""
+    """Celery's add_defaults() is not used, because it would override the project's settings."""
     for maps in (source.maps, source.defaults):
         maps.insert(-1, DEFAULTS)
 
@@ -70,7 +70,7 @@ def _prepare_worker(instance: Any, options: dict[str, Any], **_: Any) -> None:
     for queue in consumed:
         if queue.name not in queues:
             queues.add(queue)
-    # Imported here, because only workers need the module.
+    # The import is here, because only workers need the module.
     from emails import worker
 
     worker.prepare(instance.app)

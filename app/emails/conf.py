@@ -1,6 +1,6 @@
 """The settings of this app: EMAILS_… in the project's settings module.
 
-They are read at each use. emails/checks.py reports wrong ones in Django's system checks.
+Settings are read at each use. emails/checks.py reports wrong settings in Django's system checks.
 """
 
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar, overload
 from django.conf import settings
 
 T = TypeVar("T")
-# A check returns None for a valid value, else a description of the allowed values.
+# A check returns None for a valid value, or a description of the allowed values.
 Check = Callable[[Any], str | None]
 
 PREFIX = "EMAILS_"
@@ -108,12 +108,13 @@ class Conf:
     # The mail server: the path of an email backend, or an alias of MAILERS (Django 6.1).
     DELIVERY_BACKEND = Setting("django.core.mail.backends.smtp.EmailBackend", text)
     DELIVERY_MAILER = Setting("", text)
-    # Seconds to wait for a reply from the mail server, unless EMAIL_TIMEOUT or the mailer sets them.
+    # Seconds to wait for a mail server's reply, unless EMAIL_TIMEOUT or the mailer sets them.
     DELIVERY_TIMEOUT = Setting[float](10, seconds(0.1))
     DEADLINE_SECONDS = Setting(86400, seconds(1))
     RETRY_SECONDS = Setting[float](30.0, seconds(0.1))
     UNCERTAIN_POLICY = Setting("resend", one_of("resend", "hold"))
-    # A worker's attempt must end within this time. After it, the relay takes the delivery back.
+    # Seconds within which a worker's attempt must end. Afterwards, the relay takes the delivery
+    # back.
     SENDING_LEASE_SECONDS = Setting[float](600, seconds(5))
     # The maximum of SMTP connections of all workers together; 0: one per worker process.
     SMTP_CONNECTIONS = Setting(0, whole(0))

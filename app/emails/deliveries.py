@@ -21,11 +21,11 @@ from emails.states import State
 
 SQL = load("deliveries.sql")
 
-# How long a published message may wait in the queue; after this the delivery is published again.
+# How long a published message may wait in the queue before the delivery is published again.
 PUBLISHED_LEASE = timedelta(minutes=10)
-# A publication is lost if the queue is empty and no worker has got it within this time,
+# A publication counts as lost if the queue is empty and no worker has got it within this time,
 LOST_AFTER = timedelta(seconds=30)
-# or if a worker has got another one that was published this much later.
+# or if a worker has got another publication that was published this much later.
 OVERTAKEN_BY = timedelta(seconds=60)
 REQUEUE_BATCH = 1000
 BEGINNING_OF_TIME = datetime(1970, 1, 1, tzinfo=UTC)
@@ -33,7 +33,7 @@ ANSWER_LENGTH = 500
 
 
 def following(result: State, *, attempts: int, seconds_left: float) -> Step:
-    """The next step after the result of an attempt, with the policy and waits of the settings."""
+    """The next step after an attempt, with the policy and the waits from the settings."""
     return next_step(
         result,
         attempts=attempts,
@@ -48,15 +48,15 @@ def following(result: State, *, attempts: int, seconds_left: float) -> Step:
 
 
 def is_due(floor: datetime = BEGINNING_OF_TIME) -> bool:
-    """Whether a delivery has a due time at or after `floor` that has passed."""
+    """Whether a delivery became due at or after `floor`."""
     found: bool = fetch(SQL["due_exists"], {"floor": floor}, prepare=False)[0][0]
     return found
 
 
 def lease(most: int, floor: datetime = BEGINNING_OF_TIME) -> Lease:
-    """Leases up to `most` due deliveries, with a due time at or after `floor`, for publishing.
+    """Leases up to `most` deliveries that became due at or after `floor`, for publishing.
 
-    It also expires deliveries whose deadline passed, and ends attempts whose worker has died.
+    Also expires deliveries whose deadline has passed, and ends attempts whose worker has died.
     """
     with pacing.allowances() as allowed:
         values = {
@@ -67,7 +67,8 @@ def lease(most: int, floor: datetime = BEGINNING_OF_TIME) -> Lease:
             "allowances": json.dumps(allowed.by_domain),
             "allowance": allowed.others,
         }
-        # Not prepared, because a plan for an empty table would scan a full one completely.
+        # The statement is not prepared. A plan for an empty table would scan a full table
+        # completely.
         rows = fetch(SQL["lease"], values, prepare=False)
         allowed.spend([row[5] for row in rows if row[1]])
     taken = Lease()
@@ -115,7 +116,7 @@ def is_waiting_for_worker() -> bool:
 
 
 def requeue_lost(queue_is_empty: bool) -> int:
-    """Makes deliveries due whose message RabbitMQ confirmed and lost; returns how many."""
+    """Makes deliveries due if RabbitMQ confirmed and lost their message; returns how many."""
     values = {
         "queue_is_empty": queue_is_empty,
         "published_lease": PUBLISHED_LEASE,
@@ -128,9 +129,9 @@ def requeue_lost(queue_is_empty: bool) -> int:
 
 
 def reset_impossible_due_times() -> int:
-    """Makes deliveries due that wait longer than their state allows, because a clock was wrong.
+    """Makes deliveries due that, because of a wrong clock, wait longer than their state allows.
 
-    Returns how many.
+    Returns the number of these deliveries.
     """
     values = {
         "published_lease": PUBLISHED_LEASE,
@@ -149,7 +150,7 @@ def sending_lease() -> timedelta:
 
 
 def claim(ids: Iterable[int]) -> list[Claimed]:
-    """Claims those of the deliveries that are queued, so that only one copy of a message sends."""
+    """Claims the queued ones of these deliveries, so that duplicate messages send nothing twice."""
     rows = fetch(SQL["claim"], {"ids": list(ids), "lease": sending_lease()})
     return [_claimed(*row) for row in sorted(rows)]
 
@@ -163,9 +164,9 @@ def _claimed(
 
 
 def record(ended: Sequence[Ended], begin: Sequence[Claimed] = ()) -> tuple[set[int], set[int]]:
-    """Ends attempts, and marks others whose message is about to go to the mail server.
+    """Ends attempts, and begins others: marks deliveries that are about to go to the mail server.
 
-    Returns the ids of the ended and of the begun ones. A missing id means that the lease was lost.
+    Returns the ids of the ended and of the begun attempts. If an id is missing, its lease was lost.
     """
     values = {
         "ids": [each.id for each in ended],
@@ -189,7 +190,7 @@ def record(ended: Sequence[Ended], begin: Sequence[Claimed] = ()) -> tuple[set[i
 
 
 def unclaim(claimed: Sequence[Claimed]) -> None:
-    """Return claimed deliveries to the queue. Nothing of them was sent."""
+    """Returns claimed deliveries to the queue. No part of them was sent."""
     numbers = [each.number for each in claimed]
     _count("unclaim", {"ids": [each.id for each in claimed], "numbers": numbers})
 
@@ -199,7 +200,7 @@ def _bucket(seconds: float) -> float:
 
 
 def requeue(ids: Sequence[int]) -> None:
-    """Makes those due again that still wait for a worker, so that the relay publishes them."""
+    """Makes deliveries due again that still wait for a worker, so that the relay publishes them."""
     _count("requeue", {"ids": list(ids)})
 
 

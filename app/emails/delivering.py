@@ -18,10 +18,11 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Seconds between attempts to reach the database, such as during its restart.
+# Seconds between attempts to reach the database, for example while it restarts.
 DATABASE_PAUSES = (0.2, 0.5, 1, 2, 3, 5, 5, 5, 5)
-# A chunk is as many emails as take about this time, so that few become uncertain when a worker
-# dies. With a fast server a chunk has many emails, with a slow one a single one.
+# A chunk has as many emails as a worker sends in about this time, so that few emails become
+# uncertain when a worker dies. With a fast server, a chunk has many emails; with a slow one, a
+# single email.
 CHUNK_SECONDS = 0.25
 LARGEST_CHUNK = 20
 
@@ -43,8 +44,8 @@ def retry_while_database_down(act: Callable[[], T]) -> T:
 class Sender:
     """Sends the deliveries of one message in chunks.
 
-    One statement records the ended attempts and begins the next ones. So several emails of a fast
-    server share a durable commit, and each email of a slow server has its own.
+    One statement records the ended attempts and begins the next ones. With a fast server, several
+    emails share a durable commit. With a slow server, each email has its own commit.
     """
 
     # Seconds that the last email of this process took. The size of the next chunk depends on it.
@@ -56,7 +57,7 @@ class Sender:
         self.built: dict[int, smtp.Envelope | Result] = {}
 
     def send(self, ids: Sequence[int]) -> None:
-        """Sends the queued ones. Those that exceed the time limit go back to the relay."""
+        """Sends the queued deliveries. Those for which no time is left go back to the relay."""
         end = time.monotonic() + conf.SENDING_LEASE_SECONDS / 5
         rest = deque(ids)
         first = True
@@ -80,13 +81,14 @@ class Sender:
 
     @classmethod
     def chunk_size(cls) -> int:
-        # An uncertain delivery waits for an operator, so only a sent one may become uncertain.
+        # An uncertain delivery waits for an operator, so only the delivery being sent may become
+        # uncertain.
         if conf.UNCERTAIN_POLICY == "hold" or cls.pace <= 0:
             return 1
         return max(1, min(int(CHUNK_SECONDS / cls.pace), LARGEST_CHUNK))
 
     def attempt(self, claimed: Sequence[Claimed]) -> None:
-        """Sends the first of these; the others are the next ones to send."""
+        """Sends the first of these deliveries. The others are sent after it."""
         delivery, started = claimed[0], time.monotonic()
         ids = {"request_id": delivery.request_id, "email_id": delivery.email_id}
         with context.bind(**ids, delivery_id=delivery.id):
@@ -133,7 +135,7 @@ class Sender:
         return smtp.Envelope(delivery.sender, delivery.recipient, content, message)
 
     def begin(self, claimed: Sequence[Claimed]) -> bool:
-        """Marks the first of these, and the rest of its chunk, as about to be sent."""
+        """Marks the first of these deliveries, and the rest of its chunk, as about to be sent."""
         if claimed[0].id not in self.begun:
             following = claimed[: self.chunk_size()]
             _, begun = deliveries.record(self.ended, following)

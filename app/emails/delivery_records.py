@@ -55,7 +55,7 @@ class Claimed:
 
 @dataclass(frozen=True)
 class Ended:
-    """An ended attempt. `code` is that of the SMTP reply, or None without a reply."""
+    """An ended attempt. `code` is the SMTP reply's code, or None without a reply."""
 
     id: int
     number: int

@@ -25,12 +25,12 @@ def limit_of(owner: Any) -> int | None:
 
 
 def lock(owner: Any) -> None:
-    """Locks the owner: its batches, and its emails if it has a limit, are stored one by one."""
+    """Locks the owner. The owner's batches are stored one by one; with a limit, the emails too."""
     get_user_model().objects.select_for_update(no_key=True).only("pk").get(pk=owner.pk)
 
 
 class Remaining:
-    """The rest of an owner's limit, in a transaction that holds the owner's lock."""
+    """The remaining part of an owner's limit, in a transaction that holds the owner's lock."""
 
     def __init__(self, owner: Any, limit: int) -> None:
         hour = timezone.now() - timedelta(hours=1)
@@ -38,7 +38,7 @@ class Remaining:
         self.recipients = limit - sent
 
     def check(self, email: Email, count: int) -> None:
-        """Raises OverLimit, unless an email with the same key exists, because it isn't new then."""
+        """Raises OverLimit, unless an email with the same key exists: then none is added."""
         if count <= self.recipients:
             return
         key = email.idempotency_key

@@ -9,7 +9,7 @@ from django.db.models import Count, Exists, OuterRef, Q, QuerySet
 from emails.models import Delivery, Email, Suppression
 from emails.states import State
 
-# Counts stop here. For a page of 20 it is enough to know that there are more.
+# Counting stops at this number. For a page of 20, it is enough to know that there are more.
 COUNT_LIMIT = 100
 
 
@@ -44,13 +44,15 @@ def count_by_state(owner: Any, text: str = "") -> dict[str, int | None]:
     counts of states are None, because counting would take too long.
     """
 
-    # Unordered, so that the database can start with a rare state or with the owner's emails.
+    # The query has no order, so that the database can start with a rare state or the owner's
+    # emails.
     def bounded(emails: QuerySet[Email]) -> QuerySet[Email]:
         return emails.order_by()[: COUNT_LIMIT + 1]
 
     if not text:
         return {state: bounded(find(owner, state=state)).count() for state in ("", *State.values)}
-    # If few emails match, a search reads all of the owner's emails. So all counts share a search.
+    # If few emails match, a search reads all of the owner's emails. So one search is for all
+    # counts.
     matching = list(bounded(find(owner, text=text)).values_list("pk", flat=True))
     counts: dict[str, int | None] = {"": len(matching)}
     if len(matching) > COUNT_LIMIT:

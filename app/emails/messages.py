@@ -50,7 +50,8 @@ def build(delivery: Claimed) -> EmailMultiAlternatives:
 
 
 def attach(message: EmailMultiAlternatives, attachment: Attachment) -> None:
-    """Attaches a file as base64, which preserves its line endings. Django would use another encoding for text files."""
+    """Attaches a file as base64, which preserves line endings. Django would encode texts
+    differently."""
     content = bytes(attachment.content)
     maintype, subtype = attachment.content_type.split("/")
     part: Any
@@ -80,8 +81,10 @@ def is_utf8(content: bytes) -> bool:
 
 
 class ShortHeaders(Compat32):
-    """Writes short ASCII headers without folding them. Folding does not change them, and takes a
-    third of the time for a whole message."""
+    """Writes short ASCII headers without folding them.
+
+    Folding would not change such headers, and takes a third of the time for a whole message.
+    """
 
     LONGEST = 76
 

@@ -1,4 +1,4 @@
-"""The tables. emails/deliveries.py changes the state of deliveries; nothing else does."""
+"""The tables. Only emails/deliveries.py changes the state of deliveries."""
 
 from datetime import datetime
 
@@ -45,7 +45,7 @@ class Email(models.Model):
     html = models.TextField(blank=True)
     reply_to = models.JSONField(default=list, blank=True)
     headers = models.JSONField(default=dict, blank=True)
-    # True: "To" and "Cc" name all recipients. False: "To" names only the one addressed.
+    # True: "To" and "Cc" name all recipients. False: "To" names only the recipient of the message.
     show_recipients = models.BooleanField(default=False)
     idempotency_key = models.CharField(max_length=255, null=True, blank=True)
     digest = models.CharField(max_length=64, default="", blank=True)
@@ -111,7 +111,7 @@ class Delivery(models.Model):
     failed_by = models.CharField(max_length=8, choices=FailedBy, default="", blank=True)
     attempts = models.PositiveIntegerField(default=0)
     uncertain_attempts = models.PositiveIntegerField(default=0)
-    # When the relay processes it next: a new attempt, or the end of a lease. None: never.
+    # When the relay processes it next, for a new attempt or at the end of a lease. None: never.
     due_at = models.DateTimeField(null=True, blank=True)
     # When the relay last leased it for publishing. None: not published since it became due.
     published_at = models.DateTimeField(null=True, blank=True, editable=False)
@@ -197,7 +197,7 @@ class Counter(models.Model):
 
 
 class DomainPace(models.Model):
-    """The rest of a domain's rate, if EMAILS_DOMAIN_LIMITS sets one."""
+    """The unused part of a domain's rate, if EMAILS_DOMAIN_LIMITS sets a rate."""
 
     domain = models.CharField(max_length=255, primary_key=True)
     tokens = models.FloatField()
@@ -263,7 +263,7 @@ class SendingLimits(models.Model):
 class ApiKey(models.Model):
     """Lets a program act for a user. Only the SHA-256 of the key is stored.
 
-    A plain hash is enough: keys are random and long, so they can't be guessed.
+    A hash without a salt is enough: keys are random and long, so they can't be guessed.
     """
 
     owner = models.ForeignKey(

@@ -19,7 +19,7 @@ UNLIMITED = 1_000_000
 
 @dataclass
 class Allowances:
-    """How many deliveries may be published now: per domain, and for each other domain."""
+    """How many deliveries may be published now: per listed domain, and for every other domain."""
 
     by_domain: dict[str, int] = field(default_factory=dict)
     others: int = UNLIMITED
@@ -48,13 +48,16 @@ def limits_of(domain: str) -> dict[str, float]:
 
 
 def burst(per_minute: float) -> float:
-    """How many may be published at once after a pause: those of a second, but at least one."""
+    """How many may be published at once after a pause: the rate per second, but at least one."""
     return max(per_minute / 60, 1)
 
 
 @contextmanager
 def allowances() -> Iterator[Allowances]:
-    """How much may be published now. If there are limits, a lock admits one relay at a time."""
+    """The current allowance for publishing.
+
+    If there are limits, a lock admits one relay at a time.
+    """
     if not conf.DOMAIN_LIMITS:
         yield Allowances()
         return

@@ -16,7 +16,7 @@ from emails.tasks import deliver
 logger = logging.getLogger(__name__)
 
 BATCH = 100
-# Used while more than a batch is due. A message with 20 ids costs as much as one with a single id.
+# Ids per message while more than a batch is due. 20 ids cost as much as a single id.
 DELIVERIES_PER_MESSAGE = 20
 CONFIRM_TIMEOUT = 5  # seconds
 PUBLISHING_SECONDS = 15  # for one batch; the rest is released
@@ -44,12 +44,13 @@ class Publisher:
     def publish_due(self) -> int:
         """Publishes up to BATCH due deliveries, the oldest first; returns how many it found.
 
-        Raises the errors of the broker's client; unpublished deliveries are due again then.
+        Raises the broker client's errors. The unpublished deliveries are then due again.
         """
         floor = self._next_floor()
         if not deliveries.is_due(floor):
             return 0
-        # Before the lease, so that nothing is leased while the broker is down.
+        # The publisher connects before it leases, so that nothing is leased while the broker is
+        # down.
         self._connect()
         held = self._held = deliveries.lease(BATCH, floor)
         self._reached(held)
@@ -91,9 +92,9 @@ class Publisher:
     def _next_floor(self) -> datetime:
         """The due time from which to search.
 
-        While an old transaction is open, vacuum can't remove index entries of finished deliveries;
-        the floor skips these. Every REPAIR_SECONDS the search covers everything, because some
-        deliveries may have been committed late.
+        While an old transaction is open, vacuum can't remove index entries of finished deliveries.
+        A search from the floor skips these entries. Every REPAIR_SECONDS, the search covers
+        everything, because some deliveries may have been committed late.
         """
         if time.monotonic() - self._floor_reset > REPAIR_SECONDS:
             self._floor_reset = time.monotonic()
@@ -119,7 +120,7 @@ class Publisher:
             self._used = time.monotonic()
 
     def _publish(self, leased: Sequence[Leased]) -> None:
-        """Publishes, and waits a few seconds at most until the broker has queued the message."""
+        """Publishes a message, and waits at most a few seconds until the broker has queued it."""
         ids = {}
         if len(leased) == 1:
             ids = {"request_id": leased[0].request_id, "email_id": str(leased[0].email_id)}
@@ -138,7 +139,7 @@ class Publisher:
                 logger.debug("delivery %s published", each.id)
 
     def discard_connection(self) -> None:
-        """Closes the socket only, because a stuck broker would not answer a proper close."""
+        """Closes only the socket, because a stuck broker would not answer AMQP's close method."""
         if self._connection is not None:
             self._connection.collect()
             self._connection = None

@@ -1,7 +1,7 @@
 """Runs the named statements of emails/sql/ on PostgreSQL.
 
-psycopg prepares the statements, so the server plans each one once per connection. That halves the
-cost of an email. The lookups are by key, so the same plan is good for every value.
+psycopg prepares the statements, so the server plans each one once per connection. This halves the
+cost of an email. The lookups are by key, so one plan suits all values.
 """
 
 import re
@@ -25,11 +25,15 @@ def load(filename: str) -> dict[str, str]:
 
 @contextmanager
 def execute(statement: str, values: Any = None, *, prepare: bool | None = None) -> Iterator[Any]:
-    """Runs the statement; yields the cursor. With `prepare=False` each execution is planned."""
+    """Runs the statement; yields the cursor.
+
+    With `prepare=False`, the server plans each execution.
+    """
     try:
         cursor = _run(statement, values, prepare)
     except NotSupportedError:
-        # A migration has changed a column's type since the statement was planned. It did not run.
+        # A migration has changed a column's type since the statement was planned, so it did not
+        # run.
         if connection.in_atomic_block:
             raise
         connection.close()
@@ -48,8 +52,7 @@ def fetch(statement: str, values: Any = None, *, prepare: bool | None = None) ->
 class _Cursor(psycopg.Cursor[Row]):
     """Sends the values as parameters.
 
-    Django's cursor puts them into the text, so each execution would be another statement for the
-    server.
+    Django's cursor would put the values into the text, so the server would plan each execution.
     """
 
     prepare: bool | None = None

@@ -83,11 +83,12 @@ class Relay:
             self._listening = connection.connection
         deadline = time.monotonic() + min(conf.RELAY_POLL_SECONDS, 10)
         while not self._stopping.is_set() and (left := deadline - time.monotonic()) > 0:
-            # This calls psycopg's connection, whose errors have to be translated.
+            # This calls psycopg's connection directly, so Django must translate its errors.
             with connection.wrap_database_errors:
                 notifications = list(self._listening.notifies(timeout=min(left, 0.5), stop_after=1))
                 if notifications:
-                    # Not after the wait: a later one may be for emails that the next query misses.
+                    # Cleared before the wait: a later notification may be for emails that the next
+                    # query misses.
                     list(self._listening.notifies(timeout=0))
                     self._stopping.wait(NOTIFY_SETTLE_SECONDS)
                     return

@@ -1,4 +1,4 @@
-"""Accept, retry and cancel emails: called by the API, the web page, the task and the backend."""
+"""Accepts, retries and cancels emails. Callers are the API, the web page, the task, the backend."""
 
 import hmac
 import json
@@ -57,7 +57,7 @@ def accept(owner: Any, message: Message, idempotency_key: str | None = None) -> 
     """
     draft = prepare(owner, message, idempotency_key)
     limit = hourly_limit.limit_of(owner)
-    # Without a limit there is only one statement, which needs no transaction.
+    # Without a limit, there is only one statement, so no transaction is needed.
     with nullcontext() if limit is None else transaction.atomic():
         if limit is not None:
             hourly_limit.lock(owner)
@@ -80,7 +80,7 @@ def accept_batch(
     results: list[Email | ValidationError | Conflict | OverLimit] = []
     new: list[Draft] = []
     with transaction.atomic():
-        # Two batches with the same keys in a different order would deadlock.
+        # Without the lock, two batches with the same keys in a different order could deadlock.
         hourly_limit.lock(owner)
         limit = hourly_limit.limit_of(owner)
         remaining = None if limit is None else Remaining(owner, limit)
@@ -131,7 +131,10 @@ def log_accepted(draft: Draft) -> None:
 
 
 def store(draft: Draft) -> tuple[bool, list[str]]:
-    """Stores the email unless it is refused. Returns whether, and its suppressed recipients."""
+    """Stores the email unless it is refused.
+
+    Returns whether it was stored, and the suppressed recipients.
+    """
     email, message, kinds = draft.email, draft.message, draft.kinds
     addresses = [address.lower() for address in kinds]
     values = {
@@ -182,12 +185,12 @@ def notify_relay() -> None:
 
 
 def replay(chosen: QuerySet[Delivery]) -> int:
-    """Queues those of the deliveries again that failed or are held; returns how many."""
+    """Queues the failed and held ones of these deliveries again; returns how many."""
     count = deliveries.replay(list(chosen.order_by().values_list("pk", flat=True)))
     transaction.on_commit(notify_relay)
     return count
 
 
 def cancel(chosen: QuerySet[Delivery]) -> int:
-    """Cancels those of the deliveries that no worker has started to send; returns how many."""
+    """Cancels the deliveries that no worker has started to send; returns how many."""
     return deliveries.cancel(list(chosen.order_by().values_list("pk", flat=True)))

@@ -15,7 +15,7 @@ from emails.conf import conf
 from emails.queries import load
 
 SQL = load("emails.sql")
-# How long to wait for one slot before trying all again.
+# How long to wait for one slot before trying all slots again.
 WAIT_SECONDS = 0.5
 
 _own = threading.local()
@@ -25,8 +25,8 @@ _own = threading.local()
 def smtp_slot(patience: float) -> Iterator[bool]:
     """Holds a slot for an SMTP connection; yields False if none is free within `patience` seconds.
 
-    The slot is an advisory lock in a transaction of a separate database connection, so it is free
-    as soon as the process dies. The SMTP connection is closed with the slot.
+    The slot is an advisory lock in a transaction of a separate database connection, so PostgreSQL
+    frees it as soon as the process dies. The SMTP connection is closed with the slot.
     """
     limit = conf.SMTP_CONNECTIONS
     if not limit:

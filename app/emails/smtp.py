@@ -38,7 +38,7 @@ class LeaseLost(Exception):
 
 
 def send(envelope: Envelope, begin: Callable[[], bool], upcoming: Envelope | None = None) -> Result:
-    """Sends to one recipient, because Django's backend does not report one refused among several.
+    """Sends to one recipient: for several, Django's backend does not report a single refused one.
 
     Calls `begin` just before it sends the message. If that returns False, it does not send and
     raises LeaseLost. Waits EMAIL_TIMEOUT seconds at most for each reply. If the server offers
@@ -96,7 +96,7 @@ def new_backend() -> Any:
 
 
 def close() -> None:
-    """Closes this thread's connection, if there is one."""
+    """Closes this thread's connection, if it has one."""
     backend: Any = getattr(_kept, "backend", None)
     if getattr(_kept, "announced", None) is not None:
         abort(backend)  # the server would read QUIT as the message
@@ -157,7 +157,8 @@ def send_envelope(
                 raise
             replies = [(421, b"")]
         if reused and replies[-1][0] == 421:
-            # A 421 on a reused connection ends the session, not the message: connect and retry.
+            # A 421 on a reused connection refuses the session, not the message, so connect and
+            # retry.
             abort(backend)
             backend.open()
             send_commands(backend.connection, envelope)
@@ -219,7 +220,10 @@ def commands(smtp: Any, envelope: Envelope) -> list[str]:
 
 
 def send_commands(smtp: Any, envelope: Envelope) -> None:
-    """Sends all three commands if the server offers PIPELINING; else read_replies sends each."""
+    """Sends all three commands if the server offers PIPELINING.
+
+    Otherwise read_replies sends each.
+    """
     smtp.ehlo_or_helo_if_needed()
     if takes_many(smtp):
         smtp.send("".join(commands(smtp, envelope)))

@@ -17,7 +17,7 @@ ENHANCED_CODE = re.compile(r"\b5\.\d{1,3}\.\d{1,3}\b")
 
 @dataclass(frozen=True)
 class Result:
-    """The result of an attempt. `code` is that of the SMTP reply, or None without a reply."""
+    """The result of an attempt. `code` is the SMTP reply's code, or None without a reply."""
 
     state: State
     code: int | None
@@ -44,7 +44,7 @@ def first_refusal(
 
 
 def classify_error(error: Exception, data_sent: bool) -> Result:
-    """Failed only if the server refused this message permanently.
+    """The outcome: failed only if the server refused this message permanently.
 
     After a failed login, or if the server refuses everything, the email is deferred until the
     operator has solved the problem. Without a reply to the message, the outcome is uncertain.

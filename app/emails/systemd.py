@@ -10,7 +10,7 @@ def notify(state: str) -> None:
         return
     if address.startswith("@"):
         address = "\0" + address[1:]
-    # If systemd does not listen now, this state is outdated when it listens again.
+    # If systemd does not listen now, the state will be outdated when systemd listens again.
     with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
         channel.connect(address)
         channel.sendall(state.encode())

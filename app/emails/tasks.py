@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 PURGE_BATCH = 500
 PURGE_BATCHES = 20
 
-# A message is acknowledged after its task. The claim of the row makes duplicate messages harmless.
-# The row has the result.
+# A message is acknowledged after its task. Duplicate messages are harmless, because a worker claims
+# the row first. The row has the result.
 OPTIONS: dict[str, Any] = {
     "acks_late": True,
     "reject_on_worker_lost": True,
@@ -76,7 +76,7 @@ def send_email(
     to: str | Sequence[str],
     html_content: str | None = None,
 ) -> str:
-    """Sends an email to one or several addresses. The result's id is the email's.
+    """Sends an email to one or several addresses. The result has the id of the email.
 
     `send_email.delay(…)` only writes rows in the caller's transaction. It needs no broker, and no
     message has the text or an address. A worker runs this body if another project publishes the
@@ -120,7 +120,8 @@ def deliver(*delivery_ids: int) -> None:
 def purge() -> None:
     """Deletes finished emails that are older than EMAILS_RETENTION_DAYS.
 
-    It uses small transactions, so that others do not wait long. The next run deletes the rest.
+    Each transaction is small, so that other transactions do not wait long. The next run deletes the
+    rest.
     """
     oldest_kept = timezone.now() - timedelta(days=conf.RETENTION_DAYS)
     waiting = Delivery.objects.filter(

@@ -79,7 +79,7 @@ def check_subject(value: str) -> None:
 
 
 def check_address(value: str) -> None:
-    """Requires an address without a name that mail servers accept."""
+    """Requires an address that mail servers accept, without a name."""
     validate_email(value)
     local, _, domain = value.rpartition("@")
     longest = LONGEST_ADDRESS - len(local) - 1
@@ -90,7 +90,7 @@ def check_address(value: str) -> None:
 def ascii_domain(domain: str) -> str:
     if domain.isascii():
         return domain
-    # IDNA drops or replaces some characters, such as a soft hyphen; the result is another domain.
+    # IDNA drops or replaces some characters, such as a soft hyphen, and yields another domain.
     try:
         encoded = domain.encode("idna")
         same = encoded.decode("idna") == domain.lower() and is_normalized("NFKC", domain)
@@ -206,7 +206,7 @@ def check_attachments(value: Sequence[File], text: str, html: str) -> None:
 
 
 def check_time(value: datetime | None, after: datetime | None = None) -> None:
-    """Requires a time after `after`, or after now if that is None."""
+    """Requires a time after `after`, or after now if `after` is None."""
     if value is None:
         return
     if timezone.is_naive(value):

@@ -26,13 +26,13 @@ from emails.queues import DEAD_LETTERS
 
 logger = logging.getLogger(__name__)
 
-# The control commands that Flower and `celery inspect` need. With the others, anybody who may
-# publish to a worker could shut it down or starve it.
+# The only control commands that Flower and `celery inspect` need. With the other commands, anybody
+# who may publish to a worker could shut it down or starve it.
 CONTROL_COMMANDS = {
     *("ping", "stats", "report", "conf", "enable_events"),
     *("active", "active_queues", "registered", "reserved", "revoked", "scheduled", "query_task"),
 }
-# Settings that `inspect conf` shows. The others may contain secrets.
+# The settings that `inspect conf` shows. Other settings may contain secrets.
 SHOWN_SETTINGS = (
     *("accept_content", "broker_heartbeat", "broker_pool_limit", "enable_utc", "timezone"),
     *("task_acks_late", "task_default_queue", "task_ignore_result", "task_serializer"),
@@ -43,7 +43,7 @@ SHOWN_SETTINGS = (
 
 
 def prepare(app: Celery) -> None:
-    """Adds the steps, and limits messages and commands, before a worker starts."""
+    """Adds bootsteps, and limits messages and control commands, before a worker starts."""
     app.conf.worker_consumer = "emails.worker:Consumer"
     app.steps["consumer"].add(DeclareQueues)
     # Celery binds every queue to its exchanges for delayed messages, so all queues must exist.
@@ -166,7 +166,7 @@ class Consumer(celery_consumer.Consumer):  # type: ignore[misc]
 class DeclareQueues(bootsteps.StartStopStep):  # type: ignore[misc]
     """Declares all queues of the project on each connection to the broker.
 
-    Celery declares only the queues that the worker consumes, and none consumes the dead letters.
+    Celery declares only the queues that the worker consumes. No worker consumes dead letters.
     """
 
     requires = ("celery.worker.consumer.connection:Connection",)
@@ -180,8 +180,8 @@ class DeclareQueues(bootsteps.StartStopStep):  # type: ignore[misc]
 class Systemd(bootsteps.StartStopStep):  # type: ignore[misc]
     """Notifies systemd when the worker is ready, and pings the watchdog.
 
-    The worker is ready when it consumes. Pings stop when its loop is stuck, so systemd restarts it.
-    They continue while it reconnects to the broker.
+    The worker is ready when it consumes. When its event loop is stuck, pings stop, and systemd
+    restarts the worker. While it reconnects to the broker, pings continue.
     """
 
     requires = ("celery.worker.consumer.tasks:Tasks",)

@@ -16,7 +16,7 @@ env = environ.Env()
 
 
 def wrong(name: str, expected: str) -> ImproperlyConfigured:
-    """The error for an invalid value. It omits the value, which may contain a password."""
+    """The error for an invalid value. The error omits the value, which may contain a password."""
     return ImproperlyConfigured(f"environment variable {name}: expected {expected}")
 
 
@@ -80,7 +80,7 @@ def limits(name: str) -> dict[str, dict[str, float]]:
 
 
 def broker_urls(value: str) -> str:
-    """Checks `value`: one URL, or those of a cluster's nodes, separated by `;`."""
+    """Checks `value`: one URL, or the URLs of a cluster's nodes, separated by `;`."""
     for node in value.split(";"):
         parts = urlsplit(node)
         if parts.scheme not in ("amqp", "amqps") or not parts.hostname or parts.port == 0:

@@ -6,7 +6,7 @@ from emails.context import FIELDS, one_line
 
 
 def ids(record: logging.LogRecord) -> dict[str, str]:
-    """The record's ids of the request, email and delivery."""
+    """The ids of the request, email and delivery in a record."""
     found = {name.removesuffix("_id"): getattr(record, name, "") for name in FIELDS}
     return {name: str(value) for name, value in found.items() if value}
 

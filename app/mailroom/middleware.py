@@ -31,7 +31,7 @@ def content_security_policy(get_response: Handler) -> Handler:
 
 
 def request_id(get_response: Handler) -> Handler:
-    """Gives each request an id, the client's if it is valid. Returns and logs it."""
+    """Gives each request an id: the client's id if it is valid. Returns and logs the id."""
     sound = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
     def middleware(request: HttpRequest) -> HttpResponseBase:

@@ -103,7 +103,7 @@ STORAGES = {
 
 # --- Transport security -----------------------------------------------------------------------
 
-# Off only if the site is served over plain HTTP, as in a sandbox or a test.
+# It is false only if the site is served over plain HTTP, as in a sandbox or a test.
 HTTPS_ONLY = boolean("HTTPS_ONLY", not DEBUG)
 SECURE_SSL_REDIRECT = SESSION_COOKIE_SECURE = CSRF_COOKIE_SECURE = HTTPS_ONLY
 SECURE_HSTS_SECONDS = 30 * 86400 if HTTPS_ONLY else 0
@@ -197,7 +197,7 @@ CELERY_ACCEPT_CONTENT = ["json"]
 CELERY_WORKER_PREFETCH_MULTIPLIER = 4
 CELERY_WORKER_MAX_TASKS_PER_CHILD = 2000
 CELERY_WORKER_SEND_TASK_EVENTS = True
-# Otherwise Celery closes the database connection before and after each task.
+# Keeps the database connection. By default, Celery closes it before and after each task.
 CELERY_DB_REUSE_MAX = 1000
 
 # Seconds. The lease of a delivery is longer than the hard limit, so the task has ended before it.

@@ -4,8 +4,8 @@ from typing import Any
 class VerifiedTLS(dict[str, Any]):
     """TLS options that verify a broker's certificate against the host name of its URL.
 
-    Kombu does so as long as `server_hostname` is None, but it writes the first node's name into the
-    options and would then expect that name from every other node.
+    Kombu verifies the host name as long as `server_hostname` is None. But Kombu writes the first
+    node's name into the options, and would then expect that name from every other node.
     """
 
     def __init__(self, **options: Any) -> None:

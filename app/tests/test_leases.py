@@ -192,7 +192,7 @@ def test_uncertain_delivery_is_not_retried_after_its_deadline(delivery):
 
 @pytest.fixture
 def running(monkeypatch, settings):
-    """A function that starts a relay with `waiting` messages in the queue and returns the published ids."""
+    """Starts a relay with `waiting` messages in the queue; returns the published ids."""
     settings.EMAILS_RELAY_POLL_SECONDS = 0.05
     settings.EMAILS_RELAY_THREADS = 1
     published, threads, relays = [], [], []

@@ -18,7 +18,8 @@ schema = schemathesis.openapi.from_wsgi("/api/openapi.json", application)
 
 @pytest.fixture
 def one_connection():
-    """Keep the database connection open between requests. Django would close it, and with it the test's transaction."""
+    """Keep the connection between requests. Django would close it, and end the test's
+    transaction."""
     for signal in (request_started, request_finished):
         signal.disconnect(close_old_connections)
     yield

@@ -1,4 +1,4 @@
-"""Adds generated secrets to a file of variables. This is an action plugin, since it needs Ansible's vault passwords."""
+"""Adds generated secrets to a variables file. This is an action plugin, since only the controller has Ansible's vault passwords."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ LENGTH = 40
 
 
 class NotAdded(Exception):
-    """Nothing was added. The text is the reason."""
+    """The module added nothing. The text explains why."""
 
 
 def entries(text: str) -> list[tuple[str, str]]:
-    """Return the top-level names of a YAML text, each with its value as YAML. Tags such as !vault stay, nothing is decrypted."""
+    """Return the top-level names in a YAML text, each with its value as YAML. Tags such as !vault stay; nothing is decrypted."""
     mapping = top(text)
     return [(key.value, yaml.serialize(value)) for key, value in mapping.value] if mapping else []
 
@@ -77,8 +77,8 @@ def decrypted(content: bytes, vault: VaultLib) -> tuple[str, object, str | None]
 
 
 def replace(path: Path, content: bytes) -> None:
-    """Replace the file by a new one that only its owner can read. Readers see the old content or the new."""
-    # Ansible ignores hidden files, so it never reads the file of a killed run. The next run replaces that file.
+    """Replace the file by a new one that only its owner can read. Readers see either the old or the new content."""
+    # Ansible ignores hidden files, so it never reads the temporary file of a killed run. The next run replaces that file.
     new = path.with_name(f".{path.name}.new")
     new.unlink(missing_ok=True)
     descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -98,7 +98,7 @@ def replace(path: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path):
-    """Prevent a second run from replacing the file at the same time."""
+    """The lock prevents another run from replacing the file at the same time."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -109,7 +109,7 @@ def locked(folder: Path):
 
 def add_secrets(path: Path, names: list[str], vault: VaultLib, check: bool = False) -> tuple[list[str], bool]:
     """Add the missing names to the file, each with a new secret. Return these names, and whether the file changed."""
-    # The path may be a link, if a team keeps the file elsewhere.
+    # The path may be a link, if a team stores the file elsewhere.
     path = path.resolve()
     if not check:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,7 +143,7 @@ class ActionModule(ActionBase):
         )
         path = Path(options["path"])
         try:
-            # Ansible uses the same object to decrypt variables.
+            # Ansible decrypts variables with the same vault object.
             new, changed = add_secrets(path, options["names"], self._loader._vault, self._task.check_mode)
         except (NotAdded, OSError, UnicodeDecodeError) as error:
             # The text of a decoding error quotes the file's content.

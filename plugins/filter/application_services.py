@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# The seconds that a worker has after its longest task to stop its pool and close its connections.
+# The time in seconds that a worker has, after its longest task, to stop its pool and close its connections.
 STOP_SECONDS = 30
 
 

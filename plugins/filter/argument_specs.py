@@ -27,7 +27,7 @@ def _options(role):
 
 
 def _complete(value, spec):
-    """Return a copy of the value in which every mapping has the defaults of its options."""
+    """Return a copy of the value with the options' defaults in every mapping."""
     options = spec.get("options")
     if not options or value is None:
         return value

@@ -1,4 +1,4 @@
-"""Finds inventory errors that no single role can detect: in the groups, the secrets and the variables of inventories/common.
+"""Finds errors in an inventory that no single role can detect: in groups, in secrets, and in the variables from inventories/common.
 
 The errors are sentences for the person who runs the playbook. No error shows a secret.
 """
@@ -20,7 +20,7 @@ from jinja2 import UndefinedError, pass_context
 COLLECTION = Path(__file__).resolve().parents[2]
 REQUIRED_GROUPS = ("broker", "app", "web", "workers")
 OPTIONAL_GROUPS = ("database", "flower")
-# The roles that validate.yml checks, by the groups whose hosts they apply to.
+# The roles that validate.yml checks, by the inventory group that each role applies to.
 ROLES = {
     "all": ("ca_certificates", "firewall"),
     "broker": ("erlang", "rabbitmq"),
@@ -29,13 +29,13 @@ ROLES = {
     "workers": ("celery",),
     "flower": ("flower",),
 }
-# Prefixes of the variables of inventories/common, in addition to the roles' variables.
+# Prefixes of variables in inventories/common, in addition to the prefixes of the roles' variables.
 PREFIXES = ("app_", "backup_", "host_", "service_", "wiring_")
 SPECIFICATIONS = ("app_variable_specs", "wiring_variable_specs")
 
 
 def distance(one, other):
-    """Return the number of letters to add, remove, replace or swap with the next to turn one word into the other."""
+    """Return how many letters must be added, removed, replaced or swapped with the next one to turn one word into the other."""
     before: list[int] = []
     row = list(range(len(other) + 1))
     for i, letter in enumerate(one, 1):
@@ -48,7 +48,7 @@ def distance(one, other):
 
 
 def misspelt(name, known, mistakes):
-    """Return the first of the known names that differs from this one by at most this number of typing errors."""
+    """Return the first known name that differs from the given name by at most the given number of typing errors."""
     return next((word for word in known if word != name and distance(name, word) <= mistakes), None)
 
 
@@ -61,7 +61,7 @@ def did_you_mean(name, known):
 
 
 def group_errors(groups):
-    """Return the errors of missing required groups, and of hosts that are in `web` or `workers` but not in `app`."""
+    """Return errors for missing required groups, and for hosts that are in `web` or `workers` but not in `app`."""
     own = [name for name in groups if name not in ("all", "ungrouped")]
     expected = REQUIRED_GROUPS + OPTIONAL_GROUPS
     others = [name for name in own if name not in expected]
@@ -86,7 +86,7 @@ def group_errors(groups):
 
 
 def host_count_errors(host, groups, values):
-    """Return the errors of groups that may have only one host, unless each host is a separate environment."""
+    """Return errors for groups with several hosts that may have only one host, unless each host is a separate environment."""
     sentences = []
     for name, variable in (("broker", "wiring_broker"), ("database", "wiring_database")):
         hosts = groups.get(name, [])
@@ -108,14 +108,14 @@ def common_names(inventory_dir):
         return None
     names = set()
     for file in (path for path in sorted(folder.rglob("*")) if path.suffix in (".yml", ".yaml", ".json")):
-        # Composed, not loaded, since a value may have one of Ansible's tags.
+        # The file is composed, not loaded, since a value may have one of Ansible's tags.
         node = yaml.compose(file.read_text(encoding="utf-8"), Loader=LOADER)
         names |= {key.value for key, _ in node.value} if isinstance(node, yaml.MappingNode) else set()
     return names
 
 
 def url_error(name, url, schemes):
-    """Return the error of a malformed URL, or None. The error does not contain the URL, which may contain a password."""
+    """Return an error if a URL is malformed, or None. The error does not contain the URL, which may contain a password."""
     wanted = f"allowed is a URL such as {schemes[0]}://host:port, with the scheme {', '.join(schemes[:-1])} or {schemes[-1]}"
     try:
         parts = urlsplit(url)
@@ -130,7 +130,7 @@ def url_error(name, url, schemes):
 
 
 class Values:
-    """A host's variables. Variables that can't be evaluated are grouped by the reason."""
+    """The variables of a host. Variables that can't be evaluated are grouped by the reason for the failure."""
 
     def __init__(self, context, names):
         self.context, self.names, self.failed = context, names, {}
@@ -183,13 +183,13 @@ def secret_errors(values, inventory):
 
 
 def shortest(path):
-    """Return a path as a person would type it, relative to the working directory if possible."""
+    """Return a path for an error message, relative to the working directory if possible."""
     path = Path(path)
     return path.relative_to(os.getcwd()) if path.is_relative_to(os.getcwd()) else path
 
 
 def specified(name, spec, value):
-    """Return the errors of a value by its specification. `url_schemes` are the schemes of a URL."""
+    """Return the errors in a value according to its spec. `url_schemes` are the schemes of a URL."""
     wrong = list(mistyped(name, spec, value))
     if not wrong and "url_schemes" in spec:
         wrong = [error for error in [url_error(name, value, spec["url_schemes"])] if error]
@@ -197,7 +197,7 @@ def specified(name, spec, value):
 
 
 def environment_errors(values):
-    """Yield the errors of names in app_environment that the application does not read."""
+    """Yield an error for each name in app_environment that the application does not read."""
     known = values.get("app_environment_names") or []
     given = values.get("app_environment") or {}
     for name in sorted(given) if known and isinstance(given, Mapping) else ():
@@ -207,9 +207,9 @@ def environment_errors(values):
 
 
 def common_variable_errors(values, inventory_dir, sources):
-    """Return the errors of a host's variables of inventories/common: names, secrets, types.
+    """Return the errors in a host's variables from inventories/common: in names, secrets and types.
 
-    A team that replaces application.yml defines its own names there.
+    A team that replaces application.yml can define its own variable names in that file.
     """
     known = common_names(inventory_dir)
     if known is None:
@@ -234,7 +234,7 @@ def common_variable_errors(values, inventory_dir, sources):
 
 
 def layer_variable_errors(values, group_names):
-    """Return the errors in names and types of the role variables of a host, before an expression uses them."""
+    """Return the errors in the names and types of a host's role variables, before an expression uses these variables."""
     sentences = []
     for role in (role for group in ("all", *group_names) for role in ROLES.get(group, ())):
         options = role_options(COLLECTION / "roles" / role)
@@ -250,7 +250,7 @@ def layer_variable_errors(values, group_names):
 
 
 def distribution_errors(values):
-    """Return the errors of versions that the broker's distribution does not have, if the distribution is the source."""
+    """Return errors for versions that the broker's distribution does not ship, if the distribution is the source."""
     platform = values.get("host_platform")
     row = values.get("wiring_versions", {}).get(platform, {})
     if row.get("source") != "distribution":
@@ -273,9 +273,9 @@ def distribution_errors(values):
 
 @pass_context
 def inventory_errors(context, names):
-    """Return all errors of a host of an inventory. `names` are the names of the host's variables.
+    """Return all errors for one host of an inventory. `names` are the names of the host's variables.
 
-    Each check assumes that the earlier ones found no error, so only the first errors are returned.
+    Each check assumes that the earlier checks found no error. So the result has only the errors of the first check that fails.
     """
     host, groups, group_names = (context.resolve(name) for name in ("inventory_hostname", "groups", "group_names"))
     values = Values(context, names)

@@ -51,7 +51,7 @@ def _service_job(service, user, log_directory):
             # The first process gets TERM. When it has exited, or at the timeout, launchd kills its process group.
             "ExitTimeOut": service["stop_timeout"],
             "AbandonProcessGroup": False,
-            # With the default, Standard, macOS throttles the job in favour of apps.
+            # With the default type, Standard, macOS throttles the job in favour of apps.
             "ProcessType": "Interactive",
             "SoftResourceLimits": open_files,
             "HardResourceLimits": open_files,
@@ -60,7 +60,10 @@ def _service_job(service, user, log_directory):
 
 
 def _log_job(owner, user, log_directory):
-    """Return a job that rotates the logs every hour. It runs as the services' user, so it can access only that user's files."""
+    """Return a job that rotates the logs every hour.
+
+    The job runs as the services' user, so it can access only that user's files.
+    """
     return _job(
         f"{owner.replace('/', '-')}-logs",
         user,

@@ -1,4 +1,4 @@
-"""Returns the family of a host's platform, by which roles load variables and tasks. An unsupported platform is refused."""
+"""Returns the OS family of a host. Roles load variables and tasks by this family. An unsupported platform is an error."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ FAMILIES = {
     "Darwin": "macOS 14, 15, 26 and 27",
 }
 VERSIONS = {
-    # The name of testing until its release.
+    # The version of Debian testing until its release.
     "Debian": ("13", "forky/sid"),
     "MacOSX": ("14", "15", "26", "27"),
     "Ubuntu": ("24.04", "26.04"),
@@ -32,7 +32,10 @@ def platform_family(facts, *families):
 
 
 def platform_python(facts):
-    """Return the name of a Python that the lock files support. They do not support 3.9, the default of EL 9 and macOS."""
+    """Return the name of a Python interpreter that the lock files support.
+
+    They do not support Python 3.9, the default on EL 9 and macOS.
+    """
     if facts["os_family"] == "Darwin":
         return "python3.13"
     is_el9 = facts["os_family"] == "RedHat" and facts["distribution_major_version"] == "9"

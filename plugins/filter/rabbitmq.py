@@ -16,14 +16,14 @@ def rabbitmq_password_hash(password, salt_of):
 
 
 def _begins(version, prefix):
-    """Tell whether a version such as 27.3.4 belongs to the series 27, or a series such as 27 contains the version."""
+    """Return whether a version such as 27.3.4 belongs to the series 27, or a series such as 27 contains the version."""
     ours, theirs = str(version).split("."), str(prefix).split(".")
     length = min(len(ours), len(theirs))
     return ours[:length] == theirs[:length]
 
 
 def _release(version):
-    """Return a version as numbers. A series means its newest release, which a package manager would install."""
+    """Return a version as numbers. A series counts as its newest release, since a package manager would install that release."""
     numbers = [int(part) for part in str(version).split(".")]
     return (*numbers, 9999)[:3] if len(numbers) == 2 else tuple(numbers)
 

@@ -1,4 +1,4 @@
-"""Finds errors in a role's variables that Ansible does not report: misspelt names and values of a wrong type.
+"""Finds errors in a role's variables that Ansible does not report: misspelt names, and values with a wrong type.
 
 validate_argument_spec accepts the text '5672' for a number and 'a,b' for a list, and does not convert the variable.
 """
@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from jinja2 import pass_context
 
-# The loader in C takes a tenth of the time.
+# The C loader needs a tenth of the time.
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 TYPES: dict[str, tuple[Any, str]] = {
     "bool": (bool, "true or false"),
@@ -28,10 +28,10 @@ TYPES: dict[str, tuple[Any, str]] = {
 
 
 def mistyped(name, spec, value):
-    """Yield an error for a value, or a nested value, that does not have its option's type."""
+    """Yield an error for each value, including nested values, that does not have the type of its option."""
     kind = spec.get("type", "str")
     types, wanted = TYPES[kind]
-    # In Python, a text is a sequence, and true and false are whole numbers.
+    # In Python, strings are sequences, and True and False are integers.
     disguised = (isinstance(value, str) and types is Sequence) or (isinstance(value, bool) and types is not bool)
     if disguised or not isinstance(value, types):
         shown = "not" if spec.get("no_log") or isinstance(value, (Mapping, list)) else f"{value!r}, not"
@@ -54,7 +54,7 @@ def role_options(role_path):
 
 
 def misnamed(name, role, options):
-    """Return the error for a variable that begins with a role's name and is not one of its options."""
+    """Return the error for a variable that begins with a role's name and is not one of the role's options."""
     near = difflib.get_close_matches(name, options, n=1, cutoff=0.6)
     hint = f", did you mean {near[0]}?" if near else f"; the role has {', '.join(sorted(options))}."
     return f"{name} is not a variable of the role {role}{hint}"

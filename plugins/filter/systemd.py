@@ -54,7 +54,7 @@ def command_line(words):
 
 
 def _lines(directives):
-    """Return pairs of name and value as lines, without pairs whose value is None."""
+    """Return a line for each pair of name and value. Pairs whose value is None are omitted."""
     return [f"{name}={value}" for name, value in directives if value is not None]
 
 
@@ -84,12 +84,13 @@ def _service(service, app, user, after):
     unit = [
         ("Description", service["description"]),
         ("PartOf", f"{app}.target"),
-        # This sets only the order. None of these units is required, since it can run on another host.
+        # After= sets only the order. It does not require these units, since they can run on other hosts.
         ("After", " ".join(["network-online.target", *after])),
         ("Wants", "network-online.target"),
         ("Requires", socket),
         ("After", socket),
-        # No limit: the broker can be unavailable for hours, and systemd must keep restarting the service.
+        # The number of restarts has no limit: the broker can be unavailable for hours, and systemd must keep restarting the
+        # service.
         ("StartLimitIntervalSec", 0),
     ]
     process = [
@@ -102,7 +103,7 @@ def _service(service, app, user, after):
         ("ExecStart", command_line(service["command"])),
         ("Restart", "always"),
         ("RestartSec", 2),
-        # Only the main process gets TERM, so its children finish their work. At the timeout, systemd kills all of them.
+        # Only the main process gets TERM, so its children finish their work. At the timeout, systemd kills all remaining processes.
         ("KillMode", "mixed"),
         ("TimeoutStopSec", service["stop_timeout"]),
         ("WatchdogSec", service.get("watchdog")),

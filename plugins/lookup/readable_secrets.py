@@ -1,6 +1,6 @@
 """Returns the hosts of a play if Ansible can read the inventory's file of secrets.
 
-A play's hosts are evaluated before Ansible loads variables, which fails on an encrypted file without naming it.
+Ansible evaluates a play's hosts before it loads variables. If it can't decrypt a variables file, its error does not name the file.
 """
 
 from __future__ import annotations

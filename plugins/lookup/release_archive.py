@@ -39,10 +39,10 @@ _raw:
 
 
 def files_of(folder: Path, exclude: list[str]) -> Iterator[Path]:
-    """Files and symbolic links below a folder, sorted, as paths relative to it."""
+    """Return the sorted paths of files and symbolic links below a folder, relative to the folder."""
     for directory, names, files in os.walk(folder):
         names[:] = sorted(name for name in names if not any(fnmatch.fnmatch(name, p) for p in exclude))
-        # os.walk lists a link to a folder as a folder, and does not follow it.
+        # os.walk lists a link to a folder as a folder, and does not follow the link.
         files += [name for name in names if os.path.islink(os.path.join(directory, name))]
         for name in sorted(files):
             if not any(fnmatch.fnmatch(name, pattern) for pattern in exclude):
@@ -50,11 +50,11 @@ def files_of(folder: Path, exclude: list[str]) -> Iterator[Path]:
 
 
 def pack(folder: Path, exclude: list[str]) -> bytes:
-    """Return the folder's tar archive. It depends only on names, content and the executable bit."""
+    """Return the folder's tar archive. The archive depends only on names, content and the executable bit."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as archive:
         for path in files_of(folder, exclude):
-            # A new entry has no time and no owner, and hard links become separate files.
+            # A new TarInfo has no time and no owner, and stores hard links as separate files.
             member = tarfile.TarInfo(str(path))
             status = os.lstat(folder / path)
             member.mode = 0o750 if status.st_mode & 0o100 else 0o640

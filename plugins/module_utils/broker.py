@@ -1,4 +1,4 @@
-"""Imports the objects of the role's variables into a RabbitMQ broker: reads, compares, imports, and reads again."""
+"""Imports the objects in the role's variables into a RabbitMQ broker, and reads the definitions before and after it."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from ansible_collections.django_celery.stack.plugins.module_utils.masking import
 # Exchanges that RabbitMQ creates in each virtual host.
 BUILT_IN = re.compile(r"$|amq\.")
 
-# Seconds until an import must be visible on this node, and until rabbitmqctl must end.
+# Time limits in seconds: until an import is visible on this node, and until rabbitmqctl exits.
 VISIBLE = 5
 RABBITMQCTL = 120
 
 
 def contents(queues: Iterable[Object], exchanges: Iterable[Object], connections: Iterable[Object]) -> list[str]:
-    """Return the contents of a virtual host, such as `2 queues`. The list is empty if the virtual host is."""
+    """Return the contents of a virtual host, such as `2 queues`. If the virtual host is empty, the list is empty."""
     queues = list(queues)
     # An unavailable queue has no message count.
     messages = sum(queue.get("messages") or 0 for queue in queues)
@@ -48,14 +48,14 @@ class Broker:
         self.check = check
         self.add_secrets = add_secrets
         self.administrator = variables["administrator"]
-        # Check mode starts no broker, so it does not wait for one.
+        # Check mode does not start the broker, so it does not wait for the broker.
         timeout = 0 if check else variables["timeout"]
         self.api = ManagementApi(variables["url"], self.administrator, variables["password"], timeout)
 
     def update(self) -> dict[str, Any]:
         """Update the broker to match the variables, or in check mode report the changes. Return the module's result.
 
-        Raises NoAnswer if the API does not answer, and Failure.
+        Raises NoAnswer if the API does not answer, and Failure for other errors.
         """
         before: Object = {}
         after: Object = {}
@@ -90,7 +90,7 @@ class Broker:
         return {"changed": bool(after), "removed": removed, "kept": kept, "diff": {"before": before, "after": after}}
 
     def set_administrator(self) -> None:
-        """Import the administrator from the bootstrap definitions. rabbitmqctl is authenticated by the Erlang cookie."""
+        """Import the administrator from the bootstrap definitions. rabbitmqctl authenticates with the Erlang cookie."""
         command = ["rabbitmqctl", "--quiet", "import_definitions", self.variables["definitions"]]
         try:
             done = subprocess.run(
@@ -132,14 +132,17 @@ class Broker:
         )
 
     def apply(self, difference: Difference) -> None:
-        """Import, then delete, so that an object exists before the object that it replaces is deleted."""
+        """Import objects before deleting others, so that a replacement exists before the old object is deleted."""
         if difference.to_import:
             self.api.post("definitions", difference.to_import)
         for path in difference.to_delete:
             self.api.delete(path)
 
     def verify(self, purge: Optional[Purge]) -> None:
-        """Read the definitions until nothing differs. An import ignores what it can't create, and other nodes may be slower."""
+        """Read the definitions until nothing differs.
+
+        An import silently ignores objects that it can't create, and other nodes may be slower.
+        """
         until = time.monotonic() + VISIBLE
         while True:
             left = compare(self.api.get("definitions"), self.variables, purge)

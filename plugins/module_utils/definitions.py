@@ -25,7 +25,7 @@ Object = dict[str, Any]
 # RabbitMQ creates this user with a known password. The role always deletes it.
 GUEST = "guest"
 
-# Instead of a default: the variables must set the field.
+# Marks a field without a default, which the variables must set.
 REQUIRED: Any = object()
 
 
@@ -46,9 +46,9 @@ def as_text(key: Object) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Kind:
-    """The fields of a kind of object, and how objects of this kind are compared and deleted."""
+    """A kind of object: its fields, and how its objects are compared and deleted."""
 
-    # The name of an object for people, as a format of its keys.
+    # The format of an object's title for people. It contains the keys.
     title: str
     # The list in the definitions that contains the objects.
     section: str
@@ -60,21 +60,21 @@ class Kind:
     listed: Callable[[Mapping[str, Any]], Iterable[Object]]
     # Keys that are the same for all objects of the kind. The section may contain other kinds too.
     constant: Mapping[str, str] = field(default_factory=dict)
-    # Returns the values of an object of the broker. It also gets the wanted values, to compare the password.
+    # Returns the values of a broker's object. Its second argument is the wanted values, to compare the password.
     read: Callable[[Object, Object], Object] = lambda actual, wanted: {name: actual.get(name) for name in wanted}
-    # The values of a missing object. With None, a missing object must be created.
+    # The values of a missing object. If it is None, a missing object must be created.
     absent: Optional[Object] = None
-    # Returns the values to import with the key, from the wanted values and the broker's object, if it exists.
+    # Returns the values to import with the key. Its arguments are the wanted values and the broker's object, if it exists.
     to_import: Callable[[Object, Optional[Object]], Object] = lambda wanted, actual: wanted
     # Returns the values for printing.
     shown: Callable[[Object], Any] = lambda values: values
     # Returns API paths to delete after the import, since an import does not remove these parts of an object.
     left_over: Callable[[Object, Object, Object], list[str]] = lambda key, wanted, actual: []
-    # The API path of an object, as formats of its keys. Without a path, a purge keeps the objects.
+    # The API path of an object, as formats that contain its keys. If a kind has no path, a purge keeps its objects.
     path: tuple[str, ...] = ()
-    # The diff's text for an object that a purge deletes. With None, the diff shows its values.
+    # The text in the diff for an object that a purge deletes. If it is None, the diff shows the object's values.
     purged: Optional[str] = None
-    # Whether an import changes an existing object. If not, RabbitMQ still answers 204.
+    # Whether an import changes an existing object. Even if it does not, RabbitMQ answers 204.
     changeable: bool = True
 
     def key(self, entry: Object) -> Object:
@@ -97,12 +97,12 @@ class Kind:
 
 
 def lists(name: str) -> Callable[[Mapping[str, Any]], Iterable[Object]]:
-    """Return a reader of one list in the variables. The list may be missing."""
+    """Return a function that reads one list in the variables. The list may be missing."""
     return lambda variables: variables.get(name) or []
 
 
 def permissions(name: str) -> Callable[[Mapping[str, Any]], Iterable[Object]]:
-    """Return a reader of one list of each user, which adds the user to the entries."""
+    """Return a function that joins one list of all users, and adds the user to each entry."""
     return lambda variables: [
         {**entry, "user": user["name"]} for user in variables.get("users") or [] for entry in user.get(name) or []
     ]
@@ -147,19 +147,19 @@ def import_vhost(wanted: Object, actual: Optional[Object]) -> Object:
 
 
 def user_tags(user: Object) -> list[str]:
-    """Return the sorted tags of a user of the broker. Older brokers export them as one text with commas."""
+    """Return the sorted tags of a broker's user. Older brokers export the tags as one text, separated by commas."""
     tags = user.get("tags") or []
     return sorted(tags.split(",")) if isinstance(tags, str) else sorted(tags)
 
 
 def read_user(actual: Object, wanted: Object) -> Object:
-    """The broker has only a hash of the password, so a password other than the wanted one is unknown."""
+    """The broker has only a hash. If the hash does not match the wanted password, the broker's password is unknown."""
     password = wanted["password"] if password_matches(wanted["password"], actual) else None
     return {"tags": user_tags(actual), "limits": actual.get("limits") or {}, "password": password}
 
 
 def import_user(wanted: Object, actual: Optional[Object]) -> Object:
-    """A matching hash is kept, so that a change of the tags does not change the hash."""
+    """A matching hash is kept, so that the hash does not change with the tags."""
     if actual is not None and password_matches(wanted["password"], actual):
         hashed = {name: actual[name] for name in ("password_hash", "hashing_algorithm")}
     else:
@@ -168,7 +168,7 @@ def import_user(wanted: Object, actual: Optional[Object]) -> Object:
 
 
 def left_over_limits(key: Object, wanted: Object, actual: Object) -> list[str]:
-    """An import adds limits of a user and removes none."""
+    """An import adds and changes limits of a user, but does not remove limits."""
     return [api_path("user-limits", key["name"], limit) for limit in actual["limits"] if limit not in wanted["limits"]]
 
 
@@ -291,7 +291,7 @@ KINDS = {
             "routing_key": "",
             "arguments": {},
         },
-        # All fields are keys: another routing key is another binding.
+        # All fields are keys, since a different routing key makes a different binding.
         values={},
         listed=lists("bindings"),
     ),
@@ -316,7 +316,7 @@ class Purge:
 
 @dataclass
 class Difference:
-    """The changes to a broker. It is false if there are none.
+    """The changes to a broker. Its truth value is false if nothing changes.
 
     to_import: definitions, a list of objects per section.
     to_delete: paths below /api to delete after the import.

@@ -4,4 +4,4 @@ from __future__ import annotations
 
 
 class Failure(Exception):
-    """The module cannot reach the wanted state. The text is a full sentence, which `fail_json` prints."""
+    """A module can't reach the wanted state. The text is a full sentence, which `fail_json` prints."""

@@ -1,4 +1,4 @@
-"""Compares users, directories and files of a host with the lists of a role, and changes those that differ."""
+"""Compares users, directories and files on a host with a role's lists, and changes those that differ."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.django_celery.stack.plugins.module_utils.errors import Failure
 from ansible_collections.django_celery.stack.plugins.module_utils.managed_files import read, replace_file
 
-# The suffix of a staged file, until a role moves it.
+# The suffix of a staged file until a role renames the file.
 STAGED_SUFFIX = ".new"
 
 NO_LOGIN = "/usr/sbin/nologin"
@@ -37,19 +37,22 @@ def run_command(*command: str) -> str:
 
 
 def installed_versions(names: list[str]) -> dict[str, str]:
-    """Return the versions of the installed packages among these, in the format of dpkg or rpm."""
+    """Return the versions of those of the named packages that are installed, in the format of dpkg or rpm."""
     if not names:
         return {}
     query = DPKG_QUERY if os.path.exists(DEBIAN) else RPM_QUERY
-    # If a package is not installed, both return an error and still print the others.
+    # If a package is not installed, dpkg-query and rpm return an error, but print the other packages.
     text = subprocess.run([*query, *names], capture_output=True, text=True, check=False).stdout
     rows = [line.split("\t") for line in text.splitlines()]
     return {row[0]: row[2] for row in rows if len(row) == 3 and row[1] == "installed"}
 
 
 def lock_holder(path: str) -> str:
-    """Return the program that holds a lock of fcntl on a file, with its process ID; an empty string where none does."""
-    # Of struct flock on Linux: the type, the meaning of the start, start, length, process ID.
+    """Return the program that holds an fcntl lock on a file, with its process ID.
+
+    Return an empty string if no program holds one.
+    """
+    # The fields of struct flock on Linux: type, meaning of the start, start, length, process ID.
     layout = "hhqqi4x"
     asked = struct.pack(layout, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
     try:
@@ -63,7 +66,7 @@ def lock_holder(path: str) -> str:
 
 
 def user_id(name: str) -> Optional[int]:
-    """Return the number of a user, from its name or its number. None if the user does not exist."""
+    """Return the UID of a user from its name or UID. Return None if the user does not exist."""
     try:
         return int(name) if name.isdigit() else pwd.getpwnam(name).pw_uid
     except KeyError:
@@ -71,7 +74,7 @@ def user_id(name: str) -> Optional[int]:
 
 
 def group_id(name: str) -> Optional[int]:
-    """Return the number of a group, from its name or its number. None if the group does not exist."""
+    """Return the GID of a group from its name or GID. Return None if the group does not exist."""
     try:
         return int(name) if name.isdigit() else grp.getgrnam(name).gr_gid
     except KeyError:
@@ -138,7 +141,10 @@ class HostState:
             run_command(*command, name)
 
     def identity(self, entry: Entry) -> tuple[Optional[int], Optional[int]]:
-        """Return the numbers of an entry's owner and group. None: it is not set, or in check mode does not exist yet."""
+        """Return the UID and GID of an entry.
+
+        A value is None if it is not set, or if the user or group does not exist yet in check mode.
+        """
         found = []
         for key, look_up in (("owner", user_id), ("group", group_id)):
             name = entry[key]
@@ -160,7 +166,10 @@ class HostState:
         return before, after
 
     def set_attributes(self, entry: Entry) -> None:
-        """Set the owner, group and mode of a path if they differ. The mode is set last: a change of the owner clears mode bits."""
+        """Set the owner, group and mode of a path if they differ.
+
+        The mode is set last, since changing the owner clears mode bits.
+        """
         before, after = self.attributes(entry, os.stat(entry["path"]))
         if before == after:
             return

@@ -33,7 +33,7 @@ GONE = (3, 113)
 NOT_YET = (5, 37)
 ANY = range(256)
 
-# Seconds for launchd, in addition to the time that a job has to stop.
+# Seconds that launchd gets in addition to the job's stop timeout.
 PATIENCE = 20
 
 
@@ -49,7 +49,7 @@ def parse(content: str, name: str) -> PropertyList:
 
 
 def parse_print(text: str) -> dict[str, str]:
-    """Return the values that `launchctl print` shows for a job. Those of its endpoints and coalitions are further indented."""
+    """Return the values that `launchctl print` shows for a job, without those of its endpoints, which have a deeper indentation."""
     values: dict[str, str] = {}
     for line in text.splitlines():
         match = re.match(r"\t(\w[\w ]*) = (.*)$", line)
@@ -74,7 +74,7 @@ def runs(state: State) -> int:
 
 
 def is_stale(job: Job, state: State) -> bool:
-    """Tell whether the job's process started before one of its files changed, or left no record of its start."""
+    """Return whether the job's process started before one of the job's files changed, or left no record of its start."""
     pid = process(state)
     if pid is None or not job["restart_on"]:
         return False
@@ -95,7 +95,7 @@ def log_end(name: str, plist: PropertyList) -> str:
 
 
 class Jobs:
-    """The jobs of one owner on this host. `run` does everything. `result` is the module's result, also after a Failure."""
+    """The jobs of one owner on this host. `run` makes all changes. `result` is the module's result, also after a Failure."""
 
     def __init__(self, module: AnsibleModule) -> None:
         self.check = module.check_mode
@@ -113,7 +113,10 @@ class Jobs:
         }
 
     def launchctl(self, *arguments: str, allowed: Collection[int] = ()) -> subprocess.CompletedProcess[str]:
-        """Return a call that exited with 0 or an allowed code. It has no time limit, since each job has its own time to stop."""
+        """Run launchctl. Raises Failure unless it exits with 0 or an allowed code.
+
+        There is no time limit, since each job has its own stop timeout.
+        """
         command = ["launchctl", *arguments]
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -130,7 +133,7 @@ class Jobs:
         return os.path.join(self.directory, f"{name}.plist")
 
     def own_domain(self) -> str:
-        """Return the user's domain. A user who is not logged in at the screen, but by SSH for example, has no gui domain."""
+        """Return the user's domain. A user who is not logged in at the screen, but only by SSH for example, has no gui domain."""
         uid = os.geteuid()
         logged_in = self.launchctl("print", f"gui/{uid}", allowed=ANY).returncode == 0
         return f"gui/{uid}" if logged_in else f"user/{uid}"
@@ -203,7 +206,7 @@ class Jobs:
                     self.launchctl("enable", self.target(name))
 
     def boot_out(self, states: dict[str, State]) -> None:
-        """Stop jobs in parallel. Each has its own time to stop. Raises Failure."""
+        """Stop jobs in parallel. Each job has its own stop timeout. Raises Failure."""
         begin = time.monotonic()
         calls = {
             name: subprocess.Popen(

@@ -1,4 +1,7 @@
-"""Manages the files of an owner. They contain its marker, so that the next run finds files that are no longer listed."""
+"""Manages the files of an owner.
+
+Each file contains the owner's marker, so that the next run finds files that are no longer listed.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +29,8 @@ def read(path: str) -> Optional[str]:
 def newest(paths: Iterable[str], packages: tuple[str, ...] = ()) -> float:
     """Return the latest modification time of the existing paths, in seconds since the epoch. 0.0 if no path exists.
 
-    Links are not followed. In the folders `packages`, the change time counts, since rpm sets the modification time to the time of
-    the build.
+    Links are not followed. For files in the folders `packages`, the change time counts, since rpm sets the modification time to the
+    time of the build.
     """
     times = [0.0]
     for path in paths:
@@ -44,8 +47,8 @@ def replace_file(
 ) -> None:
     """Replace a file atomically by one with this text and mode, regardless of the umask.
 
-    Readers see the old text or the new one. Other users can't read the new file before its owner is set. Without `uid` or `gid`, an
-    existing file keeps its owner or group.
+    Readers see either the old or the new text. Other users can't read the new file before its owner is set. Without `uid` or `gid`,
+    an existing file keeps its owner or group.
     """
     try:
         status = os.stat(path)
@@ -84,7 +87,7 @@ class FirstLineMarker:
 
 @dataclass(frozen=True)
 class PropertyListMarker:
-    """A comment before the element `plist`. XML allows nothing before its declaration, and no two hyphens in a comment."""
+    """A comment before the XML element `plist`. XML allows nothing before its declaration, and no two hyphens in a comment."""
 
     owner: str
 
@@ -99,7 +102,7 @@ class PropertyListMarker:
 
 
 def orphans(paths: Iterable[str], marker: Any, wanted: Collection[str]) -> list[str]:
-    """Return the sorted paths of files that have the marker and are not wanted."""
+    """Return the sorted paths of files that have the marker and are not in the list of wanted files."""
     return sorted(path for path in paths if path not in wanted and os.path.isfile(path) and marker.is_in(read(path) or ""))
 
 
@@ -111,7 +114,7 @@ class ManagedFiles:
         self.diff: list[dict[str, str]] = []
 
     def note(self, path: str, text: Optional[str]) -> bool:
-        """Add a diff entry if the file has another text, and tell whether it has. None means that the file must not exist."""
+        """Add a diff entry if the file's text differs, and return whether it differs. None means that the file must not exist."""
         before = read(path)
         if before == text:
             return False

@@ -1,4 +1,4 @@
-"""A client of RabbitMQ's management API. It waits while a broker starts, and reports errors without passwords."""
+"""A client of RabbitMQ's management API. The client waits while a broker starts, and reports errors without passwords."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class ManagementApi:
         self.request("PUT", path, data)
 
     def delete(self, path: str) -> None:
-        """Delete the object of a path. It may already be deleted, by hand or by an interrupted run."""
+        """Delete the object at a path. It may already be deleted, manually or by an interrupted run."""
         self.request("DELETE", path)
 
     def request(self, method: str, path: str, data: Any = None) -> Any:
@@ -61,7 +61,7 @@ class ManagementApi:
                     url_username=self.user,
                     url_password=self.password,
                     force_basic_auth=True,
-                    # A proxy in the host's environment would get the password.
+                    # The client uses no proxy, since a proxy in the host's environment would get the password.
                     use_proxy=False,
                     timeout=REQUEST,
                 ) as response:

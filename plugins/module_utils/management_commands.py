@@ -12,7 +12,7 @@ from typing import Any
 from ansible_collections.django_celery.stack.plugins.module_utils import django_runner
 from ansible_collections.django_celery.stack.plugins.module_utils.errors import Failure
 
-# sh can read the environment file. The runner's text is an argument, since the commands come from standard input.
+# sh reads the environment file. The runner's text is an argument, since the commands use standard input.
 SHELL = 'set -eu; set -a; . "$1"; set +a; cd "$2"; exec venv/bin/python -c "$3"'
 
 # A command in the module's option `commands`.
@@ -20,7 +20,7 @@ Command = dict[str, Any]
 
 
 def run(environment_file: str, directory: str, commands: Sequence[Command]) -> list[dict[str, Any]]:
-    """Run the commands in order. Return for each its name, whether it changed something, and its output.
+    """Run the commands in order. Return each command's name, whether it changed something, and its output.
 
     Raises Failure with the output of the first command that fails.
     """

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from typing import Any
 
-# "@" and "/" in a password must be percent-encoded. RabbitMQ refuses a URI in which they are not, and repeats it in the answer.
+# "@" and "/" in a password must be percent-encoded. RabbitMQ refuses a URI in which they are not encoded, and its answer repeats
+# the URI.
 PASSWORD_IN_URI = re.compile(r"(?<=://)([^/@\s:]*):([^\s\"',]+)(?=@)")
 
 
 def uri_passwords(value: Any) -> set[str]:
-    """Return the passwords in the URIs of a text, or of all texts in nested lists and mappings."""
+    """Return the passwords in URIs in a text, or in all texts of nested lists and mappings."""
     if isinstance(value, dict):
         return {password for item in value.values() for password in uri_passwords(item)}
     if isinstance(value, list):

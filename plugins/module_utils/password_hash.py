@@ -19,7 +19,7 @@ def password_hash(password: str) -> str:
 
 
 def password_matches(password: str, user: Mapping[str, Any]) -> bool:
-    """Tell whether the `password_hash` of a user in definitions is a hash of this password."""
+    """Return whether the `password_hash` of a user in definitions is a hash of this password."""
     algorithm = ALGORITHMS.get(user.get("hashing_algorithm") or "")
     stored = base64.b64decode(user.get("password_hash") or "")
     return algorithm is not None and stored[4:] == algorithm(stored[:4] + password.encode()).digest()

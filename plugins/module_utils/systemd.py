@@ -29,7 +29,7 @@ PROPERTIES = (
 )
 # Packages install files here.
 PACKAGES = ("/usr/",)
-# The errors of Linux, Python and Erlang for an address on which another program listens.
+# The error messages of Linux, Python and Erlang if another program already listens on an address.
 TAKEN = re.compile("address (is )?already in use|eaddrinuse", re.IGNORECASE)
 LISTENERS = ["ss", "--no-header", "--listening", "--tcp", "--numeric", "--processes"]
 # The owner in the marker of a shared unit.
@@ -49,7 +49,10 @@ def unit_files(directory: str) -> list[str]:
 
 
 def started_at(properties: Properties) -> Optional[float]:
-    """Return when the unit's process, or the unit, started, in seconds since the epoch by the current clock. None if it did not."""
+    """Return the start time of the unit's process, or of the unit, in seconds since the epoch by the current clock.
+
+    Return None if it has not started.
+    """
     for name in ("ExecMainStartTimestampMonotonic", "ActiveEnterTimestampMonotonic"):
         stamp = properties.get(name) or "0"
         if stamp != "0":
@@ -58,7 +61,7 @@ def started_at(properties: Properties) -> Optional[float]:
 
 
 def is_stale(properties: Properties, paths: Iterable[str]) -> bool:
-    """Tell whether the unit started before one of the files changed."""
+    """Return whether the unit started before one of the files changed."""
     start = started_at(properties)
     return start is not None and newest(paths, PACKAGES) > start
 
@@ -74,7 +77,7 @@ def parse_show(text: str) -> dict[str, Properties]:
 
 
 class Units:
-    """The units of one owner on this host. `run` does everything. `result` is the module's result, also after a Failure."""
+    """The units of one owner on this host. `run` makes all changes. `result` is the module's result, also after a Failure."""
 
     def __init__(self, module: AnsibleModule) -> None:
         self.check = module.check_mode
@@ -104,7 +107,7 @@ class Units:
         if self.files.diff and not self.check:
             self.systemctl("daemon-reload")
         states = self.show()
-        # A run that was killed has written a file without a reload.
+        # An earlier run was killed after it wrote a file and before it reloaded systemd.
         if not self.check and not self.files.diff and any(state.get("NeedDaemonReload") == "yes" for state in states.values()):
             self.systemctl("daemon-reload")
             states = self.show()
@@ -115,7 +118,10 @@ class Units:
         self.start(states)
 
     def systemctl(self, *arguments: str, fail: bool = True) -> str:
-        """Return the output of a call. It has no time limit: the units have their own, and workers may need long to stop."""
+        """Return the output of systemctl.
+
+        The call has no time limit, since units have their own limits and workers may need long to stop.
+        """
         command = ["systemctl", "--no-ask-password", *arguments]
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -166,9 +172,10 @@ class Units:
                 self.systemctl("enable", "--", *disabled)
 
     def start(self, states: dict[str, Properties]) -> None:
-        """Start units that are down, restart units that are stale, and wait for all of them together."""
+        """Start units that are down, restart units that are stale, and wait for all these units together."""
         acted = []
-        # The services of restarted sockets, since systemd refuses to restart a socket while its service runs.
+        # The services of restarted sockets. They are stopped first, since systemd refuses to restart a socket while its service
+        # runs.
         of_sockets: list[str] = []
         for unit in self.units:
             name = unit["name"]
@@ -197,7 +204,7 @@ class Units:
         activating = [name for name in self.started if states.get(name, {}).get("ActiveState") == "activating"]
         restart = self.restarted + activating
         try:
-            # One call per verb, so that systemd stops and starts the units in parallel, in the order that the units require.
+            # One call per verb lets systemd stop and start the units in parallel, in the order that the units require.
             for verb, chosen in (("restart", restart), ("start", [name for name in names if name not in restart])):
                 if chosen:
                     self.systemctl(verb, "--", *chosen)

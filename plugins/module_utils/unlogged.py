@@ -6,10 +6,10 @@ from ansible.module_utils.basic import AnsibleModule
 
 
 class UnloggedModule(AnsibleModule):
-    """AnsibleModule for nested secrets.
+    """An AnsibleModule that supports nested secrets.
 
-    Ansible logs the arguments of each module on the host. It masks a nested secret there by its text, and misses it if the text has
-    line breaks, backslashes or quotes, since the log has them escaped.
+    Ansible logs the arguments of each module on the host. In the log, it masks a nested secret by searching for its text. If the
+    text has line breaks, backslashes or quotes, the search fails, since the log escapes them.
     """
 
     def _log_invocation(self) -> None:

@@ -211,7 +211,7 @@ def main() -> None:
         },
         supports_check_mode=True,
     )
-    # Ansible prints the arguments at -vvv.
+    # With -vvv, Ansible prints the module's arguments.
     module.no_log_values.update(uri_passwords([module.params["parameters"], module.params["global_parameters"]]))
     try:
         result = Broker(module.params, module.check_mode, module.no_log_values.update).update()

@@ -1,4 +1,4 @@
-"""Documentation of the action plugin secrets_file, which does the work on the controller."""
+"""Documentation of the action plugin secrets_file, which runs on the controller."""
 
 DOCUMENTATION = r"""
 module: secrets_file

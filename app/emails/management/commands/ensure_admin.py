@@ -33,7 +33,10 @@ class Command(BaseCommand):
         self.stdout.write(f"{result} {user.get_username()}")
 
     def read(self) -> dict[str, str]:
-        """The values. Errors repeat no part of the input, because it contains secrets."""
+        """Reads the values from the input.
+
+        Errors don't repeat the input, because it contains secrets.
+        """
         try:
             wanted = json.load(sys.stdin)
         except ValueError:
