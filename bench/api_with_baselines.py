@@ -1,5 +1,7 @@
-"""The API of app/ with two more ways to send. For each way that bench/mail_compare measures, API key, validation and web server are
-the same."""
+"""The API of app/ with two other methods to send email.
+
+So all methods that bench/mail_compare measures have the same API keys, validation and web server.
+"""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 PROJECT = Path(__file__).resolve().parents[1]
 APP = PROJECT / "app"
 BIN = APP / ".venv" / "bin"
-# With the options of the role django.
+# The command line has the options of the role django.
 GUNICORN = (
     BIN / "gunicorn",
     "--no-control-socket",
@@ -46,7 +46,7 @@ WORKER_OPTIONS = (
 # The web server closes connections after two idle seconds.
 IDLE_SECONDS = 1
 INVENTORY = "inventories/app-tests"
-# States that a delivery never leaves on its own.
+# States that a delivery leaves only if a person changes it.
 FINAL = "('sent', 'failed', 'skipped', 'cancelled')"
 # smtp-sink is unpacked here if it is not installed.
 POSTFIX = PROJECT / ".ansible" / "postfix"
@@ -58,7 +58,7 @@ def in_app_environment() -> None:
         sys.exit("app/.venv is missing; create it with make test-app-fast")
     if Path(sys.prefix) != APP / ".venv":
         os.execv(BIN / "python", [str(BIN / "python"), *sys.argv])  # noqa: S606 - the same script
-    # SystemExit, so that clean-up runs.
+    # SystemExit lets clean-up run.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
 
 
@@ -96,7 +96,7 @@ class Process:
             )
 
     def kill(self) -> None:
-        """Kill with SIGKILL, as in a power failure."""
+        """Kill the processes with SIGKILL, as in a power failure."""
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
@@ -160,7 +160,7 @@ class Broker:
 
 
 class Sink:
-    """A mail server that discards messages. It writes to the file `written` for each one."""
+    """A mail server that discards messages, and writes to the file `written` for each message."""
 
     def __init__(self, command: list, environment: dict, written: Path, log: Path) -> None:
         self.written = written
@@ -173,7 +173,7 @@ class Sink:
             sys.exit(f"the mail server did not start: {self.process.log.read_text()}")
 
     def count(self) -> int:
-        """How many messages it has accepted since its start."""
+        """How many messages the mail server has accepted since its start."""
         raise NotImplementedError
 
 
@@ -205,7 +205,7 @@ class PythonSink(Sink):
         return self.process.log.read_text().count("421 too many connections")
 
     def copies(self) -> Counter:
-        """How often a message was accepted, by recipient."""
+        """How many messages were accepted, by recipient."""
         return Counter(address for _, _, address in self.taken())
 
 
@@ -258,7 +258,7 @@ def connects(port: int) -> bool:
 
 
 class Client:
-    """Sends requests over a persistent connection, as the client of another service does."""
+    """Sends requests over a persistent connection, as another service's client does."""
 
     def __init__(self, port: int, key: str, timeout: float = 10) -> None:
         self.port, self.key, self.timeout = port, key, timeout

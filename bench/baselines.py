@@ -1,4 +1,7 @@
-"""A Django project in one file: the ways to send email that bench/mail_compare compares with app/, as in their documentation."""
+"""A Django project in one file.
+
+It sends email by the methods that bench/mail_compare compares with app/, as their documentation shows.
+"""
 
 from __future__ import annotations
 

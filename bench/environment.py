@@ -43,7 +43,7 @@ def on_host(script: str, check: bool = True) -> str:
 
 
 def playbook(path: str, *words: object, **variables: object) -> dict:
-    """Run a playbook; return seconds, tasks and changes."""
+    """Run a playbook; return its duration in seconds, its tasks and its changes."""
     extra = ["--extra-vars", json.dumps(variables)] if variables else []
     begin = time.monotonic()
     environment = {**os.environ, "ANSIBLE_FORCE_COLOR": "false"}

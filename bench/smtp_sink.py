@@ -3,7 +3,7 @@
 The first word of the recipient's address selects the fault: slow- (the reply takes a second), later- (451 the first time),
 refused- (550), before- (the connection is closed before DATA, the first time), after- (the message is accepted and the connection
 is closed without a reply, the first time). All other messages are accepted. LOG gets a line per accepted message: time,
-Message-ID, recipient. With --connections, a connection beyond MOST gets 421 and is closed, and a line is printed.
+Message-ID, recipient. With --connections, the server replies 421 to a connection beyond MOST, closes it, and prints a line.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ UNITS = "--unit='rabbitmq-server*' --unit='postgresql*' --unit='mailroom*' --uni
 
 @pytest.fixture(scope="module")
 def variables(host):
-    """The host's inventory variables, without templating. Only literal values, such as secrets, can be used."""
+    """The host's inventory variables without templating, so tests can use only literal values, such as secrets."""
     return host.ansible.get_variables()
 
 
@@ -67,7 +67,7 @@ def inbox(variables):
 
 @pytest.fixture(scope="session")
 def inventory(request):
-    """The scenario's inventory. Scenarios can share tests."""
+    """The scenario's inventory. The path comes from the command line, because scenarios can share tests."""
     return Path(request.config.getoption("ansible_inventory")).resolve()
 
 
@@ -102,7 +102,7 @@ def run_playbook(inventory, host):
 
 @pytest.fixture(scope="module")
 def is_el(host):
-    """Whether the host is of the Red Hat family."""
+    """Whether the host belongs to the Red Hat family."""
     return host.exists("dnf")
 
 

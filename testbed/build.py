@@ -1,7 +1,7 @@
 """The images of the hosts and of the mail catcher, built once per machine.
 
-An image's tag is the hash of all its inputs. A change therefore makes a new image, and clones with the same `images/` share
-their images.
+An image's tag is the hash of all its inputs. A changed input therefore makes a new image, and clones with the same inputs share
+images.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from testbed.inventory import MAIL, PLATFORMS, Host
 from testbed.machine import TestbedError, podman
 from testbed.progress import run_long, say
 
-# Increase it when this file builds a different image from the same inputs.
+# Increase this number when a change of this file makes different images from the same inputs.
 RECIPE = 2
 
 # Configuration files of apt on a host, relative to its root.
@@ -27,7 +27,7 @@ SOURCES = "etc/apt/sources.list.d/debian.sources"
 SETTINGS = "etc/apt/apt.conf.d/90testbed"
 AUTHORITIES = "etc/apt/testbed-ca.pem"
 
-# A stand-in has the variables that its inventory needs here, and the files that they name.
+# A stand-in's variables for its inventory, and the files that these variables name, are in this directory of the host.
 STAND_IN_FILES = "/etc/testbed"
 
 NPM = ("npm", "ci", "--omit=dev", "--ignore-scripts", "--no-audit", "--no-fund")
@@ -50,13 +50,13 @@ class Image:
 
     @property
     def root(self) -> str:
-        """The platform whose root file system is the base: the image's own, unless its folder names another."""
+        """The platform whose root file system is the base: the image's own platform, unless its folder names another one."""
         named = self.folder / "root"
         return named.read_text().strip() if named.exists() else self.platform
 
     @property
     def stands_in(self) -> bool:
-        """Tell whether the image imitates its platform on another platform's root file system."""
+        """Return whether the image imitates its platform on another platform's root file system."""
         return not self.published and (self.folder / "stand-in").is_dir()
 
     @property
@@ -89,13 +89,13 @@ def _reference(name: str, digest: hashlib._Hash) -> str:
 def image_of(host: Host) -> Image:
     """Return the image of `host`, built or not."""
     image = Image(host.platform, host.base_image)
-    # The machine's mirrors are Debian's, so a published image of another distribution gets none of them.
+    # The machine's mirrors are for Debian, so a published image of another distribution does not get them.
     suite = None if host.base_image and (image.folder / "stand-in").is_dir() else DEBIAN_SUITES.get(image.root)
     return replace(image, added=_apt_files(suite) if suite else ())
 
 
 def ensure(images: set[Image]) -> None:
-    """Build those of `images`, and of their bases, that do not exist. Builds run in parallel.
+    """Build the missing ones of `images` and of their bases. Builds run in parallel.
 
     Raise TestbedError when a step of a build fails.
     """
@@ -104,7 +104,7 @@ def ensure(images: set[Image]) -> None:
 
 
 def remove_unused() -> None:
-    """Remove the images that no container uses, of all clones."""
+    """Remove the images of all clones that no container uses."""
     names = ("--filter", "reference=localhost/testbed/*", "--format", "{{.Repository}}:{{.Tag}}")
     for name in podman("images", *names).stdout.split():
         if podman("rmi", name, check=False).returncode == 0:
@@ -154,7 +154,7 @@ def _build(image: Image, directory: Path) -> None:
 
 
 def _ensure_root(image: Image) -> None:
-    """Make the root file system of `image` with mmdebstrap, unless it exists."""
+    """Create the root file system of `image` with mmdebstrap, unless it exists."""
     root = image.root
     if root not in DEBIAN_SUITES:
         raise TestbedError(f"{root}: set testbed_image; the testbed can't make a root file system of this platform")
@@ -175,7 +175,7 @@ def _mmdebstrap(image: Image, directory: Path, archive: Path) -> list[str]:
     added = dict(image.added)
     settings = ["Acquire::Retries 3;", *added.get(SETTINGS, "").splitlines()]
     command = ["mmdebstrap", "--variant=minbase", f"--include={','.join(image.packages)}"]
-    # mmdebstrap runs on the machine, which trusts its own certificate authorities anyway.
+    # mmdebstrap runs on the machine, so it already trusts the machine's certificate authorities.
     command += [f"--aptopt={setting}" for setting in settings if "CaInfo" not in setting]
     command += [DEBIAN_SUITES[image.root], str(archive)]
     if SOURCES in added:
@@ -186,7 +186,7 @@ def _mmdebstrap(image: Image, directory: Path, archive: Path) -> list[str]:
 
 
 def _apt_files(suite: str) -> tuple[tuple[str, str], ...]:
-    """Return the apt configuration that gives a host this machine's mirrors."""
+    """Return the apt configuration with which a host uses this machine's mirrors."""
     mirrors = machine.debian_mirrors()
     if "debian" not in mirrors:
         return ()
@@ -200,7 +200,7 @@ def _apt_files(suite: str) -> tuple[tuple[str, str], ...]:
     settings = machine.apt_settings()
     files = [(SOURCES, sources)]
     if any(url.startswith("https:") for url, _ in wanted):
-        # Only apt may trust the machine's certificate authorities: the roles have to add them to the host.
+        # Only apt may trust the machine's certificate authorities, since the roles must add them to the host.
         settings += f'Acquire::https::CaInfo "/{AUTHORITIES}";\n'
         files.append((AUTHORITIES, machine.ca_bundle()))
     return (*files, (SETTINGS, settings))
@@ -209,7 +209,7 @@ def _apt_files(suite: str) -> tuple[tuple[str, str], ...]:
 def _run_npm_in_a_container(directory: Path, base: str) -> None:
     """Download the mail catcher's packages when the machine has no npm.
 
-    A temporary container does it, because Debian's npm is ten times as large as the mail catcher's packages.
+    npm runs in a temporary container, because Debian's npm is ten times as large as the mail catcher's packages.
     """
     authorities = "".join(path.read_text() for path in machine.extra_ca_certificates())
     (directory / "authorities.pem").write_text(authorities)
@@ -232,7 +232,7 @@ def _run_npm_in_a_container(directory: Path, base: str) -> None:
 def _pack_node_modules(directory: Path) -> None:
     """Pack the packages into one archive, because thousands of small files are slow to copy.
 
-    Source maps and type declarations, half of the size, are left out.
+    The archive excludes source maps and type declarations, which are half of the size.
     """
 
     def leave_out(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:

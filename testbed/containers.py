@@ -1,6 +1,6 @@
 """Reads and changes single containers through Podman.
 
-Labels name a container's clone and inventory, so that its owner is known even when the inventory or the clone has been deleted.
+Labels name a container's clone and inventory, so that its owner is known even after the deletion of the inventory or the clone.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ class Container:
 
     @property
     def platform(self) -> str:
-        """The platform that the host was created with; its inventory may name another one by now."""
+        """The platform that the host was created with. The inventory may name another platform by now."""
         return str(self.definition["image"]).rpartition("/")[2].partition(":")[0]
 
 
 def containers() -> list[Container]:
-    """Return all containers of the testbed on this machine, of all clones."""
+    """Return the testbed's containers of all clones on this machine."""
     done = podman("ps", "--all", "--filter", f"label={LABEL}.host", "--format", "json")
     return [_container(entry) for entry in json.loads(done.stdout or "[]")]
 
@@ -63,7 +63,7 @@ def _container(entry: dict[str, Any]) -> Container:
 
 
 def definition(host: Host) -> dict[str, object]:
-    """Return the inputs of a container; a container whose definition differs has to be recreated."""
+    """Return the inputs of a container. A container whose inputs differ from these must be recreated."""
     return {
         "image": build.image_of(host).reference,
         "ports": {str(inside): outside for inside, outside in sorted(host.ports.items())},
@@ -99,7 +99,7 @@ def run_words(stack: str, inventory: Path, host: Host) -> list[str]:
 
 
 def create_network(stack: str, inventory: Path) -> None:
-    """Create the network of a stack, unless it exists. It resolves the hosts' names."""
+    """Create the network of a stack, unless it exists. The network resolves the hosts' names."""
     if podman("network", "exists", stack, check=False).returncode == 0:
         return
     labels = {"stack": stack, "clone": CLONE, "inventory": inventory}

@@ -75,7 +75,7 @@ def write(inventory: Path, containers: list[Container]) -> list[Path]:
             if path.read_text() == text:
                 continue
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Atomic, because Ansible may be reading the file.
+        # The file is replaced atomically, because Ansible may be reading it.
         draft = path.with_name(f".{path.name}.{os.getpid()}~")
         draft.write_text(text)
         draft.chmod(0o600)
@@ -90,7 +90,7 @@ def remove(inventory: Path, host: str | None = None) -> None:
     for path in files if host is None else [host_file(inventory, host)]:
         with contextlib.suppress(FileNotFoundError):
             path.unlink()
-        # Directories that are empty afterwards are removed too.
+        # Directories that become empty are removed too.
         for parent in (path.parent, path.parent.parent):
             with contextlib.suppress(OSError):
                 parent.rmdir()

@@ -81,7 +81,7 @@ def read(directory: Path) -> Inventory:
         capture_output=True,
         check=False,
         cwd=CLONE,
-        # Otherwise Ansible prints only a warning about a file that is not YAML, and the file's hosts are missing.
+        # Without this variable, Ansible only warns about a file that is not YAML, and the file's hosts are missing.
         env={**os.environ, "ANSIBLE_INVENTORY_UNPARSED_FAILED": "true"},
     )
     if done.returncode:
@@ -123,7 +123,7 @@ def parse(directory: Path, listing: dict[str, Any]) -> Inventory:
         if any(host.name == MAIL for host in hosts):
             raise TestbedError(f"a host is called {MAIL}, the mail catcher's name")
         ports = {**MAIL_PORTS, **dict(catchers.pop())}
-        # The mail catcher's image is built on that of the Debian hosts.
+        # The base of the mail catcher's image is the image of the Debian hosts.
         bases = (host.base_image for host in hosts if host.platform == MAIL_PLATFORM)
         hosts.append(Host(MAIL, MAIL, ports, next(bases, None)))
     return Inventory(directory, tuple(hosts))

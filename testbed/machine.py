@@ -1,7 +1,7 @@
 """Adapts the testbed to the machine that runs the hosts.
 
-How Podman has to be called, the limits that it may set, and the package mirrors and certificates of the machine's configuration.
-All of it is read from the machine; no particular machine is described here.
+This covers the Podman command line, the limits that Podman may set, and the machine's package mirrors and certificates. The code
+reads all of this from the machine, and describes no specific machine.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-# systemd on a host applies a unit's sandbox only if it may mount and create namespaces. Without these capabilities it silently
-# skips most of ProtectSystem=, PrivateUsers= and the like, and tests of the sandbox would test nothing.
+# systemd on a host applies a unit's sandbox only if it may mount and create namespaces. Without these capabilities, systemd
+# silently skips most of ProtectSystem=, PrivateUsers= and similar directives, and tests of the sandbox would test nothing.
 CAPABILITIES = ("SYS_ADMIN", "NET_ADMIN", "SYS_PTRACE")
 
-# A unit's LoadCredential= and private mounts propagate from a shared root mount only.
+# A unit's LoadCredential= and private mounts propagate only from a shared root mount.
 INIT = ("/bin/sh", "-c", "mount --make-rshared / && exec /sbin/init")
 
 PODMAN_TIMEOUT = 180  # seconds; only builds take longer
@@ -81,15 +81,15 @@ def _mounts(pid: str = "self") -> dict[str, tuple[str, str]]:
 
 @functools.cache
 def needs_namespace() -> bool:
-    """Tell whether /sys/fs/cgroup is anything but one pure cgroup2 tree.
+    """Return whether /sys/fs/cgroup is anything other than one pure cgroup2 tree.
 
-    crun and systemd reject the hybrid layout. A mount namespace with pure cgroup2 satisfies both and leaves the machine as it is.
+    crun and systemd reject the hybrid layout. A mount namespace with pure cgroup2 works with both, and does not change the machine.
     """
     return sys.platform == "linux" and _mounts().get("/sys/fs/cgroup", ("",))[0] != "cgroup2"
 
 
 def _is_pinned(path: Path) -> bool:
-    """Tell whether `path` is a bind-mounted namespace, not a plain file."""
+    """Return whether `path` is a bind-mounted namespace, not a plain file."""
     return path.exists() and path.stat().st_dev == os.stat("/proc/self/ns/mnt").st_dev
 
 
@@ -105,7 +105,7 @@ def _guards() -> Iterator[tuple[Path, list[bytes]]]:
 def _namespace_of_running_hosts() -> str | None:
     """Return /proc/PID/ns/mnt of a monitor process, if a container of the testbed runs.
 
-    That namespace has Podman's mounts. With it, running hosts stay usable after the namespace's file has been lost.
+    That namespace has Podman's mounts. With it, the testbed can still use running hosts after the namespace's file has been lost.
     """
     for process, words in _guards():
         with contextlib.suppress(OSError):
@@ -119,8 +119,8 @@ def _namespace_of_running_hosts() -> str | None:
 def _namespace() -> Path:
     """Return the file of the machine-wide mount namespace; create the namespace when it is missing or stale.
 
-    All Podman calls of all clones have to use the same one, because it has Podman's overlay mounts. Raise TestbedError without
-    root, which is needed to mount.
+    All Podman calls of all clones must use the same namespace, because it has Podman's overlay mounts. Raise TestbedError without
+    root permissions, which mounting needs.
     """
     if os.geteuid() != 0:
         raise TestbedError(
@@ -180,7 +180,7 @@ def podman_command() -> tuple[str, ...]:
         raise TestbedError(f"{', '.join(missing)} not found: run testbed/install first")
     if not needs_namespace():
         return ("podman",)
-    # runc, because crun needs CAP_SYS_RESOURCE; cgroupfs, because systemd can't be reached in the namespace.
+    # Podman uses runc, because crun needs CAP_SYS_RESOURCE, and cgroupfs, because systemd can't be reached in the namespace.
     return (
         "nsenter", f"--mount={_namespace()}",
         "podman", "--runtime", "runc", "--cgroup-manager", "cgroupfs",
@@ -217,10 +217,10 @@ def start(name: str) -> None:
 
 
 def _forget_previous_boot(complaint: str) -> bool:
-    """Remove Podman's boot marker if `complaint` shows that Podman missed a reboot; tell whether to retry the command.
+    """Remove Podman's boot marker if `complaint` shows that Podman missed a reboot; return whether to retry the command.
 
-    A file under /run tells Podman that the machine was not rebooted. When /run is not a tmpfs, the file survives a reboot, and
-    Podman looks for network namespaces and locks that no longer exist.
+    Podman concludes from a file under /run that the machine was not rebooted. When /run is not a tmpfs, the file survives a reboot,
+    and Podman looks for network namespaces and locks that no longer exist.
     """
     if not any(sign in complaint for sign in ("unknown FS magic", "libpod_lock", "netns")):
         return False
@@ -260,7 +260,7 @@ def limits() -> list[str]:
         return float("inf") if value == resource.RLIM_INFINITY else value
 
     files = hard(resource.RLIMIT_NOFILE)
-    # Podman 4 lowers its process limit to its file limit when it may not raise it.
+    # Podman 4 lowers its process limit to its file limit if it may not raise the process limit.
     processes = min(files, hard(resource.RLIMIT_NPROC))
     options = ["--pids-limit=-1"]  # the namespace's cgroup2 tree has no pids controller
     if sys.platform != "linux":
@@ -290,8 +290,8 @@ def build_options() -> list[str]:
 def extra_ca_certificates() -> list[Path]:
     """Return the certificate files that somebody added to this machine's trust store.
 
-    A proxy of such a machine terminates TLS, so its hosts must trust the files too. TESTBED_CA_CERTIFICATES (colon-separated
-    paths) overrides them.
+    On a machine with such files, a proxy terminates TLS, so the hosts must trust the files too. TESTBED_CA_CERTIFICATES
+    (colon-separated paths) overrides them.
     """
     chosen = os.environ.get("TESTBED_CA_CERTIFICATES")
     if chosen is not None:
@@ -309,13 +309,13 @@ def extra_ca_certificates() -> list[Path]:
 def debian_mirrors() -> dict[str, str]:
     """Return {"debian": URL, "security": URL} from this machine's apt configuration.
 
-    It is empty when apt is missing or has the sources of another distribution. TESTBED_DEBIAN_MIRROR (the URL that ends in
+    The result is empty if apt is missing or has the sources of another distribution. TESTBED_DEBIAN_MIRROR (the URL that ends in
     /debian) overrides it.
     """
     chosen = os.environ.get("TESTBED_DEBIAN_MIRROR")
     if chosen:
         return {"debian": chosen}
-    # From apt's files, because running apt takes longer than the rest of an `up` that changes nothing.
+    # The function reads apt's files, because running apt takes longer than the rest of an `up` that changes nothing.
     etc = Path("/etc/apt")
     texts = [
         path.read_text(errors="replace")
@@ -326,7 +326,7 @@ def debian_mirrors() -> dict[str, str]:
 
 
 def mirrors_in(sources: str) -> dict[str, str]:
-    """Return Debian's mirrors in the text of apt's source files; the first of each kind wins."""
+    """Return Debian's mirrors in the text of apt's source files: the first of each kind."""
     found: dict[str, str] = {}
     for line in sources.splitlines():
         if not line.lstrip().startswith("#"):

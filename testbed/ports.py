@@ -23,7 +23,7 @@ def conflicts(
 ) -> list[str]:
     """Return one line for each declared port that is not available.
 
-    `held(host, port)` tells whether the host's running container publishes the port already; `holder(port)` returns what listens
+    `held(host, port)` returns whether the host's running container already publishes the port; `holder(port)` returns what listens
     on it, or None.
     """
     lines = []
@@ -44,7 +44,7 @@ def conflicts(
 
 
 def is_free(port: int) -> bool:
-    """Tell whether `port` of the machine's loopback is free."""
+    """Return whether `port` on the machine's loopback is free."""
     with socket.socket() as probe:
         # Connections in TIME_WAIT do not count.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

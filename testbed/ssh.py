@@ -33,7 +33,7 @@ def directory(stack: str) -> Path:
 
 
 def host_files(stack: str, host: str) -> Path:
-    """Return the directory of the files that a stand-in gives to its inventory. Other hosts give no files."""
+    """Return the directory for the files that a stand-in provides to its inventory. Other hosts provide no files."""
     return directory(stack) / "hosts" / host
 
 
@@ -82,7 +82,7 @@ def pinned(stack: str) -> dict[int, str]:
 
 
 def common_arguments(stack: str) -> str:
-    """Return ansible_ssh_common_args: literal, because testinfra evaluates no templates."""
+    """Return ansible_ssh_common_args without templates, because testinfra evaluates no templates."""
     path = str(known_hosts(stack))
     if " " in path:
         path = f'"{path}"'
@@ -97,7 +97,7 @@ def common_arguments(stack: str) -> str:
 
 
 def answers(stack: str, port: int, command: str = "sudo -n true", seconds: int = 3) -> bool:
-    """Tell whether a host runs `command` over SSH, connected as Ansible connects.
+    """Return whether a host runs `command` over SSH, connected as Ansible connects.
 
     `seconds` is the timeout of the connection.
     """

@@ -17,7 +17,7 @@ from testbed.inventory import CLONE, MAIL, MAIL_WEB_PORT, Host, Inventory, stack
 from testbed.machine import TestbedError, podman
 from testbed.progress import say
 
-# Seconds until a host has to respond. BOOT is long because several hosts may boot on two cores.
+# Seconds within which a host must respond. BOOT is long because several hosts may boot on two cores.
 BOOT = 60
 RESTART = 20
 RELOAD = 4
@@ -82,7 +82,7 @@ def _remove_surplus(inventory: Inventory, present: dict[str, Container]) -> bool
 
 
 def _settle_all(inventory: Inventory, present: dict[str, Container]) -> bool:
-    """Create or repair all hosts in parallel; tell whether anything was done; raise all errors."""
+    """Create or repair all hosts in parallel; return whether anything was done; raise all errors."""
 
     def attempt(host: Host) -> tuple[bool, str]:
         try:
@@ -99,7 +99,7 @@ def _settle_all(inventory: Inventory, present: dict[str, Container]) -> bool:
 
 
 def _settle(inventory: Inventory, host: Host, present: dict[str, Container]) -> bool:
-    """Create or repair one host; tell whether anything was done."""
+    """Create or repair one host; return whether anything was done."""
     container = present.get(host.name)
     if container is None:
         _create(inventory, host)
@@ -185,7 +185,7 @@ def _introduce(container: Container) -> None:
 
 
 def _answers(container: Container) -> bool:
-    """Tell whether a container responds: SSH of a host, the web page of the mail catcher."""
+    """Return whether a container responds: a host over SSH, the mail catcher with its web page."""
     if container.host != MAIL:
         return ssh.answers(container.stack, container.published[22])
     try:
@@ -197,7 +197,7 @@ def _answers(container: Container) -> bool:
 
 
 def _wait(container: Container, seconds: float) -> bool:
-    """Wait until a container responds; tell whether it did within `seconds`."""
+    """Wait until a container responds; return whether it did within `seconds`."""
     deadline = time.monotonic() + seconds
     while not _answers(container):
         if time.monotonic() > deadline:
@@ -234,7 +234,7 @@ def _reconnect(container: Container) -> None:
 
 
 def _names_work(containers: list[Container]) -> bool:
-    """Tell whether every host resolves the names of all others."""
+    """Return whether every host resolves the names of all others."""
     names = " ".join(each.host for each in containers)
 
     def finds_others(container: Container) -> bool:
@@ -302,7 +302,7 @@ def down(directory: Path | None) -> None:
 
 
 def remove_abandoned() -> None:
-    """Remove the hosts of deleted clones: their ports are still forwarded."""
+    """Remove the hosts of deleted clones, because their ports are still forwarded."""
     owners = {each.stack: each for each in podmans.containers() if not each.clone.exists()}
     for stack, container in sorted(owners.items()):
         with machine.lock(stack, f"waiting for another process that works on {stack}"):

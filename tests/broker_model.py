@@ -29,14 +29,14 @@ FIRST_STAYS = ("exchanges", "queues")
 
 
 def imported(actual, sent):
-    """The definitions after an import: each imported object replaces the one with the same key, and the rest stays."""
+    """The definitions after an import: each imported object replaces the object with the same key, and other objects stay."""
     result = copy.deepcopy(actual)
     for kind, keys in KEYS.items():
         found = {tuple(entry[key] for key in keys): entry for entry in result.get(kind, [])}
         for entry in copy.deepcopy(sent.get(kind, [])):
             key = tuple(entry[name] for name in keys)
             if kind == "users" and key in found:
-                # RabbitMQ 4.0.5 adds limits to those of the user.
+                # RabbitMQ 4.0.5 adds imported limits to the user's existing limits.
                 entry["limits"] = {**found[key]["limits"], **entry["limits"]}
             if kind == "parameters" and entry["component"] == "vhost-limits":
                 # Removed limits are exported as an empty list.
@@ -48,7 +48,7 @@ def imported(actual, sent):
 
 
 def deleted(actual, below):
-    """The definitions after a DELETE. With a virtual host or a user, its objects are deleted too."""
+    """The definitions after a DELETE. The objects of a deleted virtual host or user are deleted too."""
     what, *names = map(unquote, below.split("/"))
     result = copy.deepcopy(actual)
 

@@ -5,6 +5,6 @@ from helpers import ROOT
 from hypothesis import settings
 
 init_plugin_loader([str(ROOT / "collections")])
-# Without a deadline, because Molecule scenarios may run on the machine at the same time.
+# Tests have no deadline, because Molecule scenarios may run on the machine at the same time.
 settings.register_profile("repository", deadline=None, max_examples=60)
 settings.load_profile("repository")

@@ -24,7 +24,7 @@ def load(path: str):
 
 
 def executable(path: Path, text: str) -> None:
-    """Writes a program that replaces one that the tested code calls."""
+    """Writes a program that replaces a program that the tested code calls."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # The program needs no packages, and -S halves its start time.
     path.write_text(f"#!{sys.executable} -S\n{text}")
@@ -32,7 +32,7 @@ def executable(path: Path, text: str) -> None:
 
 
 def common_variables(inventory: Path) -> None:
-    """Gives an inventory in a temporary folder inventories/common and secrets, like the repository's inventories."""
+    """Adds inventories/common and secrets to an inventory in a temporary folder, like in the repository's inventories."""
     everybody = inventory / "group_vars" / "all"
     everybody.mkdir(parents=True)
     (everybody / "00-common").symlink_to(ROOT / "inventories" / "common")
@@ -40,7 +40,7 @@ def common_variables(inventory: Path) -> None:
     (everybody / "91-secrets.yml").write_text(json.dumps({name: f"{MARK}{name.replace('_', '')}" for name in secrets}))
 
 
-# The prefix of all secrets in tests, so that tests can search output for it.
+# The prefix of all secrets in tests, so that tests can search for secrets in output.
 MARK = "NeverShown0123456789"
 
 

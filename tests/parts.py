@@ -1,6 +1,6 @@
 """Runs targets of the Makefile in parallel and prints a table of the results: `python tests/parts.py [--jobs N] TARGET...`
 
-It prints one line for a target that passed, and the whole output of a target that failed. All logs stay in .logs/.
+If a target passes, the script prints one line. If it fails, the script prints its whole output. All logs stay in .logs/.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ def test_first_play_runs_from_an_empty_folder(tmp_path, playbook):
     assert " failed=0 " in done.stdout
 
 
-# Ansible searches the folders of all playbooks of a command, so each folder gets its own command.
+# Ansible searches the folders of all playbooks on a command line, so each folder has its own command.
 @pytest.mark.parametrize("folder", [".", "playbooks", "playbooks/ops"])
 def test_every_playbook_finds_the_collection_from_an_empty_folder(tmp_path, folder):
     """Ansible looks up roles when it loads a playbook."""

@@ -51,7 +51,7 @@ To reinstall 6.2.1, run:
 # `brew info` of an unknown formula: https://github.com/robertgzr/homebrew-tap/pull/15
 UNKNOWN = 'Error: No available formula with the name "iosevka".'
 
-# Replaces the formula's program.
+# This script replaces the formula's program.
 INITDB = """
 import os, sys
 os.makedirs(sys.argv[-1])
@@ -78,7 +78,7 @@ def brew(tmp_path, monkeypatch):
 
 
 def differences(value, recorded, where="formulae"):
-    """The places where a result has a key that the record lacks, or another type of value. Ignores null and empty lists."""
+    """The places where a result has a key that is not in the record, or a value with another type. Ignores null and empty lists."""
     if isinstance(value, dict) and isinstance(recorded, dict):
         unknown = [f"{where}.{key}" for key in value if key not in recorded]
         known = [key for key in value if key in recorded]
@@ -128,7 +128,7 @@ def test_keg_only_formula_is_linked_by_its_version_only(brew, tmp_path, monkeypa
     monkeypatch.setattr(brew.module, "stable", lambda _: keg.name)
     monkeypatch.setattr(brew.module, "pour", lambda *_: executable(keg / "lib/postgresql/17/bin/initdb", INITDB))
     brew("install", name)
-    # As after a `brew uninstall`, which keeps var.
+    # This is the state after `brew uninstall`, which keeps var.
     shutil.rmtree(keg)
     brew("install", name)
     capsys.readouterr()
@@ -140,7 +140,7 @@ def test_keg_only_formula_is_linked_by_its_version_only(brew, tmp_path, monkeypa
     assert (tmp_path / "opt" / name).resolve() == keg
     assert (tmp_path / "bin/initdb-17").resolve() == keg / "lib/postgresql/17/bin/initdb"
     assert not (tmp_path / "bin/initdb").exists()
-    # The formula's cluster is created only once.
+    # The formula creates its cluster only once.
     cluster = tmp_path / "var" / name
     assert (cluster / "PG_VERSION").read_text() == f"--locale=C -E UTF-8 {cluster}"
 

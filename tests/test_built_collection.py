@@ -1,4 +1,4 @@
-"""The collection as other projects have it: built, installed in the home of a user, used without ansible.cfg."""
+"""Tests the collection as other projects use it: built, installed in a user's home directory, without ansible.cfg."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Installed:
     def __init__(self, home):
         self.folder = home / "project"
         self.folder.mkdir()
-        # No ANSIBLE_ variable, and the default path of collections is in this home.
+        # No ANSIBLE_ variable is set, and the default path of collections is in this home directory.
         self.environment = {name: value for name, value in os.environ.items() if not name.startswith("ANSIBLE_")}
         self.environment |= {"HOME": str(home), "NO_COLOR": "1"}
         self.collections = home / ".ansible/collections"
@@ -51,7 +51,7 @@ def specs(role):
 
 
 def documented(kind):
-    """The documentation of all modules, or all plugins of a kind, as it is written in the repository."""
+    """The documentation of all modules, or of all plugins of one type, as the repository contains it."""
     sources = {path.stem: path.read_text() for path in (ROOT / "plugins" / kind).glob("*.py")}
     return {
         f"{NAME}.{name}": yaml.safe_load(text.split('DOCUMENTATION = r"""')[1].split('"""')[0]) for name, text in sources.items()
@@ -72,7 +72,7 @@ def test_ansible_doc_lists_every_role_with_its_short_descriptions(installed):
     assert {name: role["entry_points"] for name, role in listed.items()} == {
         f"{NAME}.{role}": {entry: spec["short_description"] for entry, spec in specs(role).items()} for role in ROLES
     }
-    # As a person reads it, among the roles of other collections.
+    # This is the output for a person, who also sees the roles of other collections.
     text = installed.run("ansible-doc", "-t", "role", "--list")
     assert [role for role in ROLES if f"{NAME}.{role}:" not in text] == []
 

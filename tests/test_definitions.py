@@ -33,7 +33,7 @@ TAGS = st.lists(st.sampled_from(["administrator", "monitoring", "management"]), 
 PATTERNS = st.sampled_from(["", ".*", "^a$"])
 LIMITS = st.dictionaries(st.sampled_from(["max-connections", "max-channels"]), st.integers(0, 3), max_size=2)
 VALUES = st.dictionaries(NAMES, st.integers() | TEXT, max_size=2)
-# Definitions as in the variables or in a broker.
+# Definitions, either from the variables or from a broker.
 TYPES = st.sampled_from(["classic", "quorum", "stream"])
 
 
@@ -141,18 +141,18 @@ ADMINISTRATORS = st.sampled_from(["a", "the administrator"])
 
 
 def compared(actual, wanted, administrator=None, removable=()):
-    """The difference, with a purge if an administrator is given."""
+    """The difference. If an administrator is given, it includes a purge."""
     return compare(actual, wanted, Purge(administrator, removable) if administrator else None)
 
 
-# The role refuses these, so they are excluded: a listed administrator, and a virtual host that is both listed and to be removed.
+# The role refuses a listed administrator, and a virtual host that is both listed and to be removed. So the data excludes them.
 def purged(actual, wanted, administrator):
     wanted = {**wanted, "users": [user for user in wanted["users"] if user["name"] != administrator]}
     return wanted, {vhost["name"] for vhost in actual["vhosts"]} - mentioned(wanted)
 
 
 def mentioned(wanted):
-    """All virtual hosts in the data."""
+    """The names of all virtual hosts in the data."""
     entries = [entry for kind in wanted for entry in wanted[kind]]
     entries += [entry for user in wanted["users"] for entry in [*user["permissions"], *user["topic_permissions"]]]
     return {entry.get("vhost") for entry in entries} | {vhost["name"] for vhost in wanted["vhosts"]}
@@ -312,7 +312,7 @@ def test_example_of_rabbitmqs_page_on_passwords():
     assert password_matches("test12", user)
 
 
-# An example per kind: the entry in the variables, its title, and the imported object.
+# One example per kind: the entry in the variables, its title, and the imported object.
 POLICY = {"pattern": "^a", "apply-to": "all", "priority": 0, "definition": {"max-length": 1}}
 LISTED_POLICY = {"vhost": "v/1", "name": "p", "pattern": "^a", "definition": {"max-length": 1}}
 EXAMPLES = {
@@ -399,7 +399,7 @@ EXAMPLES = {
         },
     ),
 }
-# The path with which a purge deletes it. A purge keeps the other kinds.
+# For each kind that a purge deletes, the API path of the example. A purge keeps the other kinds.
 DELETED = {
     "vhosts": "vhosts/v%2F1",
     "users": "users/u",
@@ -423,7 +423,7 @@ def test_each_kind_is_imported_compared_and_deleted(kind):
     assert sent == entry
     exported = imported({}, found.to_import)
     assert not compare(exported, variables)
-    # A purge with the object unlisted. A permission is deleted only if its user stays.
+    # A purge while the object is not listed. A permission is deleted only if its user stays.
     users = [{"name": "u", "password": "right"}] if "permissions" in kind else []
     kept = {**variables, "users": users} if users else {}
     purged = compare(exported, kept, Purge("admin", {"v/1"} if kind == "vhosts" else ()))

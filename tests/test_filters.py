@@ -1,4 +1,4 @@
-"""The filters, each tested against the program or documentation of its format."""
+"""Tests the filters, each against the program that reads its format or the documentation of its format."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_value_of_another_type_is_shown_unless_it_is_secret(faults, name, value,
 
 
 NAMES = st.from_regex(r"\A[A-Za-z_][A-Za-z0-9_]{0,9}\Z").filter(lambda name: name not in os.environ)
-# Without control characters and surrogates, which UTF-8 can't encode.
+# Values have no control characters, and no surrogates, which UTF-8 can't encode.
 PRINTABLE = st.text(st.characters(exclude_categories=["C"]), max_size=20)
 
 

@@ -1,4 +1,4 @@
-"""Users, directories and files of a role, compared and corrected by one module."""
+"""Tests the module that compares and corrects the users, directories and files of a role."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ME, GROUP = pwd.getpwuid(os.getuid()).pw_name, grp.getgrgid(os.getgid()).gr_name
 
 
 def state(check=False, **wanted):
-    """What the module does with these options: the object after its run."""
+    """The HostState object after a run with these options."""
     options = {"users": [], "directories": [], "files": [], "packages": {}, "look_at": [], "requires": [], **wanted}
     module = SimpleNamespace(params=options, check_mode=check, set_default_selinux_context=lambda path, changed: changed)
     host = HostState(module)
@@ -97,7 +97,7 @@ def test_file_is_written_once(tmp_path, any_umask):
     before = path.stat()
     host = state(files=[file_entry(path, "text\n")])
     assert (host.result["changed"], host.diff) == (False, [])
-    # Services are restarted when a file is newer than their process.
+    # A service restarts when a file is newer than its process, so the module must not touch an unchanged file.
     assert path.stat().st_mtime_ns == before.st_mtime_ns
 
 
@@ -308,7 +308,7 @@ def test_program_that_holds_the_lock_of_dpkg_is_named(dpkg, tmp_path, monkeypatc
     with subprocess.Popen([sys.executable, "-c", held, lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "held\n"
         assert state(packages={"never": ""}).result["packages_locked_by"].endswith(f" (process {process.pid})")
-        # Nothing is installed, so nothing waits.
+        # The package is installed, so the module does not look for the lock's holder.
         assert state(packages={"erlang-base": "1:27"}).result["packages_locked_by"] == ""
         process.communicate("\n")
 

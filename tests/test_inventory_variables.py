@@ -34,7 +34,7 @@ def without(*names, **more):
 def test_all_groups_and_required_groups_are_accepted():
     assert group_errors(GROUPS) == []
     assert group_errors(without("flower", "database", all_hosts=["a"], databases_of_others=["b"])) == []
-    # An environment without such a host declares an empty group.
+    # An environment without hosts in a required group declares an empty group.
     assert group_errors(without("workers", workers=[])) == []
 
 
@@ -105,7 +105,7 @@ def groups_of(*hosts, **more):
 
 
 def refusal(folder, **environment):
-    """The last message of the first play, for a refused inventory."""
+    """The last message of the first play for an inventory that it refuses."""
     code, answer, output = playbook("-i", folder, "playbooks/validate.yml", **environment)
     assert code == 2, output
     assert MARK not in output
@@ -130,7 +130,7 @@ def test_second_broker_ends_the_run(tmp_path):
 
 
 def test_host_of_each_platform_is_accepted(tmp_path):
-    """With molecule/platforms.yml, as in the scenarios."""
+    """The inventory includes molecule/platforms.yml, as in the scenarios."""
     folder = inventory(tmp_path, groups_of("one.invalid", "two.invalid"))
     (folder / "group_vars/all/25-platforms.yml").symlink_to(ROOT / "molecule/platforms.yml")
     code, _, output = playbook("-i", folder, "playbooks/validate.yml")
@@ -315,7 +315,7 @@ class Failing:
 
 @pytest.fixture
 def folder(tmp_path):
-    """The folder of an inventory that has its own inventories/common."""
+    """The folder of an inventory with its own copy of inventories/common."""
     common = tmp_path / "group_vars/all/00-common"
     common.mkdir(parents=True)
     (common / "application.yml").write_text(COMMON)
@@ -328,7 +328,10 @@ def folder(tmp_path):
 
 @pytest.fixture
 def errors(folder):
-    """Gives the filter's errors for a host, some of whose variables are replaced; one whose value is None is removed."""
+    """Returns the filter's errors for a host after some of its variables are replaced.
+
+    A variable with the value None is removed.
+    """
 
     def find(groups=GROUPS, group_names=(), inventory_dir=folder, **changes):
         variables = {name: value for name, value in {**HOST, **changes}.items() if value is not None}
@@ -366,7 +369,7 @@ def test_group_errors_hide_all_others(errors):
 
 @pytest.mark.parametrize("inventory_dir", [None, "", "/nowhere"])
 def test_an_inventory_without_the_common_variables_is_refused(errors, folder, monkeypatch, inventory_dir):
-    # An inventory that is a list of hosts has no folder. The working directory does not count as one.
+    # An inventory that is a list of hosts has no folder, and the working directory does not count as its folder.
     monkeypatch.chdir(folder)
     assert errors(inventory_dir=inventory_dir) == [
         "The inventory has no folder group_vars/all/00-common: link inventories/common there, as docs/new-environment.md shows."
@@ -430,7 +433,7 @@ def test_a_value_that_contradicts_its_specification_is_refused(errors):
     ]
     (sentence,) = errors(app_database_url=f"mysql://u:{MARK}@db/shop")
     assert sentence.startswith("app_database_url has no scheme or a wrong one; allowed is a URL such as postgresql://host:port")
-    # The type's error is enough.
+    # The error about the type is enough.
     assert errors(app_database_url=5) == ["app_database_url is not a text in quotes."]
 
 
@@ -481,7 +484,7 @@ SHIPPED = {"wiring_versions": VERSIONS, "host_platform": "debian13", "rabbitmq_v
 
 @pytest.fixture
 def broker_errors(errors, folder):
-    """Gives the errors for a broker, without those of names."""
+    """Returns the errors for a broker, without errors about names."""
     (folder / "group_vars/all/00-common/versions.yml").write_text("wiring_versions:\nhost_platform:\n")
     return lambda **changes: errors(group_names=["broker"], **SHIPPED | changes)
 
@@ -493,7 +496,7 @@ def broker_errors(errors, folder):
         {"rabbitmq_version": "4.0.5", "erlang_version": "27.3"},
         {"rabbitmq_version": "4"},
         {"rabbitmq_version": "4.2", "rabbitmq_source": "team_rabbitmq"},
-        # What a version may look like is a rule of the role.
+        # The role, not this filter, checks the format of a version.
         {"rabbitmq_version": "4.x"},
         {"rabbitmq_version": "4.3", "host_platform": "el9"},
         {"rabbitmq_version": "4.2", "host_platform": "ubuntu2604"},

@@ -20,8 +20,8 @@ from helpers import ROOT, executable
 
 STAND_IN = ROOT / "testbed/images/macos/stand-in/rootfs/usr"
 
-# Records of the real launchctl, each below the address of its publication; shortened, with other labels and paths. Apple documents
-# neither the output of print nor the exit codes of launchctl.
+# Records of the real launchctl, each below the address of its publication. They are shortened, and labels and paths are changed.
+# Apple documents neither the output of print nor the exit codes of launchctl.
 #
 # `launchctl print gui/501/LABEL` of a job with KeepAlive, and of one with StartInterval between two runs, on macOS 27.0:
 # https://github.com/sglavoie/dev-helpers/blob/e88273dd457ffb72100703f255f277dbcd9594fa/swift/heartbeat/Tests/HeartbeatCoreTests/LaunchctlFixtures.swift
@@ -119,7 +119,7 @@ REFUSALS = {
         'Bad request.\nCould not find service "nope" in domain for user gui: 501\n',
         "https://github.com/sglavoie/dev-helpers/blob/e88273dd457ffb72100703f255f277dbcd9594fa/swift/heartbeat/Tests/HeartbeatCoreTests/LaunchctlFixtures.swift",
     ),
-    # The first source has the number, the second the text.
+    # The first source has the error number, the second source has the text.
     "print a domain that is not there": (
         112,
         "Bad request.\nCould not find domain for user gui: 99999\n",
@@ -140,7 +140,7 @@ REFUSALS = {
         "Bootstrap failed: 5: Input/output error\nTry re-running the command as root for richer errors.\n",
         "https://github.com/pirj/noclamshell/issues/25",
     ),
-    # The first source has cause and number, the second the text.
+    # The first source has the cause and the error number, the second source has the text.
     "bootstrap what is loaded": (
         37,
         "Bootstrap failed: 37: Operation already in progress\n",
@@ -151,7 +151,7 @@ REFUSALS = {
         "Bootstrap failed: 119: Service is disabled\n",
         "https://github.com/DeterminateSystems/nix-installer/issues/530",
     ),
-    # Only the text, of launchctl load; no record of the number was found.
+    # This is only the text from launchctl load, because no record of the error number was found.
     "bootstrap what others may write": (
         122,
         "Bootstrap failed: 122: Path had bad ownership/permissions\n",
@@ -174,7 +174,7 @@ def plist(name, script=KEEPS, **keys):
 
 
 class Mac:
-    """A folder for property lists, the stand-in of launchd, and the module run as Ansible runs it."""
+    """A folder for property lists, the stand-in of launchd, and the module, run as Ansible runs it."""
 
     def __init__(self, folder, capsys):
         self.home, self.capsys = folder, capsys
@@ -270,7 +270,7 @@ def test_only_the_owner_may_write_a_property_list_under_any_umask(mac):
 
 
 def test_next_run_completes_one_that_was_killed_before_the_load(mac):
-    """The killed run had booted out the job, and may have written the file."""
+    """The killed run booted out the job, and may have written the file."""
     mac.run(mac.job("a"))
     mac.call("bootout", f"{mac.domain}/a")
     result = mac.run(mac.job("a"))
@@ -323,7 +323,7 @@ def test_process_without_a_record_of_its_start_is_restarted(mac, tmp_path):
     listed = mac.job("a", restart_on=[tmp_path])
     mac.run(listed)
     (tmp_path / "a.pid").write_text("1\n")
-    # Its folder is older than the record.
+    # The folder is older than the record.
     os.utime(tmp_path, (0, 0))
     assert mac.run(listed)["restarted"] == ["a"]
 
@@ -454,7 +454,7 @@ def shape(line):
 
 
 def printed(mac, label):
-    """The stand-in's output about a job, as for the user 501."""
+    """The stand-in's output about a job of the user 501."""
     return mac.call("print", f"{mac.domain}/{label}").stdout.replace(mac.domain, "gui/501").splitlines()
 
 
@@ -535,7 +535,7 @@ def test_stand_in_kills_a_job_after_its_timeout_and_the_rest_of_its_group(mac, t
     done = mac.call("bootout", f"{mac.domain}/a")
     assert (done.returncode, done.stderr) == (36, "Boot-out failed: 36: Operation now in progress\n")
     until(lambda: mac.state("a") is None)
-    # Without a parent that waits for it, it stays a zombie.
+    # If no parent waits for the process, it stays a zombie.
     until(lambda: subprocess.run(["ps", "-o", "stat=", "-p", str(child)], capture_output=True).stdout[:1] in (b"", b"Z"))
 
 

@@ -35,7 +35,8 @@ WIRED = {
     "host_prefix": "{{ (ansible_facts['effective_user_id'] == 0) | ternary('', '/Users/me/.local') }}",
 }
 ROLES = ("rabbitmq", "postgresql", "django", "celery", "flower")
-# Per case: the version that Homebrew would install, the installed versions, the Erlang version; the expected level and error.
+# For each case: the version that Homebrew would install, the installed versions and the Erlang version, then the expected level and
+# error.
 FORMULAE = {
     "supported": ("4.2.10", [], "27", "supported", ""),
     "installed": ("4.3.5", ["4.2.10_1"], "27", "supported", ""),
@@ -45,7 +46,7 @@ FORMULAE = {
 }
 # Prefixes of the jobs of brew services, now and until September 2026: Homebrew/brew#23750.
 BREW_LABELS = ("sh.brew", "homebrew.mxcl")
-# Per case: whether Homebrew is installed, the jobs of brew services, the clients; the expected error.
+# For each case: whether Homebrew is installed, the jobs of brew services and the clients, then the expected error.
 SERVERS = {
     "right": (True, [], ["127.0.0.1", "192.0.2.0/24"], ""),
     "no Homebrew": (False, [], [], "There is no /opt/homebrew/bin/brew. Install Homebrew as described on brew.sh"),
@@ -66,14 +67,14 @@ def services_of(role):
 
 
 def looked_for(found=None):
-    """The result of the role's search for a broker of brew services, where the job with the prefix `found` exists."""
+    """The result of the role's search for a broker of brew services if the job with the prefix `found` exists."""
     labels = [f"/L/{label}.rabbitmq.plist" for label in BREW_LABELS]
     return {"results": [{"item": path, "stat": {"exists": f"/{found}." in path}} for path in labels]}
 
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
-    """The values that a play shows, by host: each role's jobs, the log rules, and the results of the checks."""
+    """The values that a play prints for each host: each role's jobs, the log rules, and the results of the checks."""
     folder = tmp_path_factory.mktemp("macos")
     common_variables(folder)
     defaults = [yaml.safe_load((ROOT / f"roles/{role}/defaults/main.yml").read_text()) for role in ("services", "erlang", *ROLES)]
@@ -207,7 +208,7 @@ def test_agents_name_no_user_and_daemons_name_theirs(plists, answers):
     users = {name: plist["UserName"] for name, plist in plists["daemons"].items()}
     assert (users["mailroom-web"], users["mailroom-beat"]) == ("mailroom", "mailroom")
     assert (users["mailroom-flower"], users["rabbitmq-server"], users["postgresql"]) == ("mailroom-flower", "brewer", "brewer")
-    # The job that rotates logs runs as their owner.
+    # The job that rotates logs runs as the logs' owner.
     assert users["mailroom-flower-logs"] == "mailroom-flower"
     assert plists["daemons"]["mailroom-web"]["StandardOutPath"] == "/Library/Logs/mailroom/django/mailroom-web.log"
     assert answers["agents"]["domain"] == ["/Users/me/Library/LaunchAgents", "me"]
@@ -227,7 +228,7 @@ def test_web_service_opens_its_own_socket(plists):
 
 
 def test_a_job_reads_its_environment_and_becomes_its_command(plists, tmp_path):
-    """Runs the arguments of the property list with another environment and another command."""
+    """Runs the program arguments in the property list with a different environment and a different command."""
     shell = plists["agents"]["mailroom-relay"]["ProgramArguments"]
     assert shell[3:5] == ["/Users/me/Library/Logs/mailroom/django/mailroom-relay.pid", f"{PREFIX}/etc/mailroom/environment"]
     assert shell[5:] == [f"{PREFIX}/opt/mailroom/current/venv/bin/python", "manage.py", "relay"]
@@ -363,7 +364,7 @@ def launched(plist, tmp_path, *more):
 
 
 def test_stopping_the_job_waits_for_a_fast_shutdown(plists, tmp_path):
-    """After a TERM the server would wait for its clients until launchd kills it."""
+    """After TERM, the server would wait for its clients until launchd kills the server."""
     said, shell = launched(plists["agents"]["postgresql"], tmp_path)
     until = time.monotonic() + 20
     while not said.exists() or said.read_text() != "up":

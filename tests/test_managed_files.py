@@ -1,4 +1,4 @@
-"""Files with an owner: the tests mark, find, read and write them."""
+"""Tests that mark, find, read and write files with an owner."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_newest_uses_the_times_of_links_not_of_their_targets(tmp_path):
 
 
 def test_time_of_a_packaged_file_is_that_of_its_installation(monkeypatch):
-    """rpm sets the modification time to that of the build, which may be years earlier."""
+    """rpm sets the modification time to the time of the build, which may be years earlier."""
     monkeypatch.setattr(managed_files.os, "lstat", lambda path: SimpleNamespace(st_mtime=1000, st_ctime=2000))
     assert newest(["/usr/bin/erl"], ("/usr/",)) == 2000
     assert newest(["/usr/bin/erl"]) == 1000

@@ -25,7 +25,7 @@ class Node(BaseHTTPRequestHandler):
     do_DELETE = do_POST = do_GET
 
     def log_message(self, *_):
-        """Says nothing."""
+        """Logs nothing."""
 
 
 @pytest.fixture

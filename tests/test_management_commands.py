@@ -1,4 +1,4 @@
-"""Management commands of a project that run in one process."""
+"""Tests that a project's management commands run in one process."""
 
 from __future__ import annotations
 
@@ -40,7 +40,10 @@ if sys.argv[1] == "arguments":
 
 @pytest.fixture
 def project(tmp_path):
-    """A project with a manage.py, whose virtual environment is the Python of these tests; a function that runs its commands."""
+    """A project with a manage.py and the Python of these tests as its virtual environment.
+
+    Returns a function that runs its commands.
+    """
     (tmp_path / "release").mkdir()
     (tmp_path / "release" / "manage.py").write_text(MANAGE)
     (tmp_path / "release" / "project.py").write_text("import os\nIMPORTED = os.urandom(4).hex()\n")
@@ -137,7 +140,7 @@ def test_check_mode_runs_no_command(project, tmp_path, capsys):
 
 @pytest.fixture
 def here(project, tmp_path, monkeypatch):
-    """The process of this test is that of the project's Python."""
+    """Sets up the test's process as a process of the project's Python."""
     monkeypatch.chdir(tmp_path / "release")
     monkeypatch.syspath_prepend(str(tmp_path / "release"))
     monkeypatch.setenv("KEY", "value")

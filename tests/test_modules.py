@@ -18,7 +18,7 @@ KEYS = ("type", "elements", "required", "default")
 
 
 class Stop(Exception):
-    """Ends `main` after the argument spec has been captured."""
+    """Stops `main` when the argument spec has been captured."""
 
 
 @pytest.fixture(params=MODULES)
@@ -27,7 +27,7 @@ def module(request):
 
 
 def class_of(module):
-    """The name of the class that the module is an instance of."""
+    """The name of the class that the module instantiates."""
     return "UnloggedModule" if hasattr(module, "UnloggedModule") else "AnsibleModule"
 
 
@@ -53,7 +53,7 @@ def spec(arguments):
 
 
 def nested_secrets(options):
-    """Yield the names of secret options that are not at the top."""
+    """Yield the names of secret options that are not at the top level."""
     for option in options.values():
         for name, suboption in (option.get("options") or {}).items():
             if suboption.get("no_log"):
@@ -66,7 +66,7 @@ def test_module_with_nested_secrets_logs_no_arguments(module, spec):
 
 
 def test_unlogged_module_logs_no_secret(monkeypatch):
-    """Ansible masks a nested secret by its text, which the log escapes."""
+    """Ansible searches the log for the text of a nested secret, but the log escapes this text."""
     secret, logged = "MARK'first\nsecond\\", []
     files = {"type": "list", "elements": "dict", "options": {"text": {"type": "str", "no_log": True}}}
     monkeypatch.setattr(AnsibleModule, "log", lambda self, message, log_args=None: logged.append(f"{message} {log_args}"))

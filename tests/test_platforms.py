@@ -61,14 +61,14 @@ def repository_variables(role, family):
 
 @pytest.fixture(scope="module")
 def values(tmp_path_factory):
-    """The values of each host, and its repositories: yum's files, apt's addresses."""
+    """The values of each host, and the host's repositories: yum's files and apt's addresses."""
     folder = tmp_path_factory.mktemp("platforms")
     defaults = {}
     for role in ("erlang", "rabbitmq", "django", "flower", "python_environment"):
         defaults |= yaml.safe_load((ROOT / f"roles/{role}/defaults/main.yml").read_text())
     hosts = {name: {"known": found, "rabbitmq_version": "4.2"} for name, found in HOSTS.items()}
     (folder / "hosts.json").write_text(json.dumps({"all": {"hosts": hosts, "vars": defaults}}))
-    # Set as facts, which the inventory can't contain.
+    # The play sets these values as facts, which the inventory can't contain.
     tasks = [{"set_fact": {name: f"{{{{ known.{name} }}}}" for name in HOSTS["el9"]} | {"cacheable": True}}]
     family = "{{ ansible_facts | django_celery.stack.platform_family }}"
     for role in ("erlang", "rabbitmq", "python_environment"):
@@ -112,7 +112,7 @@ def yum(values, host):
 
 @pytest.mark.parametrize("host", ["el9", "el10"])
 def test_yum_sections_match_team_rabbitmqs_documentation(values, host):
-    """EL 10 uses el/9, because there is no el/10."""
+    """EL 10 uses el/9, because el/10 does not exist."""
     found = yum(values, host)
     assert {name: section["baseurl"].split() for name, section in found.items()} == {
         "modern-erlang": [f"https://yum{n}.rabbitmq.com/erlang/el/9/$basearch" for n in (1, 2)],

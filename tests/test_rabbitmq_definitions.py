@@ -21,7 +21,7 @@ ADMINISTRATOR, PASSWORD, NEW = "admin", "Secret-of-the-administrator", "Secret-t
 
 
 class Api:
-    """The part of a broker's API that the module uses; records the requests."""
+    """Imitates the part of a broker's API that the module uses, and records the requests."""
 
     def __init__(self, folder):
         self.definitions = {"users": [{"name": ADMINISTRATOR, "password_hash": hash_of(PASSWORD)}], "vhosts": []}
@@ -30,7 +30,7 @@ class Api:
         self.gone, self.requests, self.refusal, self.imported = set(), [], None, folder / "imported.json"
 
     def administrators_hash(self):
-        """The hash that rabbitmqctl imported, if any."""
+        """The hash that rabbitmqctl has imported, or None."""
         source = json.loads(self.imported.read_text()) if self.imported.exists() else self.definitions
         return {user["name"]: user["password_hash"] for user in source["users"]}[ADMINISTRATOR]
 
@@ -83,7 +83,7 @@ def api(tmp_path, monkeypatch):
         do_POST = do_PUT = do_DELETE = do_GET
 
         def log_message(self, *_):
-            """Says nothing."""
+            """Logs nothing."""
 
     executable(
         tmp_path / "bin/rabbitmqctl",
@@ -159,7 +159,7 @@ def test_guest_is_deleted(api, run):
 
 def test_purge_keeps_a_nonempty_virtual_host_unless_it_is_listed(api, run, monkeypatch):
     warned = []
-    # Ansible passes on warnings in different ways, depending on the modules that are loaded.
+    # Ansible returns warnings in different forms, depending on the modules that are loaded.
     monkeypatch.setattr(rabbitmq_definitions.UnloggedModule, "warn", lambda _, text: warned.append(text))
     api.definitions["vhosts"] += [{"name": name} for name in ("a/b", "empty", "in use", "app")]
     api.queues["a/b"] = [{"name": "q", "messages": 3}]
@@ -273,7 +273,7 @@ def test_password_is_sent_to_no_proxy(api, run, monkeypatch):
             self.send_error(502)
 
         def log_message(self, *_):
-            """Says nothing."""
+            """Logs nothing."""
 
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
@@ -306,7 +306,7 @@ def test_errors_do_not_contain_a_password_that_only_the_broker_has(api, run):
 
 
 def test_deletion_of_a_missing_user_succeeds(api, run):
-    """Another run, or an operator, deletes the user between the comparison and the request."""
+    """Another run or an operator could delete the user between the comparison and the request."""
     api.definitions["users"].append({"name": "guest", "tags": [], "password_hash": ""})
     api.gone = {"users/guest"}
     delete = Api.answer

@@ -18,7 +18,7 @@ ENCRYPTED = VaultLib(SECRETS).encrypt(PLAIN)
 
 @pytest.fixture
 def inventory(tmp_path):
-    """An inventory's folder; its file of secrets is written by the test."""
+    """The folder of an inventory. Each test writes the file of secrets."""
     (tmp_path / "group_vars/all").mkdir(parents=True)
     (tmp_path / "hosts.yml").touch()
     return tmp_path
@@ -26,7 +26,7 @@ def inventory(tmp_path):
 
 @pytest.fixture
 def hosts(monkeypatch):
-    """Gives the hosts that the lookup names, for these inventories and vault passwords."""
+    """Returns the hosts that the lookup returns for these inventories and vault passwords."""
 
     def look_up(inventories, secrets=()):
         monkeypatch.setattr(context, "CLIARGS", ImmutableDict(inventory=inventories and tuple(map(str, inventories))))
@@ -47,7 +47,7 @@ def test_a_plain_file_of_secrets_needs_no_vault_password(inventory, hosts):
     assert hosts([inventory]) == ["all", "broker"]
 
 
-# Ansible finds group_vars in an inventory's folder, or beside its file.
+# Ansible finds group_vars in an inventory's folder, or next to its file.
 @pytest.mark.parametrize("source", [".", "hosts.yml"])
 def test_an_encrypted_file_of_secrets_needs_a_vault_password(inventory, hosts, source):
     file = inventory / "group_vars/all/91-secrets.yml"

@@ -1,4 +1,5 @@
-"""Wrong variables are refused before a host is contacted, with a message that has the variable, its value and the allowed values.
+"""Tests that wrong variables are refused before Ansible contacts a host. The message has the variable, its value and the allowed
+values.
 
 One run of playbooks/validate.yml has all cases, on hosts whose names do not resolve: a task that tried to connect would make the
 host unreachable. With the strategy `free`, each host fails with its own error. With the playbook's strategy, the first error ends
@@ -48,7 +49,7 @@ def versions(rabbitmq, erlang):
     return {"rabbitmq_version": rabbitmq, "rabbitmq_erlang_version": erlang, "rabbitmq_source": "team_rabbitmq"}
 
 
-# Host groups, whose names start with the role's: the variables of each case, and its error message.
+# The cases by host group: the variables of each case, and its error message. The group's name starts with the role's name.
 REFUSED = {
     # Ansible's validation of argument_specs.
     "rabbitmq specs": [
@@ -76,7 +77,7 @@ REFUSED = {
     "rabbitmq administrator": [
         ({"rabbitmq_administrator": "guest"}, "rabbitmq_administrator must not be guest: the role deletes that user."),
     ],
-    # layer_variable_errors, before any expression uses the variables.
+    # Errors from layer_variable_errors, which runs before any expression uses the variables.
     "rabbitmq types": [
         ({"rabbitmq_open_files": "many"}, "rabbitmq_open_files is 'many', not a whole number."),
         ({"rabbitmq_memory_high_watermark": "0.5"}, "rabbitmq_memory_high_watermark is '0.5', not a number."),
@@ -370,7 +371,7 @@ REFUSED = {
         ({"flower_username": "a:b"}, "flower_username is 'a:b'; allowed is a name without a colon."),
     ],
 }
-# Host groups: the variables of each case, and its warning.
+# The cases by host group: the variables of each case, and its warning.
 ACCEPTED = {
     "rabbitmq accepted": [
         ({}, ""),
@@ -444,7 +445,10 @@ def related(variables):
 
 
 def pack(groups):
-    """Triples of a host, its variables and its messages. Cases share a host of their group if no rule reads variables of both."""
+    """Triples of a host, its variables and its messages.
+
+    Two cases share a host of their group if no rule reads variables of both cases.
+    """
     hosts = []
     for group, cases in groups.items():
         own = []
@@ -465,7 +469,7 @@ WARNINGS = [(host, sentence) for host, _, sentences in pack(ACCEPTED) for senten
 
 
 def write_inventory(folder, hosts):
-    """Puts each host into the group of the role with which its name starts."""
+    """Puts each host into the group of the role that its name starts with."""
     common_variables(folder)
     for version in ("5.5.3", "5.6.0"):
         (folder / f"lock-{version}.txt").write_text(f"celery=={version} --hash=sha256:00\n")
@@ -475,7 +479,7 @@ def write_inventory(folder, hosts):
     (project / "manage.py").touch()
     (project / "requirements.txt").write_text("celery==5.7.0\n")
     locks["project_without_hashes"] = str(project)
-    # The wiring variables need a host in these groups.
+    # The variables in wiring.yml need a host in these groups.
     groups = {name: {"hosts": {"first.invalid": None}} for name in ("broker", "app", "web", "workers", "flower", "database")}
     for host, _, _ in hosts:
         layer = LAYERS.get(host.split("-")[0])
@@ -498,7 +502,7 @@ def own_environment(host):
 
 @pytest.fixture(scope="module")
 def validation(tmp_path_factory):
-    """The exit code, results per host, counts and output of one run with all cases."""
+    """The exit code, the results per host, the counts and the output of one run with all cases."""
     folder = write_inventory(tmp_path_factory.mktemp("refusals"), pack({**REFUSED, **ACCEPTED}))
     code, answer, output = playbook("-i", folder, "playbooks/validate.yml", ANSIBLE_STRATEGY="free", ANSIBLE_FORKS="4")
     results = {}
@@ -511,7 +515,7 @@ def validation(tmp_path_factory):
 @pytest.mark.parametrize(("host", "sentence"), REFUSALS)
 def test_wrong_value_is_refused_with_a_helpful_message(validation, host, sentence):
     refusal, last = [result["msg"] for result in validation[1][host] if result.get("failed")]
-    # The message is printed last, not the role's whole specification.
+    # The message, not the role's argument specs, is the last output.
     assert refusal.count(sentence) == 1
     assert last.count(sentence) == 1
     assert "argument_spec_data" not in validation[1][host][-1]

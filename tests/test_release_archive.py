@@ -1,4 +1,4 @@
-"""The lookup release_archive: the changes that create a new release, and those that do not."""
+"""Tests which changes create a new release: the lookup release_archive."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_release_does_not_depend_on_times_modes_and_hard_links(project, tmp_path
         os.utime(path, (number, number), follow_symlinks=False)
     (other / "mail/views.py").chmod(0o600)
     (other / "manage.py").chmod(0o700)
-    # Copies in the one folder, hard links in the other.
+    # One folder has copies, the other has hard links.
     for folder, make in ((project, shutil.copy), (other, os.link)):
         make(folder / "mail/views.py", folder / "mail/same.py")
         (folder / "mail/same.py").chmod(0o600)

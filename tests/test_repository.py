@@ -13,7 +13,7 @@ import pytest
 import yaml
 from helpers import ROLES, ROOT, load, names_in
 
-# Includes untracked files, except ignored ones.
+# The list includes untracked files, but no ignored files.
 LISTED = subprocess.run(
     ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
 )
@@ -57,7 +57,7 @@ def test_variables_have_the_roles_prefix_and_a_description(role):
 @pytest.mark.parametrize("role", ROLES)
 def test_spec_validates_all_variables_of_the_role(role):
     entry_points = specs(role)
-    # An internal role gets its variables from other roles, which validate theirs.
+    # An internal role gets its variables from other roles, which validate their own variables.
     if role not in INTERNAL:
         assert entry_points["validate"]["options"] == entry_points["main"]["options"]
         assert (ROOT / f"roles/{role}/tasks/validate.yml").exists()
@@ -65,7 +65,10 @@ def test_spec_validates_all_variables_of_the_role(role):
 
 @pytest.mark.parametrize("role", [role for role in ROLES if role not in INTERNAL])
 def test_every_public_variable_is_set_by_a_test(role):
-    """A variable that no test sets may have no effect. Scenarios set most, the host `alternative` of test_templates.py the rest."""
+    """If no test sets a variable, the variable may have no effect.
+
+    Scenarios set most, the host `alternative` of test_templates.py the rest.
+    """
     places = ("molecule", "tests", "inventories", "testbed")
     texts = [file.read_text() for file in FILES if file.parts[len(ROOT.parts)] in places and file.suffix in (".py", ".yml")]
     assert [name for name in options(role) if not any(re.search(rf"\b{name}\b", text) for text in texts)] == []
@@ -152,7 +155,7 @@ def test_every_inventory_has_the_common_variables():
         link = folder / "00-common"
         assert link.is_symlink(), folder
         assert link.resolve() == ROOT / "inventories/common"
-        # It is loaded first, so that the environment's files override it.
+        # Ansible loads the link first, so that the environment's files override its variables.
         assert min(path.name for path in folder.iterdir()) == link.name
 
 
@@ -180,7 +183,7 @@ REASON = re.compile(r"#(?! noqa: [A-Z0-9, ]+$).*\w|noqa: [A-Z0-9, ]+ - \w|(skip|
 
 
 def unexcused(lines):
-    """The numbers of lines that suppress a check without a reason on the line or in a comment above it."""
+    """The numbers of lines that suppress a check, but have no reason on the line or in a comment above it."""
     for number, line in enumerate(lines, 1):
         if EXCUSES.search(line):
             above = lines[number - 2].strip() if number > 1 else ""

@@ -1,4 +1,4 @@
-"""The comparison of definitions at the end of restore_rabbitmq.yml."""
+"""Tests the comparison of definitions at the end of restore_rabbitmq.yml."""
 
 from __future__ import annotations
 

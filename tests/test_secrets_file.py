@@ -205,7 +205,7 @@ def test_check_mode_writes_nothing(file):
 
 
 def run(options, vault=NO_VAULT, check_mode=False):
-    """What the action returns for these options."""
+    """Returns the result of the action for these options."""
     task = SimpleNamespace(args=options, action="secrets_file", check_mode=check_mode, async_val=0, environment=[], diff=False)
     loader = SimpleNamespace(_vault=vault)
     action = secrets_file.ActionModule(task, mock.Mock(), mock.Mock(), loader, mock.Mock(), mock.Mock())

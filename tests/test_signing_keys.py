@@ -54,7 +54,7 @@ def test_long_keys_several_keys_and_armour_without_headers():
 
 
 def test_key_in_a_second_armour_is_found():
-    """A package manager may read both blocks, so a second one must be checked too."""
+    """A package manager may read both blocks, so the second block must be checked too."""
     text = armour(packet(KEY)) + "text between\n" + armour(packet(LONG_KEY))
     assert openpgp_fingerprints(text) == [fingerprint(KEY), fingerprint(LONG_KEY)]
 
@@ -68,7 +68,7 @@ def test_key_in_a_second_armour_is_found():
         (armour(packet(KEY)).replace("AAEC", "A*EC"), "damaged"),
         (armour(packet(KEY)[:-3]), "truncated"),
         (armour(packet(KEY) + b"\xc6"), "truncated"),
-        # Refused, because a package manager might find a key here that the lookup does not find.
+        # The text is refused, because a package manager might find a key in it that the lookup does not find.
         (armour(packet(KEY) + b"\x06" + bytes(9)), "not an OpenPGP packet"),
         (armour(packet(KEY) + b"\x9b" + KEY), "length"),
         (armour(packet(KEY) + b"\xc6\xe1" + KEY), "length"),
@@ -84,7 +84,7 @@ def test_invalid_key_is_refused(text, words):
 def test_fingerprints_match_gpgs():
     if not shutil.which("gpg"):
         pytest.skip("gpg is not installed; only the constructed packets above are tested.")
-    # Not tmp_path: the path of gpg-agent's socket is limited to about a hundred characters.
+    # The folder is not tmp_path, because the path of gpg-agent's socket is limited to about a hundred characters.
     with tempfile.TemporaryDirectory(prefix="gpg-") as home:
         environment = {**os.environ, "GNUPGHOME": home}
 
@@ -117,7 +117,7 @@ def test_key_with_the_expected_fingerprint_is_returned(tmp_path):
 
 
 def test_a_key_is_loaded_from_a_url(tmp_path):
-    # With an empty line and one that ends in CR LF, as a server may send it: the text stays as it is.
+    # The text has an empty line and a line that ends in CR LF, as a server may send it. The text must stay unchanged.
     text = armour(packet(KEY)) + "\n\r\n"
     (tmp_path / "key.asc").write_bytes(text.encode())
     assert read((tmp_path / "key.asc").as_uri(), fingerprint(KEY)) == [text]

@@ -111,7 +111,7 @@ class Host:
         return json.loads(self.capsys.readouterr().out)
 
     def age(self, name, seconds):
-        """Makes the unit's start and its file older by this many seconds."""
+        """Moves the unit's start and its file's time back by the given number of seconds."""
         state = self.state
         state["units"][name]["since"] -= int(seconds * 1e6)
         self.state = state
@@ -279,7 +279,7 @@ def test_changed_content_restarts_only_that_unit(host):
 def test_next_run_completes_one_that_was_killed_before_the_restart(host):
     host.run(service("a"))
     host.age("a.service", 60)
-    # The killed run had written the file, which only its time shows.
+    # The killed run wrote the file. Only the file's time shows this.
     os.utime(host.directory / "a.service")
     result = host.run(service("a"))
     assert result["restarted"] == ["a.service"]

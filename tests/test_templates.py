@@ -1,4 +1,4 @@
-"""The rendered templates. One playbook run renders all, with one host per set of variables."""
+"""Tests the rendered templates. One playbook run renders all templates, with one host per set of variables."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import yaml
 from helpers import MARK, ROOT, common_variables, playbook
 from test_services import HARDENING, PER_SERVICE, sections
 
-# Values that an inventory derives from its groups, which this one lacks.
+# Values that an inventory derives from its groups. This inventory has no such groups.
 WIRED = {
     "service_address": "localhost",
     "rabbitmq_listeners": ["127.0.0.1:5672"],
@@ -69,7 +69,7 @@ TEMPLATES = {
     "environment": "django/templates/environment.j2",
     "manage": "django/templates/manage.j2",
 }
-# Other texts that a role writes or runs.
+# Other texts that a role writes to a file or runs.
 EXPRESSIONS = {
     "flower.environment": "{{ __flower_environment | django_celery.stack.environment_file }}",
     "release commands": "{{ __django_release_commands | map(attribute='command') | join(', ') }}",
@@ -91,12 +91,12 @@ def rendered(tmp_path_factory):
     """The text of each file, by host and file name."""
     folder = tmp_path_factory.mktemp("templates")
     common_variables(folder)
-    # As in a role: the inventory overrides defaults, and vars_files override the inventory.
+    # The precedence is the same as in a role: the inventory overrides defaults, and vars_files override the inventory.
     defaults = [yaml.safe_load((ROOT / f"roles/{role}/defaults/main.yml").read_text()) for role in ROLES]
     hosts = {"hosts": HOSTS, "vars": {name: value for values in defaults for name, value in values.items()}}
     (folder / "hosts.json").write_text(json.dumps({"all": hosts}))
     (folder / "group_vars/all/10-wired.json").write_text(json.dumps(WIRED))
-    # A playbook finds files beside it, as a role does.
+    # A playbook, like a role, finds files next to it.
     (folder / "files").symlink_to(ROOT / "roles/flower/files")
     files = [ROOT / f"roles/{role}/vars/main{name}.yml" for role, name in (("services", ""), ("django", ""), ("celery", "/main"))]
     files += [ROOT / "roles/flower/vars/main.yml"]
@@ -233,7 +233,7 @@ def test_a_workers_stop_timeout_exceeds_its_task_time_limit(rendered):
         unit = dict(settings(rendered[host][f"mailroom-worker@{name}.service"]))
         (limit,) = [word for word in unit["ExecStart"].split() if word.startswith("--time-limit=")]
         assert int(unit["TimeoutStopSec"]) > int(limit.partition("=")[2])
-        # Celery fills in the host's name; systemd must not take %h for a home directory.
+        # Celery replaces %h with the host's name, so systemd must not replace it with a home directory.
         assert f"--hostname={name}@%%h" in unit["ExecStart"]
     slow = dict(settings(rendered["other"]["mailroom-worker@slow.service"]))
     assert slow["Type"] == "notify"
@@ -275,7 +275,7 @@ def test_systemd_analyze_accepts_the_units(rendered, tmp_path):
         folder = tmp_path / host.replace(" ", "-")
         folder.mkdir()
         for name in files.keys() - NO_UNITS - {"rabbitmq-server.service", "epmd.socket"}:
-            # The programs are not on this machine.
+            # The programs are not installed on this machine.
             (folder / name).write_text(re.sub(r"^ExecStart=/(opt|srv)/\S+", "ExecStart=/bin/true", files[name], flags=re.MULTILINE))
         command = ["systemd-analyze", "verify", "--man=no", *sorted(folder.iterdir())]
         done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""The testbed's names, ports and command lines. The parts that need containers are tested manually."""
+"""Tests the testbed's names, ports and command lines. The parts that need containers are tested manually."""
 
 from __future__ import annotations
 

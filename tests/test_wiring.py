@@ -1,4 +1,4 @@
-"""The variables of inventories/common for inventories with one and with several hosts."""
+"""Tests the variables in inventories/common for inventories with one host and with several hosts."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def one(tmp_path_factory):
 
 
 def test_lists_of_hosts_have_the_same_order_in_each_run(tmp_path):
-    """Ansible's set filters keep no order, with which pg_hba.conf would change in each run."""
+    """Ansible's set filters don't keep the order. Without sorting, pg_hba.conf would change in each run."""
     first, second = (wired(tmp_path, MANY, seed)["mq1"] for seed in ("1", "2"))
     assert first == second
     assert [client["address"] for client in first["postgresql_clients"]] == ["127.0.0.1", *sorted(["web1", *WORKERS])]

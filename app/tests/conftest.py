@@ -16,9 +16,9 @@ class Mailbox:
     """An SMTP server on a loopback port: stores accepted messages, sends configured replies.
 
     `reply` is the reply to the message, `recipient_reply` that to its recipient; None closes the
-    connection instead. While `gate` is cleared, every message waits. With `hangs_up`, it closes the
-    connection after its reply to the sender. With `lax`, it requests the message even if it has
-    refused the recipient, as RFC 2920 allows.
+    connection instead. While `gate` is cleared, every message waits. With `hangs_up`, the server
+    closes the connection after its reply to the sender. With `lax`, it requests the message even if
+    it has refused the recipient, as RFC 2920 allows.
     """
 
     def __init__(self, pipelining: bool) -> None:
@@ -82,7 +82,7 @@ def real_smtp(settings):
 
 @pytest.fixture
 def mailbox(settings, request):
-    """A server with PIPELINING, unless the test's parameter disables it."""
+    """A server with PIPELINING, unless the test's parameter disables PIPELINING."""
     box = Mailbox(pipelining=getattr(request, "param", True))
     settings.EMAIL_HOST, settings.EMAIL_PORT = "127.0.0.1", free_port()
     server = Controller(box, hostname=settings.EMAIL_HOST, port=settings.EMAIL_PORT)

@@ -6,7 +6,7 @@ import os
 from tests.postgresql import Postgresql
 
 if "TEST_DATABASE_URL" not in os.environ:
-    # Test data needn't survive a crash.
+    # Test data does not have to survive a crash.
     server = Postgresql(fsync="off")
     server.start()
     atexit.register(server.__exit__)

@@ -1,7 +1,7 @@
 """A temporary PostgreSQL server for a test run: python -m tests.postgresql COMMAND…
 
 Runs the programs of the installed server on a free loopback port with a temporary directory. The
-command gets its URL as TEST_DATABASE_URL.
+command gets the server's URL as TEST_DATABASE_URL.
 """
 
 import os
@@ -67,14 +67,17 @@ class Postgresql:
             capture_output=True,
             text=True,
             check=False,
-            # Ctrl-C must only reach the caller, which then stops the server.
+            # Ctrl-C must reach only the caller, which then stops the server.
             start_new_session=True,
         )
         if done.returncode:
             raise RuntimeError(f"{program} failed: {done.stdout}{done.stderr}")
 
     def start(self) -> None:
-        """Uses the same port at each start. At the first one, another program may have taken it."""
+        """Uses the same port at each start.
+
+        At the first start, another program may have taken the port.
+        """
         command = ("pg_ctl", "start", "-w", "-l", str(self.directory / "log"))
         for left in (2, 1, 0):
             try:
@@ -103,7 +106,7 @@ class Postgresql:
 
 
 def main() -> int:
-    # Test data needn't survive a crash.
+    # Test data does not have to survive a crash.
     with Postgresql(fsync="off") as server:
         environment = os.environ | {"TEST_DATABASE_URL": server.url()}
         return subprocess.run(sys.argv[1:], env=environment, check=False).returncode

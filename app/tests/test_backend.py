@@ -1,4 +1,4 @@
-"""Emails of Django's mail functions and of the task, and read-only parts of the admin."""
+"""Emails from Django's mail functions and from the task, and read-only parts of the admin."""
 
 import pytest
 from django.core.exceptions import ValidationError

@@ -86,7 +86,7 @@ def send(page, subject: str) -> None:
 
 
 def in_thread(act):
-    """Runs `act` in another thread, because Playwright's event loop forbids queries in this one."""
+    """Runs `act` in another thread: Playwright's event loop forbids queries in the test's thread."""
 
     def run():
         try:
@@ -99,7 +99,7 @@ def in_thread(act):
 
 
 def fail_first(answer: str = "no such user") -> None:
-    """Fails a delivery as a worker does after a refusal."""
+    """Marks a delivery as failed, as a worker does after a refusal."""
     delivery = claim(Delivery.objects.order_by("pk").first())
     end(delivery, State.FAILED, code=550, answer=answer, seconds=0.1)
 
@@ -125,7 +125,7 @@ def test_log_in_send_and_see_it_in_the_list(live_server, user, page):
     expect(emails.first).to_contain_text("From another tab")
     expect(page.get_by_label("Subject")).to_have_value("Half-written")
 
-    # Counts and states are refreshed, also on an email's page.
+    # Counts and states are refreshed on the list and on an email's page.
     failed = page.get_by_role("link", name="failed")
     expect(failed).to_have_text("failed 0")
     in_thread(fail_first)

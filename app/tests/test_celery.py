@@ -16,7 +16,7 @@ CELERYS_CONSUMER = "celery.worker.consumer:Consumer"
 @pytest.fixture
 def shop(monkeypatch):
     """A project's application with its own tasks, without side effects on Celery."""
-    # Otherwise the new application would become the current one for later tests.
+    # By default, the new application would become the current application for later tests.
     monkeypatch.setattr("celery.apps.worker.trace.setup_worker_optimizations", lambda *_: None)
     monkeypatch.setattr(celery_config.signals.celeryd_init, "receivers", [])
     monkeypatch.setattr(Panel, "data", Panel.data.copy())
@@ -50,7 +50,7 @@ def test_worker_of_a_queue_of_this_app_is_prepared(shop, named):
 
 
 def test_publishers_of_the_project_have_no_quorum_queue(shop):
-    """Otherwise Celery would warn of each of their tasks with an eta."""
+    """If they had quorum queues, Celery would log a warning for each of their tasks with an eta."""
     assert set(shop.amqp.queues) == {"celery"}
     assert detect_quorum_queues(shop, "amqp") == (False, "")
 

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.django_db
 
 
 def pytest_generate_tests(metafunc):
-    """Runs each test with a server without PIPELINING and with one that offers it."""
+    """Runs each test with a server that offers PIPELINING, and with a server that does not."""
     if "mailbox" in metafunc.fixturenames:
         kinds = {"argvalues": [False, True], "ids": ["plain", "pipelining"]}
         metafunc.parametrize("mailbox", indirect=True, **kinds)
@@ -73,7 +73,7 @@ def test_attempt_is_recorded(delivery, mailbox):
         assert attempt.answer.endswith(reply[4:])
         assert bool(delivery.due_at) == (reply == "451 wait")
         assert bool(delivery.last_error) == (reply != "250 taken")
-        # The time of sending never changes.
+        # The time at which the email was sent never changes.
         assert (delivery.sent_at is not None) == (number > 1)
 
 
@@ -201,7 +201,7 @@ def test_connection_lost_before_the_message_is_not_uncertain(delivery, mailbox, 
 
 
 def test_worker_without_the_lease_sends_nothing(delivery, mailbox, monkeypatch):
-    """Another worker may have the delivery, for example after a clock jump."""
+    """Another worker may have the delivery by now, for example after a clock jump."""
     introduce = smtp.send_commands
 
     def lose(*arguments):
@@ -231,7 +231,7 @@ def test_connection_is_reused_for_many_emails(accept, mailbox):
 
 @pytest.fixture
 def sent(monkeypatch):
-    """The data that the SMTP client sends, per write."""
+    """The data of each write by the SMTP client."""
     pieces, send = [], smtplib.SMTP.send
 
     def note(self, data):
@@ -244,7 +244,7 @@ def sent(monkeypatch):
 
 def test_pipelining_server_gets_the_commands_in_one_write(delivery, mailbox, sent):
     assert run(delivery).state == State.SENT
-    # The greeting, the commands, the message.
+    # The writes are the greeting, the commands and the message.
     assert len(sent) == (3 if mailbox.pipelining else 5)
 
 
@@ -260,7 +260,7 @@ def test_line_break_in_a_stored_address_injects_no_command(accept, mailbox, sent
 def test_message_for_a_refused_recipient_is_not_sent(accept, mailbox, sent):
     mailbox.lax, mailbox.recipient_reply = True, "550 5.7.1 not from you"
     assert run(accept().deliveries.get()).state == State.FAILED
-    # The server would read anything after DATA as the message.
+    # After DATA, the server would read any command as the message.
     assert sent[-1].endswith("data\r\n" if mailbox.pipelining else "rset\r\n")
     assert "data\r\n" not in sent
     mailbox.recipient_reply = "250 fine"
@@ -339,7 +339,7 @@ def test_any_email_backend_can_deliver(delivery, settings):
 
 
 class ProviderError(Exception):
-    """Like django-anymail's error."""
+    """An error like django-anymail's."""
 
     def __init__(self, status_code):
         super().__init__("no")

@@ -23,7 +23,7 @@ BROKER_URL = os.environ.get("TEST_BROKER_URL", "")
 
 
 class Run:
-    """A run in its own session, as in a terminal that sends Ctrl-C to its process group."""
+    """A run in a separate session, as in a terminal that sends Ctrl-C to its process group."""
 
     def __init__(self, directory: Path, **variables: str) -> None:
         self.directory = directory
@@ -65,7 +65,7 @@ class Run:
 
 @contextmanager
 def running(**variables: str):
-    # Not in pytest's folder, which the database server's user can't access.
+    # The folder is not pytest's, because the database server's user can't access that.
     directory = Path(tempfile.mkdtemp(prefix="dev-"))
     directory.chmod(0o755)
     run = Run(directory, **variables)
@@ -118,7 +118,7 @@ def test_posted_email_is_on_the_mail_page_and_ctrl_c_stops_everything():
         assert "1 &lt; 2" in page(f"{mails}1")
 
         pids = run.pids()
-        # Four processes, the web server's child and the worker's two.
+        # Four processes, one child of the web server, and two children of the worker.
         assert len(pids) >= 7
         (folder,) = run.folders()
         pids.add(int((folder / "data/postmaster.pid").read_text().split()[0]))

@@ -30,12 +30,12 @@ def row(delivery: Delivery) -> dict:
 
 
 def lease_again(delivery: Delivery) -> None:
-    """Leases as the relay does for an attempt whose worker has died."""
+    """Leases a delivery as the relay does for an attempt whose worker has died."""
     Delivery.objects.filter(pk=delivery.pk).update(state=State.QUEUED)
 
 
 def all_at_once(*acts) -> list:
-    """Runs each act in a thread with its own connection; returns the results."""
+    """Runs each function in a thread with a separate connection; returns the results."""
     together = threading.Barrier(len(acts))
 
     def run(act):
@@ -162,7 +162,7 @@ def test_the_oldest_due_goes_first(accept):
 
 
 def test_publishing_ends_before_its_lease(accept, monkeypatch):
-    """Otherwise others would publish a batch again for which a slow broker needs minutes."""
+    """If publishing took longer, other relays would publish the batch again."""
     first, *others = (accept().deliveries.get() for _ in range(3))
     published = []
 

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.django_db(transaction=True)
 
 @pytest.fixture
 def web(tmp_path, request):
-    """A function that sends a request to the web server, and one that returns its log lines."""
+    """Two functions: one sends a request to the web server, one returns the server's log lines."""
     port, log = free_port(), tmp_path / "log"
     gunicorn = Path(sys.executable).parent / "gunicorn"
     options = ("--no-control-socket", "--access-logfile=-", f"--bind=127.0.0.1:{port}")

@@ -1,4 +1,4 @@
-"""Messages are the same as Django's, but written faster."""
+"""Messages are the same as Django's, but are written faster."""
 
 import pytest
 from django.core.mail import EmailMultiAlternatives

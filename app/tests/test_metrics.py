@@ -90,7 +90,7 @@ def test_counts_attempt_in_its_bucket(accept, metrics):
 
 
 def test_counts_failed_publications(delivery, metrics, monkeypatch):
-    # The thread uses the test's connection, within its transaction.
+    # The thread uses the test's connection, within the test's transaction.
     monkeypatch.setattr("emails.relay.close_old_connections", lambda: None)
     monkeypatch.setattr("emails.relay.connection", Mock())
     relay = Relay()

@@ -97,7 +97,7 @@ def test_requests_get_timely_503s_from_a_silent_database_and_recover(chain, data
 def test_requests_get_timely_503s_from_a_full_database_and_no_email_is_lost(chain, database):
     taken = []
     with psycopg.connect(database.url(), autocommit=True) as admin:
-        # Terminates the application's connections; others take all slots.
+        # Terminates the application's connections; other clients take all connection slots.
         admin.execute(
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
             " WHERE pid <> pg_backend_pid() AND datname = current_database()"
@@ -120,7 +120,7 @@ def test_requests_get_timely_503s_from_a_full_database_and_no_email_is_lost(chai
     eventually(lambda: answer(chain, "/healthz")[0] == 200, seconds=RECOVERY_SECONDS)
     chain.wait_for(chain.post(), "sent", timeout=RECOVERY_SECONDS)
     with psycopg.connect(database.url()) as connection:
-        # Emails that were accepted meanwhile are sent too.
+        # Emails that were accepted during the outage are sent too.
         def unsent():
             states = connection.execute(
                 "SELECT count(*) FROM emails_delivery WHERE state <> 'sent'"

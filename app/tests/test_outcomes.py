@@ -16,13 +16,13 @@ DAY = 86400.0
         (SENT, "hold", 9, -5, 0.5, (SENT, None, "")),
         (FAILED, "resend", 1, DAY, 0.5, (FAILED, None, "server")),
         (FAILED, "hold", 1, -5, 0.5, (FAILED, None, "server")),
-        # The second half of a range that doubles, up to an hour.
+        # The wait is in the second half of a range that doubles, up to an hour.
         (DEFERRED, "resend", 1, DAY, 0.0, (DEFERRED, 15.0, "")),
         (DEFERRED, "resend", 1, DAY, 1.0, (DEFERRED, 30.0, "")),
         (DEFERRED, "resend", 2, DAY, 0.0, (DEFERRED, 30.0, "")),
         (DEFERRED, "hold", 3, DAY, 0.5, (DEFERRED, 90.0, "")),
         (DEFERRED, "resend", 50, DAY, 1.0, (DEFERRED, 3600.0, "")),
-        # The deadline: the next attempt may be exactly at it, not after it.
+        # The next attempt may start exactly at the deadline, but not after it.
         (DEFERRED, "resend", 1, 30.0, 1.0, (DEFERRED, 30.0, "")),
         (DEFERRED, "resend", 1, 29.9, 1.0, (FAILED, None, "deadline")),
         (UNCERTAIN, "resend", 1, DAY, 0.0, (UNCERTAIN, 15.0, "")),

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.django_db
 
 @pytest.fixture
 def accept_to(accept):
-    """Accepts this many emails to a domain."""
+    """Accepts the given number of emails to a domain."""
 
     def accept_to(domain: str, count: int) -> None:
         for number in range(count):
@@ -108,7 +108,7 @@ def test_concurrent_relays_do_not_exceed_the_limits(accept_to, settings):
 
 @pytest.mark.django_db(transaction=True)
 def test_relay_waits_while_another_one_counts(accept_to, settings):
-    """Otherwise both would use the same allowance."""
+    """If two relays leased at the same time, both would use the whole allowance."""
     settings.EMAILS_DOMAIN_LIMITS = {"slow.example": {"concurrent": 1}}
     accept_to("slow.example", 2)
     counting = Event()

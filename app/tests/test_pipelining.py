@@ -26,7 +26,7 @@ def fast(monkeypatch):
 
 @pytest.fixture
 def send(accept):
-    """Sends this many emails with one message of the queue; returns their states."""
+    """Sends the given number of emails with one queue message; returns their states."""
 
     def send(count: int) -> list[str]:
         ids = [accept(subject=f"Number {n}").deliveries.get().pk for n in range(count)]

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.django_db
 
 @pytest.fixture
 def published(monkeypatch):
-    """The delivery ids that would have gone to the broker."""
+    """The ids of deliveries that would have been published."""
     ids = []
     monkeypatch.setattr(Publisher, "_connect", lambda self: None)
     monkeypatch.setattr(deliver, "apply_async", lambda args, **_: ids.extend(args))
@@ -125,7 +125,7 @@ def test_broker_error_loses_no_row(delivery):
 
 
 def test_failed_publication_discards_its_connection_and_releases_the_lease(accept, monkeypatch):
-    """Otherwise its late confirm would be taken for that of the next publication."""
+    """If the connection stayed open, its late confirm would count for the next publication."""
     first, second, third = (accept().deliveries.get() for _ in range(3))
     broken = app.connection_for_write()
     monkeypatch.setattr(broken, "collect", Mock())
@@ -164,7 +164,7 @@ def test_worker_lost_after_the_data_makes_the_delivery_uncertain(delivery, setti
 
 
 def test_worker_lost_before_the_data_defers_the_delivery(delivery):
-    """Even if the previous attempt had sent data."""
+    """The delivery is deferred even if the previous attempt had sent data."""
     begin(claim(delivery))
     Delivery.objects.update(state=State.QUEUED)
     claim(delivery)
@@ -273,7 +273,7 @@ def test_expired_delivery_is_not_published(accept, published):
 
 
 def test_leases_of_a_dead_relay_are_recovered_after_half_a_minute(delivery, published):
-    """Once the queue is empty."""
+    """They are published again only if the queue is empty."""
     deliveries.lease(1)
     assert not deliveries.is_waiting_for_worker()
     assert deliveries.requeue_lost(queue_is_empty=True) == 0
@@ -288,7 +288,7 @@ def test_leases_of_a_dead_relay_are_recovered_after_half_a_minute(delivery, publ
 
 
 def test_publication_that_others_overtook_is_lost(accept):
-    """Even if messages wait in the queue."""
+    """The delivery is published again even if messages wait in the queue."""
     lost, waiting, sent = (accept().deliveries.get() for _ in range(3))
     deliveries.lease(3)
     end(claim(sent), State.SENT, code=250)
@@ -311,7 +311,8 @@ def test_clock_that_was_set_back_delays_nothing(accept):
             )
         return [pk for pk in Delivery.objects.order_by("pk").values_list("pk", flat=True)][-5:]
 
-    # A lease of the queue is ten minutes, a worker's 150 s, a first retry 30 s, a ninth an hour.
+    # Leases are ten minutes in the queue and 150 s in a worker. A first retry waits 30 s, a ninth
+    # retry an hour.
     queued, sending, first, ninth, _ = stored(minutes=9)
     assert deliveries.reset_impossible_due_times() == 2
     assert {delivery.pk for delivery in due()} == {sending, first}
@@ -322,7 +323,7 @@ def test_clock_that_was_set_back_delays_nothing(accept):
 
 
 def test_due_times_use_the_databases_clock(delivery, monkeypatch):
-    """A wrong clock of a host has no effect."""
+    """A wrong clock on a host has no effect."""
     for days in (-400, 400):
         wrong = timezone.now() + timedelta(days=days)
         monkeypatch.setattr("django.utils.timezone.now", lambda wrong=wrong: wrong)
@@ -332,7 +333,7 @@ def test_due_times_use_the_databases_clock(delivery, monkeypatch):
 
 @pytest.mark.django_db(transaction=True)
 def test_relays_do_not_wait_for_each_other(accept):
-    """Nor do they delay other recipients of an email."""
+    """Relays that lease at the same time don't delay other recipients of an email either."""
     first, second = accept(recipients=["bob@example.org", "eve@example.org"]).deliveries.all()
 
     def lease():
@@ -393,7 +394,7 @@ def test_one_notification_covers_many_emails_and_none_is_missed(
         for length in (*range(1, 20), *range(1, 20)):
             for _ in range(length):
                 accepted.add(accept().pk)
-            # After the last email of a burst no further notification comes.
+            # After the last email in a burst, no further notification arrives.
             eventually(lambda: len(published) == len(accepted), seconds=5)
     assert len(notifications) < len(accepted) / 2
 
@@ -511,7 +512,7 @@ def test_sigterm_stops_a_relay_that_waits_for_its_broker(
     }
     manage = [sys.executable, settings.BASE_DIR / "manage.py"]
     accept()
-    # As under systemd.
+    # The relay runs as under systemd.
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
         systemd.bind(str(tmp_path / "notify"))
         systemd.settimeout(30)

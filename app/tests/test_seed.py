@@ -1,4 +1,4 @@
-"""send_email and Django's mail functions: for code that does not use the tables."""
+"""send_email and Django's mail functions, for code that does not use the tables."""
 
 import json
 import os

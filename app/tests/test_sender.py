@@ -1,4 +1,4 @@
-"""A worker with a message of several deliveries: chunks, loss of the database, kills."""
+"""Tests a worker with a message for several deliveries: chunks, loss of the database, kills."""
 
 import os
 import subprocess
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.django_db
 
 @pytest.fixture(autouse=True)
 def pace(monkeypatch):
-    """Resets the pace of another test's server."""
+    """Resets the pace, which another test's server may have set."""
     monkeypatch.setattr(Sender, "pace", float("inf"))
 
 
@@ -38,7 +38,7 @@ def chunks_of(monkeypatch):
 
 @pytest.fixture
 def several(accept):
-    """Returns the ids of this many deliveries, in the order of sending."""
+    """Returns the ids of the given number of deliveries, in the order in which they are sent."""
     return lambda count: [accept().deliveries.get().pk for _ in range(count)]
 
 
@@ -94,7 +94,7 @@ def test_refusal_is_recorded_at_once_and_ends_the_chunks(several, mailbox, monke
     monkeypatch.setattr(Sender, "pace", 0.001)
     mailbox.replies = ["250 taken", "451 later", "451 later", "451 later"]
     deliver(*ids)
-    # All four begin together. From the first refusal on, each is recorded immediately.
+    # All four begin together. From the first refusal on, each attempt is recorded immediately.
     assert recorded == [(0, 4), (2, 0), (1, 0), (1, 0)]
     assert Sender.pace == float("inf")
     assert states() == [State.SENT] + [State.DEFERRED] * 3
@@ -110,7 +110,10 @@ def test_with_the_policy_hold_only_the_sent_delivery_is_marked(
 
 
 def test_marked_deliveries_that_were_not_sent_are_requeued(several, mailbox, chunks_of, settings):
-    """There is time for one. The others of its chunk are queued again, and never uncertain."""
+    """There is time for one email.
+
+    The others in its chunk are queued again, and never uncertain.
+    """
     chunks_of(3)
     settings.EMAILS_SENDING_LEASE_SECONDS = 0
     first, *others = several(3)
@@ -284,7 +287,7 @@ def test_killed_worker_leaves_at_most_one_chunk_uncertain(several, mailbox, sett
     leased = deliveries.lease(len(ids)).deliveries
     assert states() == [State.UNCERTAIN] * LARGEST_CHUNK + [State.QUEUED] * 10
     assert [each.id for each in leased] == ids[LARGEST_CHUNK:]
-    # All of them are sent eventually.
+    # All emails are sent eventually.
     Delivery.objects.update(due_at=timezone.now() - timedelta(seconds=1))
     deliveries.lease(len(ids))
     deliver(*ids)

@@ -19,7 +19,7 @@ SHOW = (
 
 
 def load(**variables) -> subprocess.CompletedProcess:
-    """Loads the settings in a process with only these variables."""
+    """Loads the settings in a process that has only these environment variables."""
     return subprocess.run(
         [sys.executable, "-c", SHOW],
         cwd=settings.BASE_DIR,
@@ -136,12 +136,12 @@ def test_smtp_by_url(url, host, port, tls, ssl):
 
 
 def test_celery_knows_every_setting_of_its_namespace():
-    """Celery would silently ignore a misspelt one."""
+    """Celery would silently ignore a misspelt setting."""
     known = {name for name, _ in flatten(NAMESPACES)}
     ours = {
         name.removeprefix("CELERY_").lower() for name in dir(settings) if name.startswith("CELERY_")
     }
-    # Celery's Django integration reads it, but lists it nowhere.
+    # Celery's Django integration reads this setting, but Celery's list of settings lacks it.
     assert ours - known == {"db_reuse_max"}
     assert app.conf.get("CELERY_DB_REUSE_MAX") == settings.CELERY_DB_REUSE_MAX
     assert app.conf.broker_transport_options["read_timeout"] == 5

@@ -1,4 +1,4 @@
-"""The suppressed addresses of an owner."""
+"""Tests of the suppression list of an owner."""
 
 import pytest
 from django.core.mail import send_mail

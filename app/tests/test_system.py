@@ -57,7 +57,7 @@ class System:
             "EMAIL_URL": f"smtp://127.0.0.1:{smtp_port}",
             "RELAY_POLL_SECONDS": "0.1",
             "RETRY_SECONDS": "1",
-            # It sets the lease of a delivery, for whose end a test waits.
+            # This limit sets the lease of a delivery. A test waits until the lease ends.
             "TASK_TIME_LIMIT": "6",
         }
         self.manage("migrate", "-v0")
@@ -154,7 +154,7 @@ class System:
 
 
 class Wire(socketserver.ThreadingTCPServer):
-    """A proxy to the broker. Once it is cut, it accepts and discards data.
+    """A proxy to the broker. After it is cut, it accepts and discards data.
 
     `break_clients` closes the clients' connections, but not those to the broker.
     """
@@ -203,7 +203,7 @@ class Wire(socketserver.ThreadingTCPServer):
 
 
 def kill(process: subprocess.Popen) -> None:
-    """Kills a process and its children, as in a power failure."""
+    """Kills a process and its children, like a power failure."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -253,10 +253,10 @@ def test_email_accepted_without_a_broker_is_delivered_later(system, mailbox):
 
 
 def test_silent_broker_blocks_the_relay_for_seconds_only(system, mailbox):
-    """As during a memory alarm or a network failure: the connection is open without responses."""
+    """As during a memory alarm or a network failure, the connection is open without responses."""
     with (
         Wire().running() as wire,
-        # With more threads, another one would take over the leases of one that waits forever.
+        # If one of several threads waited forever, another thread would take over its leases.
         system.relay(BROKER_URL=wire.url, RELAY_THREADS="1") as relay,
         system.worker(),
     ):
@@ -266,7 +266,7 @@ def test_silent_broker_blocks_the_relay_for_seconds_only(system, mailbox):
         eventually(lambda: "is unavailable" in relay.log.read_text(), seconds=15)
         assert system.recipient(email_id)["state"] == "queued"
         wire.cut = False
-        # Within half of the lease, so it was released.
+        # This is less than half of the lease, so the lease was released.
         system.wait_for(email_id, "sent", timeout=15)
 
 
@@ -300,7 +300,7 @@ def test_email_survives_the_death_of_its_worker(system, mailbox):
         with system.worker():
             recipient = system.wait_for(email_id, "sent")
     assert recipient["attempts"] == 2
-    # The server may have accepted the first one too: its client died before the reply.
+    # The server may have accepted the first message too: its client died before the reply.
     ids = {message_from_bytes(message.content)["Message-ID"] for message in mailbox.messages}
     assert ids == {f"<{email_id}.1@localhost>"}
 
@@ -357,7 +357,7 @@ def test_worker_survives_a_half_open_connection(system, mailbox):
 
 
 def test_worker_notifies_systemd_and_pings_the_watchdog(system, tmp_path):
-    """It pings while it reconnects to the broker, but not while its loop is stuck."""
+    """The worker pings while it reconnects to the broker, but not while its event loop is stuck."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
         systemd.bind(str(tmp_path / "notify"))
         systemd.settimeout(40)
@@ -449,7 +449,7 @@ def memory(process: subprocess.Popen) -> int:
 
 
 def test_malformed_messages_are_dead_lettered_and_do_not_block_mail(system, mailbox):
-    """Other mail waits less than a second, no worker exits, and no log contains a body."""
+    """Other emails wait less than a second, no worker exits, and no log contains a body."""
     with system.relay(), system.worker() as worker, Connection(BROKER_URL) as connection:
         dead = DEAD_LETTERS.bind(connection.default_channel)
         system.wait_for(system.post(), "sent")
@@ -458,7 +458,7 @@ def test_malformed_messages_are_dead_lettered_and_do_not_block_mail(system, mail
         sent = 0
 
         def seconds_of_other_mail(message):
-            """Seconds until an email is sent that was posted after the malformed message."""
+            """Seconds until an email that was posted after the malformed message is sent."""
             nonlocal sent
             mail = dict(exchange=EXCHANGE, routing_key="mail.v1", **message)
             producer.publish(mail.pop("body"), serializer=None, **mail)
@@ -512,7 +512,7 @@ def test_worker_shows_no_secret_and_refuses_control_commands(system):
 
 
 def test_publication_that_the_broker_lost_is_detected(system, mailbox):
-    """A purged queue is detected within a minute, and counted in a metric."""
+    """The relay detects a purged queue within a minute, and a metric counts the lost messages."""
     with system.relay() as relay, Connection(BROKER_URL) as connection:
         mail = CONSUMED[0].bind(connection.default_channel)
         email_id = system.post()

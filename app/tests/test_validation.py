@@ -1,4 +1,4 @@
-"""The validation of emails. Limits are tested at their exact value."""
+"""Tests the validation of emails. Limits are tested at their exact values."""
 
 import base64
 import time

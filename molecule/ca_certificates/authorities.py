@@ -1,6 +1,6 @@
 """Creates certificate authorities for the tests, each with a server certificate, and prints their folder.
 
-They are created once per clone in Molecule's folder of temporary files, and never committed.
+The files are created once per clone in Molecule's folder for temporary files, and never committed.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def main():
     clone = hashlib.sha256(str(Path(__file__).resolve()).encode()).hexdigest()[:8]
     folder = Path(tempfile.gettempdir()) / f"authorities-{clone}"
     if not folder.exists():
-        # Ansible runs this for all hosts at the same time; the first result is used.
+        # Ansible runs this script for all hosts at the same time, and uses the first result.
         draft = Path(tempfile.mkdtemp(prefix=f"{folder.name}-"))
         for name in NAMES:
             key, server_key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))

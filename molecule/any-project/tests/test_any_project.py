@@ -1,4 +1,4 @@
-"""The app `emails` in new projects of each Django version, with the code of docs/emails-in-your-project.md."""
+"""Tests the app `emails` in a new project per Django version, with the code from docs/emails-in-your-project.md."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SERVICES = {
     "worker": "celery -A shop worker -Q mail.v1,maintenance.v1",
     "web": "manage.py runserver --noreload 0.0.0.0:8000",
 }
-# Code that the document lacks: URLs, a view that fails, and a message with everything that a message can have.
+# Code that is not in the document: URLs, a view that fails, and a message that uses every feature of messages.
 URLS = """
 import email.message
 from email.mime.image import MIMEImage
@@ -131,7 +131,7 @@ class Project:
             self.run(command, f"--unit=example-{name}", *options)
 
     def stop(self):
-        """Stops the services; returns the result of each."""
+        """Stops the services; returns the result of each service."""
         units = " ".join(f"example-{name}" for name in SERVICES)
         results = self.sh(f"systemctl stop {units}; systemctl show --property Result --value {units}").split()
         return dict(zip(SERVICES, results, strict=True))
@@ -139,7 +139,7 @@ class Project:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """The wheel. It is built from a copy, because setuptools writes files to app/ and reuses old ones."""
+    """Builds the wheel from a copy of app/, because setuptools writes files to its folder and reuses old files."""
     folder = tmp_path_factory.mktemp("wheel")
     leave = shutil.ignore_patterns(".venv", "build", "*.egg-info", "__pycache__")
     shutil.copytree(PROJECT / "app", folder / "app", ignore=leave)
@@ -175,7 +175,7 @@ def number(project):
 
 @pytest.fixture
 def get(site, eventually):
-    """Requests a page, once the web server is up."""
+    """Waits for the web server, then requests a page."""
 
     def status(path):
         return eventually(lambda: requests.get(f"{site}/{path}", timeout=20).status_code)

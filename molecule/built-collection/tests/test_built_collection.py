@@ -28,11 +28,12 @@ PLAYBOOK = f"""\
 
 
 class Project:
-    """A folder with a playbook, an inventory of one host, and a separate home, in which the collection is installed."""
+    """A folder with a playbook, an inventory with one host, and a separate home directory in which the collection is installed."""
 
     def __init__(self, folder, connection):
         self.folder = folder
-        # Without ANSIBLE_ variables, because Molecule sets some; ~/.ansible/collections is the default path of collections.
+        # The environment has no ANSIBLE_ variables, although Molecule sets some. ~/.ansible/collections is the default path of
+        # collections.
         self.environment = {name: value for name, value in os.environ.items() if not name.startswith("ANSIBLE_")}
         self.environment["HOME"] = str(folder / "home")
         (folder / "playbook.yml").write_text(PLAYBOOK)
@@ -55,7 +56,7 @@ class Project:
 
 @pytest.fixture(scope="module")
 def project(variables, tmp_path_factory):
-    """The project whose playbook has run once."""
+    """The project after one run of its playbook."""
     connection = {name: value for name, value in variables.items() if name.startswith("ansible_")}
     project = Project(tmp_path_factory.mktemp("project"), connection)
     project.install()
@@ -64,7 +65,7 @@ def project(variables, tmp_path_factory):
 
 
 def whoami(host, password):
-    """What the management API answers the user of the playbook."""
+    """The management API's response to the user from the playbook."""
     options = f"url_username=shop url_password={password} force_basic_auth=true status_code=200,401"
     return host.ansible("uri", f"url=http://127.0.0.1:15672/api/whoami {options}", check=False)
 

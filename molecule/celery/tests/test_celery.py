@@ -39,7 +39,7 @@ asyncio.run(main())
 
 @pytest.fixture(scope="module", autouse=True)
 def mail_server(host):
-    """An SMTP server that needs five seconds per mail, and prints when it begins one and when it has accepted one."""
+    """An SMTP server that needs five seconds per email, and prints a line before and after each email."""
     with host.sudo():
         host.run("systemctl stop example-mail")
         host.check_output("systemd-run --unit=example-mail --setenv=PYTHONUNBUFFERED=1 python3 -c %s", SLOW_MAIL_SERVER)
@@ -112,7 +112,7 @@ def test_killed_worker_comes_back_and_its_mail_is_sent(host, send, mails, eventu
     with host.sudo():
         host.check_output("systemctl kill --signal=KILL mailroom-worker@mail")
     eventually(lambda: shown(host, "mailroom-worker@mail", "MainPID") not in ("0", before))
-    # The delivery stays leased for 150 s. The app's tests show that it is sent after that.
+    # The delivery stays leased for 150 s. The app's tests show that the email is sent afterwards.
     assert status()["state"] in ("queued", "sending", "sent")
 
 

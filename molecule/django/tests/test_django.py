@@ -97,7 +97,7 @@ def test_only_the_application_can_read_secrets(host, variables):
 
 
 def test_service_cannot_write_its_code(host):
-    """Tried in the mount namespace of the running service, as its user."""
+    """The command runs in the mount namespace of the running service, as the service's user."""
     with host.sudo():
         pid = host.check_output("systemctl show --property MainPID --value mailroom-web.service")
         result = host.run(f"nsenter --mount --target {pid} runuser -u mailroom -- touch /opt/mailroom/current/probe")
@@ -112,7 +112,7 @@ def test_management_commands_run_as_the_application(host):
 
 
 def running(host):
-    """What the services run with: the environment file, the release, and when each unit started."""
+    """The services' environment file and release, and the start time of each unit."""
     units = "mailroom-web.service mailroom-relay.service"
     with host.sudo():
         environment = host.check_output("sha256sum /etc/mailroom/environment")
@@ -121,7 +121,7 @@ def running(host):
 
 
 def test_environment_that_the_application_rejects_changes_nothing(host, run_playbook, variables):
-    """The value passes the first play: only the application knows what is allowed."""
+    """The first play accepts the value, because only the application knows the allowed values."""
     before = running(host)
     done = run_playbook("playbooks/app.yml", app_environment={"LOG_LEVEL": "LOUD"})
     assert done.returncode != 0

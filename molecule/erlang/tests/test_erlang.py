@@ -1,4 +1,4 @@
-"""The Erlang of the role erlang: its applications, version, pin, and refused packages."""
+"""Tests the Erlang that the role erlang installs: applications, version, pin, and refused packages."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_package_manager_prefers_the_pinned_version(host, is_el):
 
 
 def test_complete_version_can_be_requested(host, is_el, run_playbook):
-    """Not only its beginning, although the package's version has a suffix of the distribution."""
+    """The variable may be a complete version, although the package's version also has the distribution's suffix."""
     query = (
         "rpm -q --queryformat '%{version}' erlang"
         if is_el
@@ -86,7 +86,7 @@ def test_run_does_not_upgrade_to_a_newer_release(host, newer_release, run_playbo
 
 
 def test_removed_package_is_reinstalled(host, newer_release, run_playbook):
-    """Without an upgrade of the other packages that have a newer release."""
+    """The run does not upgrade other packages that have a newer release."""
     with host.sudo():
         host.check_output("dpkg --remove erlang-xmerl")
     done = run_playbook("molecule/erlang/converge.yml")
@@ -113,7 +113,7 @@ def install(host, stand_in, run_playbook):
 
     def run(**variables):
         with host.sudo():
-            # After the first refusal there is nothing to remove. `dnf clean all` would leave the key that signs metadata.
+            # After the first refusal, there is no package to remove. `dnf clean all` would leave the key that signs metadata.
             host.run(f"rpm --erase --nodeps erlang; rpm --erase gpg-pubkey-{team[-8:].lower()}")
             host.check_output("rm -rf /var/cache/dnf /var/cache/ansible-rabbitmq-erlang")
         return run_playbook("molecule/erlang/converge.yml", **variables)
@@ -159,7 +159,7 @@ def test_altered_package_is_refused(refused, stand_in):
 
 
 def test_package_signed_by_a_foreign_key_is_refused(refused, stand_in):
-    """Although the right key signed the metadata."""
+    """The package is refused although the right key signed the metadata."""
     said = refused(erlang_repository_urls=[f"{stand_in['testbed_bad_repositories']}/foreign/erlang"])
     assert "Failed to validate GPG signature for erlang-27.9-1" in said
 

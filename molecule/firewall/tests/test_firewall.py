@@ -1,4 +1,4 @@
-"""The ports of a host with the role firewall that this machine can reach."""
+"""Tests which ports of a host with the role firewall this machine can reach."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Flower of the role flower: its login, its permissions, and the events that it receives."""
+"""Tests Flower as the role flower installs it: login, permissions, and the events that it receives."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_workers_cannot_be_shut_down(site, login):
 
 
 def test_worker_event_is_counted(site, published, variables, eventually):
-    """The counter proves that Flower consumes events. /healthcheck responds even if it can't."""
+    """The counter proves that Flower consumes events. /healthcheck responds even if Flower can't consume events."""
     password = variables["secret_rabbitmq_app_password"]
     celeryev = Exchange("celeryev", "topic")
     event = {"hostname": "test@elsewhere", "utcoffset": 0, "pid": 1, "clock": 1, "timestamp": time.time()}

@@ -59,7 +59,7 @@ def playbook(run_playbook):
 
 @pytest.fixture
 def prefix(host):
-    """Homebrew's."""
+    """Homebrew's prefix."""
     return "/opt/homebrew" if host.file("/opt/homebrew/bin/brew").exists else "/usr/local"
 
 
@@ -83,7 +83,7 @@ def test_email_arrives_and_flower_has_counted_its_task(send, inbox, url, eventua
 
 
 def test_no_process_runs_as_root(host):
-    """Includes the broker's port mapper, which leaves its process group."""
+    """The list includes the broker's port mapper, which leaves the broker's process group."""
     mine = host.check_output("id -un")
     # On a Mac, ps uses the text after the first = as a column's heading, and cuts lines without -ww.
     lines = host.check_output("ps -A -ww -o user= -o args=").splitlines()
@@ -127,7 +127,7 @@ def test_database_accepts_its_owner_on_the_socket_and_listed_clients_with_passwo
     assert "no password supplied" in ask("127.0.0.1", "mailroom", "SELECT 1").stderr
     for address, user in (("127.0.0.1", "postgres"), (cluster, "mailroom")):
         assert "no pg_hba.conf entry" in ask(address, user, "SELECT 1").stderr
-    # The formula's cluster trusts all users; the role does not touch it.
+    # The formula's cluster trusts all users. The role does not change that cluster.
     assert host.file(f"{prefix}/var/postgresql@17/PG_VERSION").exists
     assert not host.file(f"{prefix}/var/postgresql@17/postmaster.pid").exists
 
@@ -160,7 +160,7 @@ def test_killed_worker_comes_back(host, send, process, eventually):
 
 
 def test_large_log_is_rotated_and_its_process_writes_the_new_one(host, launchctl, logs, process, eventually):
-    """Runs the hourly job."""
+    """Runs the hourly log rotation job."""
     before = process("mailroom-beat")
     host.check_output(f"head -c 11000000 /dev/zero >> {logs}/celery/mailroom-beat.log")
     assert launchctl("kickstart", "mailroom-celery-logs").rc == 0

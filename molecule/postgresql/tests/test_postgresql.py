@@ -1,4 +1,4 @@
-"""The server of the role postgresql: its logins, its memory settings, backup and restore."""
+"""Tests the server that the role postgresql installs: logins, memory settings, backup and restore."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def connect(published, variables):
 
 @pytest.fixture
 def ops(tmp_path, variables):
-    """Runs a playbook of playbooks/ops on the host, with backups in the test's folder."""
+    """Runs a playbook from playbooks/ops on the host, with backups in the test's folder."""
 
     def run(name, *arguments):
         return subprocess.run(

@@ -37,7 +37,7 @@ BY_HAND = {
         }
     ],
 }
-# Changes that the role does not make: an extra file, and a line in one of its files.
+# Changes that the role does not make: an additional file, and a line in one of the role's files.
 CONFIGURED_BY_HAND = (
     "echo 'heartbeat = 77' >> /etc/rabbitmq/rabbitmq.conf && install -D --mode 0640 --group rabbitmq /dev/null "
     "/etc/rabbitmq/conf.d/empty.conf && systemctl restart rabbitmq-server"
@@ -67,7 +67,7 @@ def play(tmp_path, variables):
 
 
 def comparable(definitions):
-    """The definitions without order and without the node's own values."""
+    """The definitions without their order and without the values that differ between nodes."""
     return {
         kind: sorted(json.dumps(entry, sort_keys=True) for entry in value if entry.get("name") != "internal_cluster_id")
         if isinstance(value, list)
@@ -90,7 +90,7 @@ def test_backup_is_restored_onto_a_new_host(api, play, host, variables, tmp_path
     assert code == 0, output
     found = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
     assert found == {"definitions.json": 0o600, "rabbitmq.tar.gz": 0o600}
-    # No hash and no password was printed.
+    # The playbook printed no hash and no password.
     assert not [
         user["name"] for user in json.loads((tmp_path / "definitions.json").read_text())["users"] if user["password_hash"] in output
     ]

@@ -10,7 +10,7 @@ import pytest
 
 @pytest.fixture(scope="module")
 def root(host):
-    """Runs a command as root, which must succeed; returns its output."""
+    """Runs a command as root; the command must succeed. Returns its output."""
 
     def run(command):
         with host.sudo():
@@ -165,7 +165,10 @@ def test_listening_ports(root):
 
 
 def test_node_name_resolves_to_the_loopback_for_erlang_only(root):
-    """The network has another address for the name, with which tools could not reach a distribution on the loopback."""
+    """The network resolves the name to another address.
+
+    With that address, tools could not reach a distribution port on loopback.
+    """
     assert not root("getent hosts $(hostname)").startswith("127.")
     root("rabbitmqctl --quiet await_startup")
 
@@ -189,7 +192,7 @@ def test_deprecated_features_are_not_used_and_not_permitted(root):
     settings = root("cat /etc/rabbitmq/rabbitmq.conf")
     assert re.findall(r"^deprecated_features.permit.\w+ = true$", settings, re.MULTILINE) == []
     assert len(re.findall(r"^deprecated_features.permit.\w+ = false$", settings, re.MULTILINE)) == 5
-    # It has no effect since 4.3, and no use for a single node.
+    # The setting has no effect since 4.3, and a single node does not need it.
     assert "cluster_partition_handling" not in settings
 
 
@@ -201,7 +204,7 @@ def test_enabled_plugins_are_the_listed_ones(root, variables):
 
 
 def test_broker_rotates_its_log(ask, root):
-    """A host may have no logrotate for the package's rules."""
+    """A host may not have logrotate, which the package's rules need."""
     handlers = ask("[maps:get(config, H) || H <- logger:get_handler_config()].")
     file = re.search(r"type => file.*?}", handlers, re.DOTALL)[0]
     assert re.search(r"max_no_bytes => 10485760\b", file)

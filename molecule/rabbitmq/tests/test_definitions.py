@@ -68,7 +68,10 @@ def own(host):
 
 @pytest.fixture
 def role(tmp_path, own, api, variables):
-    """Imports the scenario's definitions with additions; returns the module's result. Restores the scenario's afterwards."""
+    """Imports the scenario's definitions with additions; returns the module's result.
+
+    Afterwards, restores the scenario's definitions.
+    """
     task = {
         "include_role": {"name": "django_celery.stack.rabbitmq", "tasks_from": "definitions"},
         "vars": {"__rabbitmq_not_installed": False, "__rabbitmq_conf_dir": "/etc/rabbitmq"},
@@ -119,7 +122,7 @@ def test_all_kinds_are_imported_and_a_second_run_changes_nothing(role, api):
     assert first.get("diff") == checked["diff"], first
     assert first["diff"]["after"].keys() == ALL
     assert not role(**data)["changed"]
-    # A limit and a permission are removed; the rest stays.
+    # A limit and a permission are removed; all other objects stay.
     less = {**CLERK, "limits": {"max-channels": 5}, "topic_permissions": CLERK["topic_permissions"][:1]}
     data |= {"rabbitmq_vhosts": [{**LIMITED, "limits": {}}], "rabbitmq_users": [less]}
     assert role(**data, rabbitmq_purge=True)["removed"] == ["topic permissions of clerk on amq.topic in shop/eu"]
@@ -187,7 +190,10 @@ def test_purge_reports_removals_and_keeps_objects_of_clients(role, api):
 
 @pytest.mark.parametrize("durable", [True, False])
 def test_existing_queue_with_other_properties_is_an_error(role, api, published, own, durable):
-    """A durable queue of another type is detected before the import; a transient one, which exports lack, after it."""
+    """A durable queue of another type is detected before the import.
+
+    A transient queue is not in the export, so it is detected after the import.
+    """
     role(rabbitmq_vhosts=[LIMITED], rabbitmq_users=[CLERK])
     connection = amqp.Connection(f"127.0.0.1:{published(5672)}", "clerk", CLERK["password"], virtual_host="shop/eu")
     connection.connect()
@@ -233,7 +239,7 @@ def test_unavailable_broker_is_reported(role, host):
 
 
 def test_check_mode_reports_changes_of_an_existing_broker(role, api, own):
-    """Its administrator exists; its users and policies were created manually."""
+    """The broker's administrator exists; its users and policies were created manually."""
     api("vhosts/left", "PUT", json={"default_queue_type": "classic"})
     api("users/by-hand", "PUT", json={"password": "by hand", "tags": "management"})
     api("users/guest", "PUT", json={"password": "guest", "tags": "administrator"})

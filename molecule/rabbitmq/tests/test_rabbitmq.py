@@ -106,7 +106,7 @@ def test_queues_are_quorum_queues_by_default(api, connect):
 
 
 def test_transient_nonexclusive_queues_are_denied(connect):
-    """In all versions, as in RabbitMQ 4.3."""
+    """The role denies them on all versions, as RabbitMQ 4.3 does by default."""
     with pytest.raises(amqp.exceptions.AMQPError, match="transient_nonexcl_queues"):
         connect().channel().queue_declare("celeryev.test", durable=False, exclusive=False, auto_delete=True)
 
@@ -117,7 +117,7 @@ def test_broker_has_the_configured_limits(host, variables):
         limits = host.check_output(f"cat /proc/{pid}/limits")
         ceiling = int(host.check_output("awk '/open files/ {print $5}' /proc/1/limits"))
     running = int(next(line for line in limits.splitlines() if "open files" in line).split()[4])
-    # If a container's hard limit is lower, systemd silently uses that.
+    # If the container's hard limit is lower than the unit's, systemd silently uses the container's.
     assert running == min(variables["rabbitmq_open_files"], ceiling)
 
 
@@ -180,7 +180,7 @@ def test_manual_changes_to_files_are_repaired(host, run_playbook):
     assert "changed=0 " in run_playbook("playbooks/broker.yml", "--tags", "rabbitmq").stdout
 
 
-# Packages on the stand-in of EL, which has two releases of each, and a newer series that the pins exclude.
+# Packages on the EL stand-in, whose repository has two releases of each package, and a newer series that the pins exclude.
 
 
 @pytest.fixture

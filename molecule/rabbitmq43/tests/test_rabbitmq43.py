@@ -1,4 +1,4 @@
-"""The application on RabbitMQ 4.3 and Erlang 29 of Debian testing: emails arrive, and what 4.3 denies is denied."""
+"""Tests the application on Debian testing's RabbitMQ 4.3 and Erlang 29: emails arrive, and deprecated features are denied."""
 
 from __future__ import annotations
 

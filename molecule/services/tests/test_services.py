@@ -1,4 +1,4 @@
-"""The units of the role services: the sandbox seen from inside, stops and restarts."""
+"""Tests units from the role services: the sandbox from inside a unit, stops and restarts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The whole environment with each layer on a separate host."""
+"""Tests the whole environment with each layer on a separate host."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_services_reconnect_to_the_database(send, inbox, away, eventually):
 
 
 def test_release_with_a_failing_migration_is_activated_on_no_host(run_playbook, on, send, eventually, tmp_path):
-    """The migration runs on the web host. The worker host must not activate code that depends on it."""
+    """The migration runs on the web host. The worker host must not activate code that depends on the migration."""
     source = tmp_path / "app"
     shutil.copytree(APP, source, ignore=shutil.ignore_patterns(".*", "__pycache__"))
     last = max(path.stem for path in APP.glob("emails/migrations/0*.py"))

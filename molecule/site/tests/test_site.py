@@ -1,4 +1,4 @@
-"""The whole environment on one host: an email from the request to the inbox, failures, reboot and drift."""
+"""Tests the whole environment on one host: an email from the request to the inbox, failures, a reboot and drift."""
 
 from __future__ import annotations
 
@@ -82,11 +82,11 @@ def test_flower_shows_no_secret(url, variables, eventually):
 
 
 def test_flower_shows_queues(url, variables, eventually):
-    """Flower gets them from the workers, so this also tests that workers reply to it."""
+    """Flower gets the queues from the workers, so this also tests that workers reply to Flower."""
 
     def queues():
         login = ("flower", variables["secret_flower_password"])
-        # Flower inspects the workers at its start and on request. After a reboot it may have started before them.
+        # Flower inspects the workers at its start and on request. After a reboot, Flower may have started before the workers.
         requests.get(f"{url(5555)}/api/workers?refresh=1", auth=login, timeout=10).raise_for_status()
         answer = requests.get(f"{url(5555)}/api/queues/length", auth=login, timeout=10).json()
         return sorted((queue["name"], queue["messages"]) for queue in answer["active_queues"])
