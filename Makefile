@@ -9,16 +9,16 @@ APP_VENV := app/.venv
 TESTBED := $(VENV)/bin/python -m testbed
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-# Molecule's frames would hide pytest's summary line from tests/parts.py.
+# With Molecule's frames, tests/parts.py could not find pytest's summary line.
 export MOLECULE_COMMAND_BORDERS := 0
 
-# The slowest first, so that the last ones end at about the same time.
+# The slowest scenarios come first, so that the last ones end at about the same time.
 SCENARIOS := site site-hosts site-el9 macos rabbitmq rabbitmq43 celery django erlang postgresql any-project flower firewall services ca_certificates built-collection
 BENCHMARKS := mail_compare mail_faults mail_load mail_pace broker_celery broker_faults broker_noop converge
 # How many scenarios run in parallel. A scenario mostly waits for its hosts.
 JOBS ?= 2
 SIDE_BY_SIDE = $(VENV)/bin/python tests/parts.py --jobs $(JOBS)
-# make sandbox PLATFORM=el9: on another platform of testbed/images.
+# `make sandbox PLATFORM=el9` uses another platform in testbed/images.
 ifdef PLATFORM
 export TESTBED_PLATFORM := $(PLATFORM)
 endif

@@ -86,7 +86,7 @@ def send(page, subject: str) -> None:
 
 
 def in_thread(act):
-    """Runs `act` in another thread: Playwright's event loop forbids queries in the test's thread."""
+    """Runs `act` in another thread: Playwright's event loop forbids queries in the test's."""
 
     def run():
         try:

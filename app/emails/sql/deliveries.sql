@@ -1,9 +1,10 @@
 -- The state machine of deliveries. Each change of state requires a previous state, so only one of
--- several processes succeeds. Rows are locked in the order of their ids, which avoids deadlocks.
--- All times are the database's, so the clocks of processes do not matter.
+-- several processes succeeds. The statements lock rows in the order of their ids, so they don't
+-- deadlock.
+-- All times come from the database's clock, so the clocks of processes do not matter.
 
 -- name: lease
--- Leases due deliveries for publishing, the oldest first. Several relays lease different ones.
+-- Leases due deliveries for publishing, the oldest first. Several relays lease different rows.
 -- `floor` skips index entries of finished deliveries that vacuum can't remove yet.
 -- The commit is asynchronous: if it is lost, the delivery is published again, and claimed once.
 -- A delivery whose worker died or whose deadline passed is returned unchanged.
@@ -79,7 +80,7 @@ RETURNING d.id, d.attempts, d.recipient, d.email_id,
   EXISTS (SELECT FROM emails_attachment AS a WHERE a.email_id = e.id)
 
 -- name: unclaim
--- Queues claimed deliveries again of which nothing was sent.
+-- Queues claimed deliveries again if nothing of them was sent.
 UPDATE emails_delivery AS d
 SET state = 'queued', attempts = attempts - 1, data_sent = false, published_at = NULL,
   due_at = statement_timestamp()
@@ -87,7 +88,7 @@ FROM unnest(%(ids)s::bigint[], %(numbers)s::int[]) AS c (id, number)
 WHERE d.id = c.id AND d.state = 'sending' AND d.attempts = c.number
 
 -- name: record
--- Ends, logs and counts attempts; marks the next ones whose message is about to be sent.
+-- Ends, logs and counts attempts; marks the next attempts, whose message is about to be sent.
 -- A sent email is recorded as sent even if the lease was lost.
 WITH outcome AS (
   SELECT * FROM unnest(
@@ -131,7 +132,7 @@ WITH outcome AS (
 SELECT id, true FROM begun UNION ALL SELECT id, false FROM ended
 
 -- name: expire
--- Expires deliveries whose deadline passed. The error of the last attempt stays.
+-- Expires deliveries whose deadline has passed. The error of their last attempt stays.
 WITH late AS MATERIALIZED (
   SELECT id FROM emails_delivery
   WHERE id = ANY (%(ids)s) AND expires_at <= statement_timestamp()
@@ -170,7 +171,7 @@ UPDATE emails_delivery AS d SET state = 'cancelled', due_at = NULL, published_at
 FROM chosen WHERE d.id = chosen.id
 
 -- name: reset_impossible_due_times
--- Resets due times that are later than the state allows. They were set while the clock was wrong,
+-- Resets due times that are later than the state allows. They were set while a clock was wrong,
 -- or the clock has been set back since.
 UPDATE emails_delivery SET due_at = statement_timestamp(), published_at = NULL
 WHERE state = 'queued' AND due_at > statement_timestamp()

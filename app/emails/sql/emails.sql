@@ -48,7 +48,7 @@ WITH suppressed AS (
 SELECT EXISTS (SELECT FROM stored), ARRAY (SELECT address FROM suppressed)
 
 -- name: notify
--- Asynchronous commit, because a lost notification only delays an email by a second.
+-- The commit is asynchronous, because a lost notification only delays an email by a second.
 SELECT set_config('synchronous_commit', 'off', true), pg_notify('emails_due', '')
 
 -- name: count
@@ -60,7 +60,7 @@ INSERT INTO emails_counter (name, bucket, total, seconds)
 SELECT name, bucket, sum(total), sum(seconds) FROM merged GROUP BY name, bucket
 
 -- name: lock_pace
--- Allows one relay at a time to count the deliveries of each domain.
+-- Allows only one relay at a time to count the deliveries per domain.
 SELECT pg_advisory_xact_lock(hashtext('emails.pace'))
 
 -- name: under_way
@@ -69,7 +69,7 @@ SELECT domain, count(*) FROM emails_delivery
 WHERE state IN ('queued', 'sending') AND due_at > statement_timestamp() GROUP BY domain
 
 -- name: tokens
--- The remaining tokens of each domain, and the seconds since they were stored.
+-- The remaining tokens per domain, and the seconds since these tokens were stored.
 SELECT domain, tokens, extract(epoch FROM statement_timestamp() - updated_at)::float8
 FROM emails_domainpace
 
