@@ -20,7 +20,7 @@ description:
   - Returns its terms. Fails if C(group_vars/all/91-secrets.yml) of an inventory is encrypted and Ansible has no vault password.
     The error names the file and the missing option.
 options:
-  _terms: {description: The pattern of the hosts., required: true}
+  _terms: {description: The host pattern of the play., required: true}
 author: The maintainers of this bundle
 """
 

@@ -21,12 +21,12 @@ DOCUMENTATION = r"""
 name: release_archive
 short_description: Pack a project folder into an archive that is named after its content
 description:
-  - Packs a folder of the controller. The archive does not depend on the times and owners of the files. Equal content has the same
-    name, so a role can see from the name whether a host already has the release.
+  - Packs a folder on the controller. The archive does not depend on the times and owners of the files. The same content gets the
+    same name, so a role can check by the name whether a host already has the release.
 options:
   _terms: {description: The folder., required: true}
-  exclude: {description: "Names to leave out, as shell patterns.", type: list, elements: str, default: []}
-  salt: {description: Text that changes the release of the same content., type: str, default: ""}
+  exclude: {description: "Names to exclude, as shell patterns.", type: list, elements: str, default: []}
+  salt: {description: Text that is part of the hash. Another text gives the same content another name., type: str, default: ""}
 author: The maintainers of this bundle (@django-celery)
 """
 

@@ -9,7 +9,7 @@ from ansible_collections.django_celery.stack.plugins.module_utils.unlogged impor
 
 DOCUMENTATION = r"""
 module: host_state
-short_description: Compare users, directories, files and packages of a host with a list, in one call
+short_description: Compare users, directories, files and packages on a host with lists, in one call
 version_added: 0.1.0
 description:
   - Creates and corrects system users, directories and files, in this order. Reports which packages are missing and which paths
@@ -55,7 +55,7 @@ options:
         type: str
         required: true
   files:
-    description: Files. Each is replaced atomically, so that no reader sees a part of it.
+    description: Files. Each file is replaced atomically, so that no reader sees an incomplete file.
     type: list
     elements: dict
     default: []
@@ -72,8 +72,7 @@ options:
         type: str
       staged:
         description:
-          - Whether a changed text is written to the path with the suffix C(.new), for the role to test and to move. Until then, the
-            file is not changed.
+          - Whether a changed text is written to the path with the suffix C(.new). The role then tests this file and renames it.
         type: bool
         default: false
       owner:
@@ -124,13 +123,13 @@ packages:
   returned: always
   sample: {python3-venv: 3.13.5-1}
 packages_missing:
-  description: Names of the packages that are not installed in a version that matches.
+  description: Names of packages that are not installed, or not in a matching version.
   type: list
   elements: str
   returned: always
   sample: []
 packages_locked_by:
-  description: If a package is missing, the program that holds the lock of dpkg, with its process ID. Else an empty string.
+  description: If a package is missing, the program that holds the lock of dpkg, with its process ID. Otherwise an empty string.
   type: str
   returned: always
   sample: unattended-upgr (process 812)

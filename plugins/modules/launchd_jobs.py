@@ -14,13 +14,13 @@ version_added: 0.1.0
 description:
   - Writes property lists, boots out and removes jobs of the same owner that are no longer listed, and loads and starts the
     others.
-  - Restarts a job whose process is older than a file of its O(jobs[].restart_on). Each run compares them again, so the next
-    run completes a run that was killed between writing a file and the restart.
+  - Restarts a job whose process is older than a file in its O(jobs[].restart_on). Each run compares process and files again, so
+    the next run completes a run that was killed between writing a file and the restart.
   - A job whose property list changes is booted out before the new property list is written. So launchd never runs a job with an
     older property list than the one on disk. A run that is killed in between leaves an unloaded job, which the next run loads.
   - A restart is a boot-out and a load, not C(kickstart -k), which is documented to kill the job. At a boot-out, the job has its
     C(ExitTimeOut) to stop.
-  - Waits until every started job keeps running. Otherwise fails with the end of the job's log.
+  - Waits to see that every started job keeps running. If a job exits, the module fails with the end of the job's log.
 options:
   owner:
     description: The owner of the jobs. Other jobs with this owner are booted out and removed.

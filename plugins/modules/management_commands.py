@@ -38,7 +38,8 @@ options:
         description: The command's standard input. Pass secrets here, not in the arguments.
         type: str
       unchanged:
-        description: A regular expression that matches the output if the command changed nothing. Without it, each run is a change.
+        description: >-
+          A regular expression that matches the output if the command changed nothing. Without it, each run counts as a change.
         type: str
 author: The maintainers of this bundle (@django-celery)
 """

@@ -15,10 +15,10 @@ short_description: Manage the definitions of a RabbitMQ broker
 version_added: 0.1.0
 description:
   - Compares virtual hosts, users, permissions, policies, parameters, exchanges, queues and bindings with those of the broker. One
-    request of the management API reads them all and one sends those that differ, so a run with hundreds of objects takes as many
-    requests as one with a single object. The module then reads the definitions again and fails if they still differ.
-  - Passwords are compared with the salted hash that the broker stores, so only a changed password is a change.
-  - Objects that are not listed are kept, unless O(purge) is set. The user C(guest) is always deleted.
+    request to the management API reads all objects, and another sends those that differ. So a run with hundreds of objects takes as
+    many requests as a run with a single object. The module then reads the definitions again and fails if they still differ.
+  - Passwords are compared with the salted hashes that the broker stores, so only a changed password counts as a change.
+  - Unlisted objects are kept, unless O(purge) is set. The user C(guest) is always deleted.
   - A queue or an exchange that exists with other values cannot be changed. The module then fails before it changes anything.
   - If the broker rejects the administrator's password, C(rabbitmqctl) imports the administrator from O(definitions). The
     Erlang cookie authenticates C(rabbitmqctl).
@@ -115,7 +115,7 @@ options:
     default: []
   purge:
     description:
-      - Whether to delete users, permissions and policies that are not listed, and virtual hosts that are not listed and empty.
+      - Whether to delete unlisted users, permissions and policies, and unlisted virtual hosts that are empty.
       - Exchanges, queues, bindings and parameters are never deleted.
     type: bool
     default: false

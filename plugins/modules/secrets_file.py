@@ -2,11 +2,11 @@
 
 DOCUMENTATION = r"""
 module: secrets_file
-short_description: Adds generated secrets to a file of variables
+short_description: Adds generated secrets to a variables file
 description:
-  - Adds each of I(names) that the file lacks, with 40 random letters and digits. Nothing else in the file is changed.
+  - Adds each of I(names) that is not in the file, with 40 random letters and digits. Nothing else in the file is changed.
   - An encrypted file is encrypted again with the same vault password and vault ID.
-  - The file is replaced atomically by one with mode 0600, so a killed run leaves the old file or the new one.
+  - The file is replaced atomically by a file with mode 0600, so a killed run leaves either the old or the new file.
   - The plugin runs on the controller. The result contains no secret.
 options:
   path: {description: The file., type: path, required: true}

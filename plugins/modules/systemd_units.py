@@ -13,10 +13,11 @@ short_description: Manage the systemd units of one owner
 version_added: 0.1.0
 description:
   - Writes unit files and drop-ins, removes units of the same owner that are no longer listed, enables and starts the others.
-  - Restarts a unit whose process is older than its unit file or than a file of its O(units[].restart_on). Each run compares them
-    again, so the next run completes a run that was killed between writing a file and the restart. A handler would not run.
-  - Starts all units by one call, so that systemd starts them in parallel. Waits until each of them is active and stays active
-    for its O(units[].settle). Otherwise fails with the end of the unit's journal.
+  - Restarts a unit whose process is older than its unit file or than a file in its O(units[].restart_on). Each run compares
+    process and files again, so the next run completes a run that was killed between writing a file and the restart. A handler
+    would be lost.
+  - Starts all units in one call, so that systemd starts them in parallel. Waits until each unit is active and stays active for
+    its O(units[].settle). If a unit does not, the module fails with the end of the unit's journal.
   - A target whose file changes is not restarted, since that would restart all its units.
 options:
   owner:
