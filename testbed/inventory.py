@@ -17,7 +17,7 @@ from testbed.machine import TestbedError
 CLONE = Path(__file__).resolve().parents[1]
 PLATFORMS = Path(__file__).resolve().parent / "images"
 MAIL = "mail"  # the mail catcher's name on the network, and the folder of its image
-MAIL_PLATFORM = "debian13"  # its base image is that of this platform's hosts, if they have a published one
+MAIL_PLATFORM = "debian13"  # its base is the published image of this platform's hosts, if they have one
 MAIL_SMTP_PORT = 1025
 MAIL_WEB_PORT = 1080
 MAIL_PORTS = {MAIL_WEB_PORT: 0}  # hosts need no published port for SMTP

@@ -253,7 +253,7 @@ def _last_words(done: subprocess.CompletedProcess[str]) -> str:
 
 
 def limits() -> list[str]:
-    """Return the options that keep a container's limits within those of this process."""
+    """Return the options that keep a container's limits within the limits of this process."""
 
     def hard(number: int) -> float:
         value = resource.getrlimit(number)[1]

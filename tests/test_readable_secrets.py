@@ -1,4 +1,4 @@
-"""The lookup readable_secrets gives a play's hosts, unless the file of secrets is encrypted and no vault password was given."""
+"""The lookup readable_secrets returns a play's hosts, unless the file of secrets is encrypted and no vault password is set."""
 
 from __future__ import annotations
 

@@ -48,7 +48,10 @@ class Claimed:
 
     @property
     def message_id(self) -> str:
-        """The Message-ID header. All attempts have the same one, so a duplicate can be detected."""
+        """The Message-ID header.
+
+        All attempts have the same header, so a duplicate can be detected.
+        """
         domain = self.sender.rpartition("@")[2].rstrip(">")
         return f"<{self.email_id}.{self.id}@{domain}>"
 

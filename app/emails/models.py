@@ -13,7 +13,7 @@ from emails.states import CANCELLABLE, UNFINISHED, FailedBy, State
 # Deliveries that only an operator can retry.
 NEEDS_OPERATOR = Q(state=State.FAILED) | Q(state=State.UNCERTAIN, due_at=None)
 
-# An email has the first of these states that one of its deliveries has.
+# The order of states: an email has the first one that any of its deliveries has.
 STATE_ORDER = (
     State.SENDING,
     State.QUEUED,
@@ -208,7 +208,7 @@ class DomainPace(models.Model):
 
 
 class Suppression(models.Model):
-    """An address to which an owner sends nothing."""
+    """An address to which no email of an owner is sent."""
 
     class Reason(models.TextChoices):
         MANUAL = "manual"

@@ -18,7 +18,7 @@ class Step:
 
 
 def longest_wait(attempts: int, retry_seconds: float) -> float:
-    """The longest wait in seconds after the given number of attempts. It doubles up to an hour."""
+    """The longest wait after this attempt in seconds. It doubles per attempt, up to an hour."""
     doubled = retry_seconds * 2.0 ** min(max(attempts, 1) - 1, LARGEST_EXPONENT)
     return min(doubled, LONGEST_RETRY_SECONDS)
 

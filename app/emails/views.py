@@ -26,7 +26,7 @@ from emails.models import Attachment
 from emails.states import State
 
 PAGE_SIZE = 20
-# The page shows at most this many characters of a text, because it reloads every few seconds.
+# The page shows only the first characters of a text, because it reloads every few seconds.
 TEXT_LIMIT = 20_000
 # An email's HTML may have inline styles only: no scripts, no forms, nothing from other hosts.
 HTML_POLICY = "; ".join(

@@ -362,7 +362,7 @@ def running(relay: Relay):
 
 @pytest.mark.django_db(transaction=True)
 def test_email_wakes_the_relay(accept, published, settings, monkeypatch):
-    # Nothing else would make it query again within ten seconds.
+    # Without a notification, the relay would not query again within ten seconds.
     settings.EMAILS_RELAY_POLL_SECONDS = 60.0
     settings.EMAILS_RELAY_THREADS = 1
     monkeypatch.setattr(relay_module, "LONGEST_PAUSE", 60)

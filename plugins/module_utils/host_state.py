@@ -37,7 +37,7 @@ def run_command(*command: str) -> str:
 
 
 def installed_versions(names: list[str]) -> dict[str, str]:
-    """Return the versions of those of the named packages that are installed, in the format of dpkg or rpm."""
+    """Return the versions of the given packages that are installed, in the format of dpkg or rpm."""
     if not names:
         return {}
     query = DPKG_QUERY if os.path.exists(DEBIAN) else RPM_QUERY

@@ -45,7 +45,7 @@ def newest(paths: Iterable[str], packages: tuple[str, ...] = ()) -> float:
 def replace_file(
     module: AnsibleModule, path: str, text: str, mode: int, uid: Optional[int] = None, gid: Optional[int] = None
 ) -> None:
-    """Replace a file atomically by one with this text and mode, regardless of the umask.
+    """Write a file with this text and mode atomically, regardless of the umask.
 
     Readers see either the old or the new text. Other users can't read the new file before its owner is set. Without `uid` or `gid`,
     an existing file keeps its owner or group.
@@ -122,7 +122,7 @@ class ManagedFiles:
         return True
 
     def write(self, path: str, text: str) -> None:
-        """Replace a file atomically by one with this text and FILE_MODE, regardless of the umask. Create its folder."""
+        """Write a file with this text and FILE_MODE atomically, regardless of the umask. Create its folder."""
         directory = os.path.dirname(path)
         if not os.path.isdir(directory):
             os.makedirs(directory)

@@ -84,7 +84,7 @@ def test_watermarks(environment, ask):
     assert 0.4 <= relative <= 0.7
     assert "{vm_memory_calculation_strategy,rss}" in environment
     memory = int(ask("vm_memory_monitor:get_memory_limit()."))
-    # The broker may have to write all of its memory to the disk. Both are rounded parts of the same memory.
+    # The broker may have to write all of its memory to the disk. Both limits are rounded fractions of the same memory.
     assert int(ask("rabbit_disk_monitor:get_disk_free_limit().")) >= memory * 0.99
 
 

@@ -137,7 +137,7 @@ def test_killed_broker_restarts_with_its_messages(host, connect, published, even
     channel.confirm_select()
     channel.basic_publish_confirm(amqp.Message("kept", delivery_mode=2), exchange="emails", routing_key="mail.kept")
     # RabbitMQ writes its list of quorum queues twice per second. A queue that was declared within the last half second before a
-    # kill -9 is empty afterwards (seen on 4.0.5). The role can't change that, and the mail's row in the database survives.
+    # kill -9 is empty afterwards (seen on 4.0.5). The role can't change this, and the email's row in the database remains.
     time.sleep(2)
     with host.sudo():
         before = host.check_output("systemctl show --property MainPID --value rabbitmq-server")
