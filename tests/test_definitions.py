@@ -1,4 +1,4 @@
-"""The comparison of a broker's definitions with the variables. A model computes the result of an import, without a broker."""
+"""Tests the comparison of a broker's definitions with the variables. A model, not a broker, computes the result of an import."""
 
 from __future__ import annotations
 

@@ -164,7 +164,7 @@ def test_owner_may_be_a_number(tmp_path):
 
 @pytest.fixture
 def programs(tmp_path, monkeypatch):
-    """useradd and usermod that write their arguments into a file."""
+    """Replaces useradd and usermod by programs that write their arguments to a file."""
     log = tmp_path / "log"
     for name in ("useradd", "usermod"):
         executable(
@@ -272,7 +272,7 @@ def test_check_mode_tells_of_attributes(tmp_path):
 
 @pytest.fixture
 def dpkg(tmp_path, monkeypatch):
-    """dpkg-query of a host that has two packages, and the configuration of a package that was removed."""
+    """A dpkg-query for a host with two packages, and with the configuration of a removed package."""
     text = "rabbitmq-server\\tinstalled\\t4.0.5-6\\nerlang-base\\tinstalled\\t1:27.3.4-1\\nold\\tconfig-files\\t1.0-1\\n"
     executable(
         tmp_path / "bin" / "dpkg-query", f"import sys\nprint({text!r}.encode().decode('unicode_escape'), end='')\nsys.exit(1)\n"

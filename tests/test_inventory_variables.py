@@ -1,4 +1,4 @@
-"""Errors in a whole inventory: groups, secrets, hosts per group, and variables that inventories/common does not know."""
+"""Tests the errors for a whole inventory: groups, secrets, hosts per group, and variables that are not in inventories/common."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The roles' values on a Mac: property lists of agents and daemons, paths, and the accepted releases of Homebrew."""
+"""Tests the roles' values on a Mac: property lists of agents and daemons, paths, and the accepted releases from Homebrew."""
 
 from __future__ import annotations
 

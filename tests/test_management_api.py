@@ -1,4 +1,4 @@
-"""The client of the management API: it waits for a starting node, and its errors contain no passwords."""
+"""Tests the client for the management API: it waits for a starting node, and its errors contain no passwords."""
 
 from __future__ import annotations
 

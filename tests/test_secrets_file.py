@@ -1,4 +1,4 @@
-"""The action secrets_file adds missing secrets to a file, and keeps its entries, order, comments and encryption."""
+"""Tests that the action secrets_file adds missing secrets, and keeps a file's entries, order, comments and encryption."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The filters for services: defaults of argument specs, Celery workers, Django processes, unit files and property lists."""
+"""Tests the filters for services: defaults in argument specs, Celery workers, Django processes, unit files and property lists."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ansible.errors import AnsibleFilterError
 from ansible_collections.django_celery.stack.plugins.filter import application_services, argument_specs, launchd, systemd
 from helpers import ROOT
 
-# Every directive of [Service] that does not depend on the service. The order of SystemCallFilter lines matters.
+# All directives in [Service] that are the same for every service. The order of SystemCallFilter lines matters.
 HARDENING = [
     ("Restart", "always"),
     ("RestartSec", "2"),

@@ -1,4 +1,4 @@
-"""The lookup signing_keys and its fingerprints, compared with RFC 9580 and gpg."""
+"""Compares the lookup signing_keys and its fingerprints with RFC 9580 and gpg."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ class Setting(Generic[T]):
 
 
 def is_number(value: Any, kinds: type | tuple[type, ...]) -> bool:
-    """Whether the value is a finite number of one of these types."""
+    """Whether the value is a finite number and has one of these types."""
     number = isinstance(value, kinds) and not isinstance(value, bool)
     return number and abs(value) < float("inf")
 

@@ -1,4 +1,4 @@
-"""The lists and counts of the web page and the API."""
+"""The lists and counts for the web page and the API."""
 
 from contextlib import suppress
 from typing import Any

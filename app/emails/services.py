@@ -106,7 +106,7 @@ def accept_batch(
 
 
 def store_once(draft: Draft) -> Email:
-    """Stores the email, or returns the earlier one with the same key."""
+    """Stores the email, or returns the earlier email with the same key."""
     email, kinds = draft.email, draft.kinds
     stored, suppressed = store(draft)
     if stored:

@@ -1,4 +1,4 @@
-"""The effects of `configure` on a project's Celery application."""
+"""Tests the effects of `configure` on a project's Celery application."""
 
 import pytest
 from celery import Celery

@@ -1,4 +1,4 @@
-"""The system checks of the settings of the app emails."""
+"""Tests the system checks for the settings of the app emails."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Only the holder of a delivery can change it, even with several relays and workers."""
+"""Tests that only a lease's holder can change the delivery, with several relays and workers."""
 
 import threading
 import time

@@ -1,4 +1,4 @@
-"""Messages are the same as Django's, but are written faster."""
+"""Tests that messages are the same as Django's. They are only written faster."""
 
 import pytest
 from django.core.mail import EmailMultiAlternatives

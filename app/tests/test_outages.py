@@ -1,4 +1,4 @@
-"""A database that is silent or full: tests of real processes with their own PostgreSQL server."""
+"""Tests real processes while their PostgreSQL server is silent or full."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""The next step after an attempt: a table for a pure function."""
+"""Tests the pure function for the next step after an attempt, with a table of cases."""
 
 import pytest
 

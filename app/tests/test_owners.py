@@ -1,4 +1,4 @@
-"""Two owners: neither can see or change the other's emails, or use up the other's limit."""
+"""Tests that an owner can't see or change another owner's emails, or use up the other's limit."""
 
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier

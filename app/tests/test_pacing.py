@@ -1,4 +1,4 @@
-"""EMAILS_DOMAIN_LIMITS: limits per domain on concurrent emails and emails per minute."""
+"""Tests EMAILS_DOMAIN_LIMITS: the limits on concurrent emails and emails per minute per domain."""
 
 import time
 from concurrent.futures import ThreadPoolExecutor

@@ -1,4 +1,4 @@
-"""The API conforms to its OpenAPI document, for generated input."""
+"""Tests with generated input that the API conforms to its OpenAPI document."""
 
 import pytest
 import schemathesis
@@ -18,8 +18,10 @@ schema = schemathesis.openapi.from_wsgi("/api/openapi.json", application)
 
 @pytest.fixture
 def one_connection():
-    """Keep the connection between requests. Django would close it, and end the test's
-    transaction."""
+    """Keep the connection between requests.
+
+    Django would close it, and end the test's transaction.
+    """
     for signal in (request_started, request_finished):
         signal.disconnect(close_old_connections)
     yield

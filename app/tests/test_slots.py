@@ -1,4 +1,4 @@
-"""EMAILS_SMTP_CONNECTIONS: the maximum of connections of all threads and processes."""
+"""Tests EMAILS_SMTP_CONNECTIONS: the maximum number of connections of all threads and processes."""
 
 import os
 import signal

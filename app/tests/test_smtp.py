@@ -1,4 +1,4 @@
-"""The classification of attempts by the mail server's replies."""
+"""Tests how attempts are classified by the mail server's replies."""
 
 import smtplib
 import socket

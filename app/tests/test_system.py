@@ -1,4 +1,4 @@
-"""The whole system: web server, relay, worker and broker as real processes."""
+"""Tests the whole system: web server, relay, worker and broker as real processes."""
 
 import json
 import os

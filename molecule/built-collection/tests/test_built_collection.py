@@ -1,4 +1,4 @@
-"""Another project uses the built collection: in an empty folder, without ansible.cfg, with its own inventory and variables."""
+"""Tests the built collection in another project: an empty folder without ansible.cfg, with a separate inventory and variables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The TLS servers that programs on the host trust."""
+"""Tests which TLS servers the programs on the host trust."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Workers and beat of the role celery: their queues, and what a stop or a kill does to running tasks."""
+"""Tests workers and beat from the role celery: their queues, and running tasks at a stop or a kill."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The application of the role django on a host without a broker."""
+"""Tests the application that the role django installs, on a host without a broker."""
 
 from __future__ import annotations
 

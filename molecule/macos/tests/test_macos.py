@@ -1,4 +1,4 @@
-"""The whole environment as LaunchAgents of one user: on the stand-in of testbed/images/macos, or on a real Mac."""
+"""Tests the whole environment as LaunchAgents of one user: on the stand-in of testbed/images/macos, or on a real Mac."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""RabbitMQ's production checklist: a test for each item that applies to a single node."""
+"""Tests each item in RabbitMQ's production checklist that applies to a single node."""
 
 from __future__ import annotations
 

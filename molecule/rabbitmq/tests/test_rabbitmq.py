@@ -1,4 +1,4 @@
-"""The broker of the role rabbitmq: logins, permissions, and state after a restart."""
+"""Tests the broker that the role rabbitmq installs: logins, permissions, and state after a restart."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_guest_does_not_exist(api, connect):
 
 
 def test_guest_was_never_created(host):
-    """The broker's first boot created only the administrator, so the package did not start it without its configuration."""
+    """At its first boot, the broker created only the administrator, so the package did not start it unconfigured."""
     with host.sudo():
         log = host.check_output("cat /var/log/rabbitmq/rabbit@*.log").partition("Time to start RabbitMQ")[0]
     assert "Created user 'admin'" in log

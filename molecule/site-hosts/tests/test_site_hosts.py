@@ -94,7 +94,7 @@ def test_unresolvable_name_is_refused(run_playbook, role, variables, fault):
 
 @pytest.fixture
 def away(on):
-    """Stops units of a host within a with block."""
+    """Stops units on a host during a with block."""
 
     @contextmanager
     def stop(name, *units):
