@@ -1,4 +1,4 @@
-"""Fixtures of the scenarios' tests, and the host's journal when a test fails."""
+"""Fixtures for the scenarios' tests. If a test fails, its report gets the host's journal."""
 
 from __future__ import annotations
 

@@ -433,7 +433,7 @@ def test_a_value_that_contradicts_its_specification_is_refused(errors):
     ]
     (sentence,) = errors(app_database_url=f"mysql://u:{MARK}@db/shop")
     assert sentence.startswith("app_database_url has no scheme or a wrong one; allowed is a URL such as postgresql://host:port")
-    # The error about the type is enough.
+    # A value of the wrong type gets only the error about its type.
     assert errors(app_database_url=5) == ["app_database_url is not a text in quotes."]
 
 

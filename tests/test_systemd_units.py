@@ -84,7 +84,7 @@ ACTS = ("start", "restart", "stop", "enable", "disable")
 
 
 class Host:
-    """A folder for unit files, the fake systemctl's state, and the module, run as Ansible runs it."""
+    """A fake host: a directory for unit files and the state of the fake systemctl. `run` calls the module as Ansible does."""
 
     def __init__(self, folder, capsys):
         self.directory, self.state_file, self.capsys = folder / "units", folder / "state.json", capsys

@@ -129,7 +129,7 @@ def requeue_lost(queue_is_empty: bool) -> int:
 
 
 def reset_impossible_due_times() -> int:
-    """Makes deliveries due that, because of a wrong clock, wait longer than their state allows.
+    """Makes deliveries due now if a wrong clock made their due time later than their state allows.
 
     Returns the number of these deliveries.
     """

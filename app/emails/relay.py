@@ -1,4 +1,4 @@
-"""The relay process: runs several publishers and repairs the table."""
+"""The relay process: runs several publishers, resets impossible due times and merges counters."""
 
 import logging
 import threading

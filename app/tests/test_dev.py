@@ -23,7 +23,7 @@ BROKER_URL = os.environ.get("TEST_BROKER_URL", "")
 
 
 class Run:
-    """A run in a separate session, as in a terminal that sends Ctrl-C to its process group."""
+    """Run `python -m dev` in its own session, so that a test can signal its process group, as a terminal does on Ctrl-C."""
 
     def __init__(self, directory: Path, **variables: str) -> None:
         self.directory = directory

@@ -224,7 +224,7 @@ def test_run_restarts_a_broker_that_still_uses_an_older_erlang(host, dnf, run_pl
 
 
 def test_changed_erlang_cookie_restarts_the_broker(host, run_playbook):
-    """The broker reads the cookie when it starts, and rabbitmqctl reads it each time."""
+    """The broker reads the cookie only when it starts. rabbitmqctl reads it in every call."""
     with host.sudo():
         before = host.check_output("systemctl show --property MainPID --value rabbitmq-server.service")
     done = run_playbook("playbooks/broker.yml", rabbitmq_erlang_cookie="AnotherCookieOfThisTest")
