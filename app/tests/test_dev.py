@@ -23,7 +23,7 @@ BROKER_URL = os.environ.get("TEST_BROKER_URL", "")
 
 
 class Run:
-    """Run `python -m dev` in its own session, so that a test can signal its process group, as a terminal does on Ctrl-C."""
+    """`python -m dev` in its own session. A test signals its process group, as Ctrl-C does."""
 
     def __init__(self, directory: Path, **variables: str) -> None:
         self.directory = directory

@@ -133,7 +133,7 @@ class Jobs:
         return os.path.join(self.directory, f"{name}.plist")
 
     def own_domain(self) -> str:
-        """Return the user's launchd domain. A user without a graphical login, such as one who is connected by SSH, has no gui domain."""
+        """Return the user's launchd domain. A user without a graphical login, such as over SSH, has no gui domain."""
         uid = os.geteuid()
         logged_in = self.launchctl("print", f"gui/{uid}", allowed=ANY).returncode == 0
         return f"gui/{uid}" if logged_in else f"user/{uid}"
