@@ -214,8 +214,8 @@ REFUSED = {
         (
             {"host_platform": "el8"},
             "host_platform is 'el8'; wiring_versions knows debian13, ubuntu2404, el9, el10, macos. Elsewhere set rabbitmq_version "
-            "and erlang_version, or add it there. EL 8 is refused: its dnf works with Python 3.6 alone, on which Ansible no longer "
-            "runs.",
+            "and erlang_version, or add it there. EL 8 is refused: its dnf works only with Python 3.6, which Ansible no longer "
+            "supports.",
         ),
     ],
     # inventories/common.
