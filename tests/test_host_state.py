@@ -43,13 +43,6 @@ def mode(path):
     return stat.S_IMODE(os.stat(path).st_mode)
 
 
-@pytest.fixture(params=[0, 0o022, 0o077])
-def any_umask(request):
-    before = os.umask(request.param)
-    yield
-    os.umask(before)
-
-
 # ---- Directories ----
 
 

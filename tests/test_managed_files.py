@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from types import SimpleNamespace
 
-import pytest
 from ansible_collections.django_celery.stack.plugins.module_utils import managed_files
 from ansible_collections.django_celery.stack.plugins.module_utils.managed_files import (
     FirstLineMarker,
@@ -25,13 +24,6 @@ class Module:
 
     def set_default_selinux_context(self, path, changed):
         return changed
-
-
-@pytest.fixture(params=[0, 0o022, 0o077])
-def any_umask(request):
-    before = os.umask(request.param)
-    yield
-    os.umask(before)
 
 
 def test_modes_do_not_depend_on_the_umask(tmp_path, any_umask):
