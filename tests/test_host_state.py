@@ -177,7 +177,7 @@ def passwd(monkeypatch, **users):
     monkeypatch.setattr(host_state.pwd, "getpwnam", getpwnam)
 
 
-APP = {"name": "app", "home": "/var/lib/app"}
+APP = {"name": "app", "home": "/var/lib/app", "group": None}
 
 
 def test_missing_user_is_created_without_a_login(monkeypatch, programs):
@@ -191,6 +191,12 @@ def test_group_of_that_name_becomes_the_users_group(monkeypatch, programs):
     monkeypatch.setattr(host_state.grp, "getgrnam", lambda name: SimpleNamespace(gr_gid=990))
     state(users=[APP])
     assert programs() == ["useradd --system --no-create-home --home-dir /var/lib/app --shell /usr/sbin/nologin --gid app app"]
+
+
+def test_user_gets_the_listed_group(monkeypatch, programs):
+    passwd(monkeypatch)
+    state(users=[{**APP, "group": "web"}])
+    assert programs() == ["useradd --system --no-create-home --home-dir /var/lib/app --shell /usr/sbin/nologin --gid web app"]
 
 
 @pytest.mark.parametrize("found", [("/root", "/usr/sbin/nologin"), ("/var/lib/app", "/bin/bash")])

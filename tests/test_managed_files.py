@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from types import SimpleNamespace
 
+import pytest
 from ansible_collections.django_celery.stack.plugins.module_utils import managed_files
 from ansible_collections.django_celery.stack.plugins.module_utils.managed_files import (
     FirstLineMarker,
@@ -75,19 +76,24 @@ def test_marker_of_a_property_list_is_a_comment_after_the_declaration():
     assert not PropertyListMarker("my--app/celery").is_in(text)
 
 
-def test_newest_uses_the_times_of_links_not_of_their_targets(tmp_path):
+@pytest.mark.parametrize(("is_file", "time"), [(True, 2000), (False, 1000)])
+def test_newest_uses_the_times_of_links_and_of_the_files_that_they_point_to(tmp_path, is_file, time):
     target, link = tmp_path / "target", tmp_path / "link"
-    target.write_text("")
+    target.touch() if is_file else target.mkdir()
     link.symlink_to(target)
     os.utime(target, (2000, 2000))
     os.utime(link, (1000, 1000), follow_symlinks=False)
-    assert newest([str(link), str(tmp_path / "missing")]) == 1000
+    assert newest([str(link), str(tmp_path / "missing")]) == time
+    os.utime(link, (3000, 3000), follow_symlinks=False)
+    assert newest([str(link)]) == 3000
     assert newest([]) == 0
 
 
 def test_time_of_a_packaged_file_is_that_of_its_installation(monkeypatch):
     """rpm sets the modification time to the time of the build, which may be years earlier."""
-    monkeypatch.setattr(managed_files.os, "lstat", lambda path: SimpleNamespace(st_mtime=1000, st_ctime=2000))
+    status = SimpleNamespace(st_mtime=1000, st_ctime=2000, st_mode=0o100644)
+    monkeypatch.setattr(managed_files.os, "lstat", lambda path: status)
+    monkeypatch.setattr(managed_files.os, "stat", lambda path: status)
     assert newest(["/usr/bin/erl"], ("/usr/",)) == 2000
     assert newest(["/usr/bin/erl"]) == 1000
     assert newest(["/etc/rabbitmq/rabbitmq.conf"], ("/usr/",)) == 1000

@@ -1,4 +1,4 @@
-"""Tests that a project's management commands run in one process."""
+"""Tests the steps that run in one process of a project: management commands, imports and checks."""
 
 from __future__ import annotations
 
@@ -121,17 +121,17 @@ def test_no_commands_start_no_process(project, tmp_path):
 @pytest.mark.parametrize(("command", "words"), [("one", {"changed": True}), ("fail", {"failed": True})])
 def test_module_prints_its_result(project, tmp_path, capsys, command, words):
     options = {"directory": str(tmp_path / "release"), "environment_file": str(tmp_path / "environment")}
-    with patch_module_args({**options, "commands": [{"command": command}]}), pytest.raises(SystemExit):
+    with patch_module_args({**options, "steps": [{"command": command}]}), pytest.raises(SystemExit):
         management_commands.main()
     assert words.items() <= json.loads(capsys.readouterr().out).items()
 
 
 def test_check_mode_runs_no_command(project, tmp_path, capsys):
     options = {"directory": str(tmp_path / "release"), "environment_file": str(tmp_path / "environment")}
-    arguments = {**options, "commands": [{"command": "write"}], "_ansible_check_mode": True}
+    arguments = {**options, "steps": [{"command": "write"}], "_ansible_check_mode": True}
     with patch_module_args(arguments), pytest.raises(SystemExit):
         management_commands.main()
-    assert json.loads(capsys.readouterr().out)["commands"] == []
+    assert json.loads(capsys.readouterr().out)["steps"] == []
     assert not (tmp_path / "release" / "written").exists()
 
 
@@ -155,13 +155,13 @@ def here(project, tmp_path, monkeypatch):
     [("one", 0, "one process"), ("fail", 3, "the reason"), ("say", 1, "the message"), ("ask", 1, "EOFError")],
 )
 def test_runner_returns_what_a_command_did(here, command, code, output):
-    result = django_runner.run([command], None)
+    result = django_runner.run("command", command, None)
     assert result["code"] == code
     assert output in result["stdout"] + result["stderr"]
 
 
 def test_runner_stops_at_the_first_failure(here, tmp_path, monkeypatch):
-    asked = [{"arguments": [name], "stdin": None} for name in ("one", "fail", "write")]
+    asked = [{"action": "command", "argument": name, "stdin": None} for name in ("one", "fail", "write")]
     monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(asked)))
     with (tmp_path / "results").open("w") as file:
         kept = os.dup(1)
@@ -173,3 +173,78 @@ def test_runner_stops_at_the_first_failure(here, tmp_path, monkeypatch):
             os.close(kept)
     assert [result["code"] for result in json.loads((tmp_path / "results").read_text())] == [0, 3]
     assert not (tmp_path / "release" / "written").exists()
+
+
+WSGI = """
+def application(environ, start_response):
+    pass
+
+class Callable:
+    def __call__(self, environ, start_response):
+        pass
+
+class Asynchronous:
+    async def __call__(self, scope, receive, send):
+        pass
+
+async def asgi(scope, receive, send):
+    pass
+
+instance, asgi_instance, number = Callable(), Asynchronous(), 5
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("application", ""),
+        ("instance", ""),
+        ("asgi", "is an ASGI application"),
+        ("asgi_instance", "is an ASGI application"),
+        ("number", "can't be called"),
+        ("missing", "has no attribute 'missing'"),
+    ],
+)
+def test_import_of_a_wsgi_application(project, tmp_path, name, problem):
+    (tmp_path / "release" / "served.py").write_text(WSGI)
+    if not problem:
+        (result,) = project({"wsgi": f"served:{name}"})
+        assert result["changed"] is False
+        return
+    with pytest.raises(Failure, match=problem) as failure:
+        project({"wsgi": f"served:{name}"})
+    assert str(failure.value).startswith(f"The WSGI application served:{name} does not work in ")
+
+
+def test_wsgi_module_that_raises_shows_its_error(project, tmp_path):
+    (tmp_path / "release" / "served.py").write_text("raise ValueError('the cause')")
+    with pytest.raises(Failure, match="ValueError: the cause"):
+        project({"wsgi": "served:application"})
+
+
+# A stand-in for Celery, which the controller does not have. The scenario celery uses the real one.
+CELERY = """
+import importlib
+
+class App:
+    loader = property(lambda self: self)
+    def import_default_modules(self):
+        importlib.import_module("shop_tasks")
+    def finalize(self):
+        pass
+
+def find_app(name):
+    assert name == "shop"
+    return App()
+"""
+
+
+def test_import_of_a_celery_application_imports_its_tasks(project, tmp_path):
+    package = tmp_path / "release" / "celery" / "app"
+    package.mkdir(parents=True)
+    (package / "utils.py").write_text(CELERY)
+    with pytest.raises(Failure, match="No module named 'shop_tasks'") as failure:
+        project({"celery": "shop"})
+    assert str(failure.value).startswith("The Celery application shop does not work in ")
+    (tmp_path / "release" / "shop_tasks.py").write_text("")
+    assert project({"celery": "shop"})[0]["celery"] == "shop"

@@ -72,7 +72,7 @@ TEMPLATES = {
 # Other texts that a role writes to a file or runs.
 EXPRESSIONS = {
     "flower.environment": "{{ __flower_environment | django_celery.stack.environment_file }}",
-    "release commands": "{{ __django_release_commands | map(attribute='command') | join(', ') }}",
+    "release steps": "{{ __django_release_steps }}",
 }
 NO_UNITS = {*TEMPLATES, *EXPRESSIONS}
 

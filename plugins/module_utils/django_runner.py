@@ -1,30 +1,98 @@
-"""Runs several management commands of a Django project in one process, so that the project is imported once.
+"""Runs management commands and imports of a Django project in one process, so that the project is imported once.
 
-The module `management_commands` passes this file's text to the project's Python, which needs only Django.
+The module `management_commands` passes this file's text to the project's Python, which needs only Django, and Celery if a step imports
+a Celery application.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
+import inspect
 import io
 import json
 import os
 import runpy
+import shlex
 import sys
 import traceback
-from typing import Any, Optional
+from typing import Any, Callable, Optional
 
 
-def run(arguments: list[str], stdin: Optional[str]) -> dict[str, Any]:
-    """Run manage.py of the working directory. Return its exit code and output."""
+def manage(command: str) -> None:
+    """Run manage.py of the working directory."""
+    sys.argv = ["manage.py", *shlex.split(command)]
+    runpy.run_path("manage.py", run_name="__main__")
+
+
+def import_wsgi(name: str) -> None:
+    """Import a WSGI application, such as mailroom.wsgi:application. Exits with a sentence if it is none."""
+    module, _, attribute = name.partition(":")
+    application = getattr(importlib.import_module(module), attribute)
+    if not callable(application):
+        sys.exit(f"{name} is no WSGI application: it can't be called.")
+    if inspect.iscoroutinefunction(application) or inspect.iscoroutinefunction(type(application).__call__):
+        sys.exit(f"{name} is an ASGI application, and a WSGI application is required, such as the one in wsgi.py.")
+
+
+def import_celery(name: str) -> None:
+    """Import a Celery application by the name in celery's option --app, and all its tasks."""
+    from celery.app.utils import find_app
+
+    application = find_app(name)
+    application.loader.import_default_modules()
+    application.finalize()
+
+
+def databases_outside_release(_: str) -> None:
+    """Exit with a sentence if a database is a file in the working directory, since the next release would start without it."""
+    from django.conf import settings
+
+    for alias, database in settings.DATABASES.items():
+        path = str(database.get("NAME") or "")
+        if not database.get("ENGINE", "").endswith("sqlite3") or not path or path.startswith(("file:", ":memory:")):
+            continue
+        if os.path.realpath(path).startswith(os.path.realpath(".") + os.sep):
+            sys.exit(
+                f"The database '{alias}' is the file {path} in the release. The services can't write there, and the next release has "
+                "another directory. Use a database server, or a file in the application's directory in /var/lib."
+            )
+
+
+def unknown_migrations(_: str) -> None:
+    """Exit with the names of applied migrations that this release does not contain."""
+    import django
+    from django.db import connections
+    from django.db.migrations.loader import MigrationLoader
+
+    django.setup()
+    unknown: list[str] = []
+    for connection in connections.all():
+        loader = MigrationLoader(connection)
+        unknown += [".".join(key) for key in loader.applied_migrations if key not in loader.disk_migrations]
+    # An application that this release does not install has tables that the release does not use, but its data was written by newer code.
+    if unknown:
+        sys.exit("The database has migrations that this release does not know: " + ", ".join(sorted(set(unknown))) + ".")
+
+
+ACTIONS: dict[str, Callable[[str], None]] = {
+    "command": manage,
+    "wsgi": import_wsgi,
+    "celery": import_celery,
+    "databases": databases_outside_release,
+    "migrations": unknown_migrations,
+}
+
+
+def run(action: str, argument: str, stdin: Optional[str]) -> dict[str, Any]:
+    """Do one step. Return its exit code and output."""
     out, errors = io.StringIO(), io.StringIO()
-    sys.argv = ["manage.py", *arguments]
     # A command that asks a question gets no answer and fails.
     sys.stdin = io.StringIO(stdin or "")
     code: Any = 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
         try:
-            runpy.run_path("manage.py", run_name="__main__")
+            ACTIONS[action](argument)
         except SystemExit as end:
             code = end.code or 0
             if not isinstance(code, int):
@@ -37,13 +105,13 @@ def run(arguments: list[str], stdin: Optional[str]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Read commands as JSON, a list of {arguments, stdin}, until one fails. Print their results as a JSON list."""
+    """Read steps as JSON, a list of {action, argument, stdin}, until one fails. Print their results as a JSON list."""
     results_fd = os.dup(1)
     # The output of programs that a command starts must not mix with the results.
     os.dup2(2, 1)
     results = []
-    for command in json.load(sys.stdin):
-        results.append(run(command["arguments"], command["stdin"]))
+    for step in json.load(sys.stdin):
+        results.append(run(step["action"], step["argument"], step["stdin"]))
         if results[-1]["code"]:
             break
     with open(results_fd, "w", encoding="utf-8") as file:

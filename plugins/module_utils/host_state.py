@@ -110,7 +110,7 @@ class HostState:
         if not self.result["applied"]:
             return
         for user in wanted["users"]:
-            self.user(user["name"], user["home"])
+            self.user(user["name"], user["home"], user["group"])
         for directory in wanted["directories"]:
             self.directory(directory)
         for file in wanted["files"]:
@@ -121,14 +121,17 @@ class HostState:
         self.result["changed"] = True
         self.diff.append({"before_header": path, "after_header": path, "before": before, "after": after})
 
-    def user(self, name: str, home: str) -> None:
-        """Create or correct a system user that can't log in, without its home directory."""
+    def user(self, name: str, home: str, group: Optional[str]) -> None:
+        """Create or correct a system user that can't log in, without its home directory.
+
+        Without `group`, a new user gets a group of the same name. An existing user keeps its group.
+        """
         try:
             found = pwd.getpwnam(name)
         except KeyError:
             command = ["useradd", "--system", "--no-create-home", "--home-dir", home, "--shell", NO_LOGIN]
-            if group_id(name) is not None:
-                command += ["--gid", name]
+            if group is not None or group_id(name) is not None:
+                command += ["--gid", group or name]
             before = {}
         else:
             before = {"home": found.pw_dir, "shell": found.pw_shell}

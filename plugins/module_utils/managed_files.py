@@ -5,7 +5,9 @@ Each file contains the owner's marker, so that the next run finds files that are
 
 from __future__ import annotations
 
+import contextlib
 import os
+import stat
 import tempfile
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -29,16 +31,16 @@ def read(path: str) -> Optional[str]:
 def newest(paths: Iterable[str], packages: tuple[str, ...] = ()) -> float:
     """Return the latest modification time of the existing paths, in seconds since the epoch. 0.0 if no path exists.
 
-    Links are not followed. For files in the folders `packages`, the change time counts, since rpm sets the modification time to the
-    time of the build.
+    The time of a link counts, and the time of its target if that is a file. The time of a folder changes with each file in it. For files
+    in the folders `packages`, the change time counts, since rpm sets the modification time to the time of the build.
     """
     times = [0.0]
     for path in paths:
-        try:
-            status = os.lstat(path)
-        except FileNotFoundError:
-            continue
-        times.append(status.st_ctime if path.startswith(packages) else status.st_mtime)
+        for look in (os.lstat, os.stat):
+            with contextlib.suppress(FileNotFoundError):
+                status = look(path)
+                if look is os.lstat or stat.S_ISREG(status.st_mode):
+                    times.append(status.st_ctime if path.startswith(packages) else status.st_mtime)
     return max(times)
 
 

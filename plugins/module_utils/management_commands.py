@@ -1,10 +1,9 @@
-"""Runs management commands of a Django project in one process with the project's environment."""
+"""Runs management commands and imports of a Django project in one process with the project's environment."""
 
 from __future__ import annotations
 
 import json
 import re
-import shlex
 import subprocess
 from collections.abc import Sequence
 from typing import Any
@@ -12,22 +11,33 @@ from typing import Any
 from ansible_collections.django_celery.stack.plugins.module_utils import django_runner
 from ansible_collections.django_celery.stack.plugins.module_utils.errors import Failure
 
-# sh reads the environment file. The runner's text is an argument, since the commands use standard input.
+# sh reads the environment file. The runner's text is an argument, since the steps use standard input.
 SHELL = 'set -eu; set -a; . "$1"; set +a; cd "$2"; exec venv/bin/python -c "$3"'
 
-# A command in the module's option `commands`.
-Command = dict[str, Any]
+# A step in the module's option `steps`. One key is the step's action; the others are `stdin` and `unchanged`.
+Step = dict[str, Any]
+# The actions of a step, and the sentence for a failure.
+ACTIONS = {
+    "command": "`manage.py {argument}` failed in {directory}:",
+    "wsgi": "The WSGI application {argument} does not work in {directory}:",
+    "celery": "The Celery application {argument} does not work in {directory}:",
+    "databases": "The project's databases are refused:",
+    "migrations": "The release in {directory} does not fit the database:",
+}
 
 
-def run(environment_file: str, directory: str, commands: Sequence[Command]) -> list[dict[str, Any]]:
-    """Run the commands in order. Return each command's name, whether it changed something, and its output.
+def run(environment_file: str, directory: str, steps: Sequence[Step]) -> list[dict[str, Any]]:
+    """Do the steps in order. Return each step's name, whether it changed something, and its output.
 
-    Raises Failure with the output of the first command that fails.
+    Raises Failure with the output of the first step that fails.
     """
-    if not commands:
+    if not steps:
         return []
     source = django_runner.__loader__.get_source(django_runner.__name__)  # type: ignore[union-attr]
-    asked = [{"arguments": shlex.split(command["command"]), "stdin": command["stdin"]} for command in commands]
+    asked = []
+    for step in steps:
+        action = next(name for name in ACTIONS if step.get(name) is not None)
+        asked.append({"action": action, "argument": str(step[action]), "stdin": step["stdin"]})
     done = subprocess.run(
         ["sh", "-c", SHELL, "sh", environment_file, directory, source],
         input=json.dumps(asked),
@@ -40,10 +50,12 @@ def run(environment_file: str, directory: str, commands: Sequence[Command]) -> l
     except ValueError:
         raise Failure(f"The project in {directory} did not start: {done.stderr.strip() or done.stdout.strip()}") from None
     found = []
-    for command, result in zip(commands, results):
+    for step, asked_step, result in zip(steps, asked, results):
+        action, argument = asked_step["action"], asked_step["argument"]
         if result["code"]:
             output = (result["stderr"] or result["stdout"]).strip()
-            raise Failure(f"`manage.py {command['command']}` failed in {directory}:\n{output}")
-        changed = command["unchanged"] is None or not re.search(command["unchanged"], result["stdout"])
-        found.append({"command": command["command"], "changed": changed, "stdout": result["stdout"], "stderr": result["stderr"]})
+            raise Failure(f"{ACTIONS[action].format(argument=argument, directory=directory)}\n{output}")
+        # Only commands change something.
+        changed = action == "command" and (step["unchanged"] is None or not re.search(step["unchanged"], result["stdout"]))
+        found.append({action: argument, "changed": changed, "stdout": result["stdout"], "stderr": result["stderr"]})
     return found

@@ -26,9 +26,12 @@ options:
     default: []
     suboptions:
       name:
-        description: The user's name. A new user gets a group of the same name.
+        description: The user's name.
         type: str
         required: true
+      group:
+        description: The primary group of a new user. The default is a group of the same name.
+        type: str
       home:
         description: The home directory.
         type: path
@@ -172,7 +175,11 @@ def main() -> None:
                 "type": "list",
                 "elements": "dict",
                 "default": [],
-                "options": {"name": {"type": "str", "required": True}, "home": {"type": "path", "required": True}},
+                "options": {
+                    "name": {"type": "str", "required": True},
+                    "group": {"type": "str"},
+                    "home": {"type": "path", "required": True},
+                },
             },
             "directories": {"type": "list", "elements": "dict", "default": [], "options": owner},
             "files": {

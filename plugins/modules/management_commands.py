@@ -1,19 +1,20 @@
 #!/usr/bin/python
-"""Run management commands of a Django project in one process."""
+"""Run management commands and imports of a Django project in one process."""
 
 from __future__ import annotations
 
 from ansible_collections.django_celery.stack.plugins.module_utils.errors import Failure
-from ansible_collections.django_celery.stack.plugins.module_utils.management_commands import run
+from ansible_collections.django_celery.stack.plugins.module_utils.management_commands import ACTIONS, run
 from ansible_collections.django_celery.stack.plugins.module_utils.unlogged import UnloggedModule
 
 DOCUMENTATION = r"""
 module: management_commands
-short_description: Run management commands of a Django project in one process
+short_description: Run management commands and imports of a Django project in one process
 version_added: 0.1.0
 description:
-  - Runs C(manage.py) of a release once for each command, in one Python process. Django and the project are imported only once.
-  - Stops at the first command that fails, and shows its output.
+  - Does steps in one Python process, so that Django and the project are imported only once. A step is a management command, the
+    import of an application, or a check.
+  - Stops at the first step that fails, and shows its output.
   - Runs nothing in check mode.
 options:
   directory:
@@ -21,25 +22,40 @@ options:
     type: path
     required: true
   environment_file:
-    description: A file that C(sh) can read. Its variables are the environment of the commands.
+    description: A file that C(sh) can read. Its variables are the environment of the steps.
     type: path
     required: true
-  commands:
-    description: The commands, in order.
+  steps:
+    description: The steps, in order. Each has exactly one of O(steps[].command), O(steps[].wsgi), O(steps[].celery),
+      O(steps[].databases) and O(steps[].migrations).
     type: list
     elements: dict
     required: true
     suboptions:
       command:
-        description: The command with its arguments, such as V(migrate --noinput).
+        description: A management command with its arguments, such as V(migrate --noinput).
         type: str
-        required: true
+      wsgi:
+        description: A WSGI application to import, such as V(mailroom.wsgi:application). An ASGI application is an error.
+        type: str
+      celery:
+        description: A Celery application to import with its tasks, by its name in the option C(--app).
+        type: str
+      databases:
+        description: With V(outside), a database that is a file in the release is an error.
+        type: str
+        choices: [outside]
+      migrations:
+        description: With V(known), a migration that the database has and the release does not contain is an error.
+        type: str
+        choices: [known]
       stdin:
         description: The command's standard input. Pass secrets here, not in the arguments.
         type: str
       unchanged:
         description: >-
-          A regular expression that matches the output if the command changed nothing. Without it, each run counts as a change.
+          A regular expression that matches the output if the command changed nothing. Without it, each run of a command counts as a
+          change. Other steps never count as a change.
         type: str
 author: The maintainers of this bundle (@django-celery)
 """
@@ -48,15 +64,16 @@ EXAMPLES = r"""
 - name: Check the project and migrate its database
   django_celery.stack.management_commands:
     directory: /opt/mailroom/current
-    environment_file: /etc/mailroom/environment
-    commands:
+    environment_file: /opt/mailroom/current/environment
+    steps:
       - {command: check --deploy, unchanged: ""}
+      - {wsgi: "mailroom.wsgi:application"}
       - {command: migrate --noinput, unchanged: No migrations to apply}
 """
 
 RETURN = r"""
-commands:
-  description: The name and output of each command, and whether it changed something.
+steps:
+  description: The action and output of each step, and whether it changed something.
   type: list
   elements: dict
   returned: success
@@ -65,8 +82,13 @@ commands:
 
 
 def main() -> None:
-    command: dict[str, object] = {
-        "command": {"type": "str", "required": True},
+    actions = list(ACTIONS)
+    step: dict[str, object] = {
+        "command": {"type": "str"},
+        "wsgi": {"type": "str"},
+        "celery": {"type": "str"},
+        "databases": {"type": "str", "choices": ["outside"]},
+        "migrations": {"type": "str", "choices": ["known"]},
         "stdin": {"type": "str", "no_log": True},
         "unchanged": {"type": "str"},
     }
@@ -74,18 +96,25 @@ def main() -> None:
         argument_spec={
             "directory": {"type": "path", "required": True},
             "environment_file": {"type": "path", "required": True},
-            "commands": {"type": "list", "elements": "dict", "required": True, "options": command},
+            "steps": {
+                "type": "list",
+                "elements": "dict",
+                "required": True,
+                "options": step,
+                "mutually_exclusive": [actions],
+                "required_one_of": [actions],
+            },
         },
         supports_check_mode=True,
     )
     options = module.params
     if module.check_mode:
-        module.exit_json(changed=False, commands=[])
+        module.exit_json(changed=False, steps=[])
     try:
-        commands = run(options["environment_file"], options["directory"], options["commands"])
+        steps = run(options["environment_file"], options["directory"], options["steps"])
     except Failure as failure:
         module.fail_json(msg=str(failure))
-    module.exit_json(changed=any(each["changed"] for each in commands), commands=commands)
+    module.exit_json(changed=any(each["changed"] for each in steps), steps=steps)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,63 @@
+"""Lists the releases of an application on a host, and removes those that are no longer needed."""
+
+from __future__ import annotations
+
+import glob
+import os
+import shutil
+from typing import Any
+
+# A release without this file is incomplete. Its time is the time of the last activation.
+MARKER = ".complete"
+
+
+def complete_releases(directory: str) -> list[str]:
+    """Return the paths of the complete releases in a folder, from the last activated one to the first."""
+    markers = glob.glob(os.path.join(directory, "*", MARKER))
+    return [os.path.dirname(path) for path in sorted(markers, key=os.path.getmtime, reverse=True)]
+
+
+def used_releases(directory: str, proc: str = "/proc") -> set[str]:
+    """Return the paths of releases that a process uses as its working directory or maps a file of.
+
+    Empty on hosts without /proc.
+    """
+    used = set()
+    prefix = directory + os.sep
+    for process in glob.glob(os.path.join(proc, "[0-9]*")):
+        paths = []
+        try:
+            paths.append(os.readlink(os.path.join(process, "cwd")))
+            with open(os.path.join(process, "maps"), encoding="utf-8", errors="replace") as file:
+                paths += [line.split(maxsplit=5)[5].rstrip("\n") for line in file if prefix in line]
+        except OSError:
+            # The process has ended, or belongs to another user namespace.
+            pass
+        used |= {prefix + path[len(prefix) :].split(os.sep, 1)[0] for path in paths if path.startswith(prefix)}
+    return used
+
+
+def remove_old(directory: str, environments: str, current: str, kept: int, check: bool) -> dict[str, Any]:
+    """Remove all releases but the current one, those in use and the last activated ones, `kept` in total.
+
+    Incomplete releases do not count, and are removed. The environment file of a removed release in `environments` is removed too.
+    Return the removed and the complete releases by name.
+    """
+    complete = complete_releases(directory)
+    stay = [current, *(path for path in complete if path != current)][:kept]
+    keep = {*stay, *used_releases(directory)}
+    removed = []
+    for path in sorted(glob.glob(os.path.join(directory, "*"))):
+        if path in keep:
+            continue
+        removed.append(os.path.basename(path))
+        if not check:
+            # Without the marker, a release that is half removed counts as incomplete.
+            if os.path.exists(os.path.join(path, MARKER)):
+                os.unlink(os.path.join(path, MARKER))
+            shutil.rmtree(path)
+    names = {os.path.basename(path) for path in keep}
+    for path in sorted(glob.glob(os.path.join(environments, "*"))):
+        if os.path.basename(path).split(".", 1)[0] not in names and not check:
+            os.unlink(path)
+    return {"removed": removed, "complete": [os.path.basename(path) for path in complete if path in keep]}
