@@ -230,7 +230,7 @@ def test_web_service_opens_its_own_socket(plists):
 def test_a_job_reads_its_environment_and_becomes_its_command(plists, tmp_path):
     """Runs the program arguments in the property list with a different environment and a different command."""
     shell = plists["agents"]["mailroom-relay"]["ProgramArguments"]
-    assert shell[3:5] == ["/Users/me/Library/Logs/mailroom/django/mailroom-relay.pid", f"{PREFIX}/etc/mailroom/environment"]
+    assert shell[3:5] == ["/Users/me/Library/Logs/mailroom/django/mailroom-relay.pid", f"{PREFIX}/opt/mailroom/current/environment"]
     assert shell[5:] == [f"{PREFIX}/opt/mailroom/current/venv/bin/python", "manage.py", "relay"]
     (tmp_path / "environment").write_text("""QUOTE='it'\\''s "$HOME"'\n""")
     pid_file = tmp_path / "pid"

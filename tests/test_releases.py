@@ -13,7 +13,7 @@ from ansible_collections.django_celery.stack.plugins.modules import old_releases
 
 @pytest.fixture
 def host(tmp_path):
-    """A host with the complete releases a to e, of which e was activated last, and the incomplete releases x and y."""
+    """A host with the complete releases a to e, and the incomplete releases x and y. e was activated last."""
     for number, name in enumerate("abcdexy"):
         release = tmp_path / "releases" / name
         (release / "venv").mkdir(parents=True)

@@ -25,7 +25,8 @@ def specs(role):
 
 
 def options(role):
-    return specs(role)["main"]["options"]
+    """The options of all entry points of a role."""
+    return {name: option for entry in specs(role).values() for name, option in entry.get("options", {}).items()}
 
 
 # Roles

@@ -111,7 +111,7 @@ def test_secrets_are_not_visible_to_others(host, variables):
     # Only the owner can enter the folder of the environment file.
     open_ = host.check_output(f"find {home}/.local/etc/mailroom {home}/.local/var/lib/mailroom* -maxdepth 0 -perm -g+x")
     assert open_ == ""
-    assert variables["secret_django_key"] in host.check_output(f"cat {home}/.local/etc/mailroom/environment")
+    assert variables["secret_django_key"] in host.check_output(f"cat {home}/.local/opt/mailroom/current/environment")
 
 
 def test_database_accepts_its_owner_on_the_socket_and_listed_clients_with_password(host, prefix, variables):
@@ -178,7 +178,7 @@ def test_manual_changes_to_jobs_are_repaired_without_touching_others(host, playb
     host.check_output(f"rm '{agents}/mailroom-worker@mail.plist.bak'")
     launchctl("bootout", "mailroom-beat")
     assert launchctl("disable", "mailroom-beat").rc == 0
-    host.check_output("touch ~/.local/etc/mailroom/environment")
+    host.check_output("touch ~/.local/opt/mailroom/current/environment")
     before = process("mailroom-worker@maintenance")
     assert playbook() == JOBS
     assert process("mailroom-beat")

@@ -132,13 +132,13 @@ def test_drift_is_repaired(host, playbook, send, eventually):
         host.check_output("rabbitmqctl -q change_password mailroom another-password")
         host.check_output("rabbitmqctl -q set_user_tags mailroom-flower administrator")
         host.check_output("rabbitmqctl -q change_password admin another-password")
-        host.check_output("chmod 0644 /etc/mailroom/environment")
+        host.check_output("chmod 0644 /opt/mailroom/current/environment")
     assert playbook() != []
     with host.sudo():
         assert host.service("mailroom-beat").is_running and host.service("mailroom-beat").is_enabled
         assert "TimeoutStopUSec=2min 30s" in host.check_output("systemctl show mailroom-worker@mail")
         assert "mailroom-flower\t[monitoring]" in host.check_output("rabbitmqctl -q list_users")
-        assert host.file("/etc/mailroom/environment").mode == 0o640
+        assert host.check_output("stat --dereference --format=%a /opt/mailroom/current/environment") == "640"
     _, state = send()
     eventually(lambda: state() == "sent", seconds=60)
     assert playbook() == []
@@ -149,7 +149,7 @@ def test_run_makes_up_for_a_restart_that_a_killed_run_missed(host, playbook, sys
     units = ("mailroom-web", "mailroom-relay", "mailroom-worker@mail", "mailroom-beat")
     before = [systemctl(f"show --property MainPID --value {unit}") for unit in units]
     with host.sudo():
-        host.check_output("touch /etc/mailroom/environment")
+        host.check_output("touch /opt/mailroom/current/environment")
     assert playbook("--tags", "django,celery") == ["django_celery.stack.services : Manage the units of mailroom/django", *WORKERS]
     after = [systemctl(f"show --property MainPID --value {unit}") for unit in units]
     assert all(old != new for old, new in zip(before, after, strict=True))
