@@ -78,7 +78,7 @@ def brew(tmp_path, monkeypatch):
 
 
 def differences(value, recorded, where="formulae"):
-    """The places where a result has a key that is not in the record, or a value with another type. Ignores null and empty lists."""
+    """The paths at which a result has a key that is not in the record, or a value of another type. Ignores null and empty lists."""
     if isinstance(value, dict) and isinstance(recorded, dict):
         unknown = [f"{where}.{key}" for key in value if key not in recorded]
         known = [key for key in value if key in recorded]

@@ -84,7 +84,7 @@ gui/501/org.example.hourly = {
 \trun interval = 900 seconds
 }
 """
-# A job with KeepAlive that waits for its throttle interval:
+# A job with KeepAlive during its throttle interval:
 # https://github.com/jamf/aftermath/blob/623aa77df7d7c37bf871f62248b5e2a5e66e3a63/tests/aftermath/AftermathTests.swift
 WAITING = """\
 gui/501/org.example.agent = {
@@ -357,7 +357,7 @@ def test_job_that_does_not_stay_up_fails_with_its_log_until_it_is_repaired(mac, 
     assert result["failed"]
     for words in ("a was started and did not stay up: it is spawn scheduled (exit code 3)", f"log of a, {log}:\nlast words"):
         assert words in result["msg"]
-    # The next run detects that the job is not up, and retries.
+    # The next run detects that the job does not run, and retries.
     assert mac.run(dying)["failed"]
     result = mac.run(mac.job("a", StandardErrorPath=log, ThrottleInterval=60))
     assert not result.get("failed"), result
@@ -454,7 +454,7 @@ def shape(line):
 
 
 def printed(mac, label):
-    """The stand-in's output about a job of the user 501."""
+    """The stand-in's output about a job, with the domain of the user 501."""
     return mac.call("print", f"{mac.domain}/{label}").stdout.replace(mac.domain, "gui/501").splitlines()
 
 

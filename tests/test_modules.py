@@ -1,4 +1,4 @@
-"""Tests of all modules: the documentation matches the argument spec, and the examples are valid."""
+"""Tests all modules: the documentation matches the argument spec, and the examples are valid."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Tests that wrong variables are refused before Ansible contacts a host. The message has the variable, its value and the allowed
-values.
+"""Tests that wrong variables are refused before Ansible contacts a host. The message contains the variable, its value and the
+allowed values.
 
-One run of playbooks/validate.yml has all cases, on hosts whose names do not resolve: a task that tried to connect would make the
+One run of playbooks/validate.yml tests all cases, on hosts whose names do not resolve: a task that tried to connect would make the
 host unreachable. With the strategy `free`, each host fails with its own error. With the playbook's strategy, the first error ends
 the run for all hosts; the last tests show that with site.yml.
 """
@@ -45,7 +45,7 @@ LATE = "celery_workers has a soft_time_limit that is not below the time_limit, f
 
 
 def versions(rabbitmq, erlang):
-    # The distribution has only one version.
+    # The distribution ships only one version.
     return {"rabbitmq_version": rabbitmq, "rabbitmq_erlang_version": erlang, "rabbitmq_source": "team_rabbitmq"}
 
 
@@ -378,7 +378,7 @@ ACCEPTED = {
         (versions("4.3", "29"), "WARNING: RabbitMQ 4.3 on Erlang 29"),
         ({**versions("4.2.8", "26.2.5"), "rabbitmq_listeners": ["[::1]:5672"]}, ""),
         ({"rabbitmq_erlang_cookie": MARK[:20], "secret_rabbitmq_app_password": "{{ 'quoted' ~ 'A1' }}"}, ""),
-        # The distribution has the versions of the inventory; no table contains the platform.
+        # The distribution ships the versions in the inventory; no table contains the platform.
         ({"host_platform": "ubuntu2604", "rabbitmq_version": "4.1", "erlang_version": "27"}, ""),
     ],
     "postgresql accepted": [({}, "")],

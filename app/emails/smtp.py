@@ -1,4 +1,4 @@
-"""SMTP transactions for one recipient each, over a connection that is reused."""
+"""SMTP transactions, one per recipient, over a connection that is reused."""
 
 import re
 import smtplib
@@ -38,7 +38,7 @@ class LeaseLost(Exception):
 
 
 def send(envelope: Envelope, begin: Callable[[], bool], upcoming: Envelope | None = None) -> Result:
-    """Sends to one recipient: for several, Django's backend does not report a single refused one.
+    """Sends to one recipient: with several, Django's backend doesn't report which one is refused.
 
     Calls `begin` just before it sends the message. If that returns False, it does not send and
     raises LeaseLost. Waits EMAIL_TIMEOUT seconds at most for each reply. If the server offers

@@ -234,7 +234,7 @@ class Units:
             time.sleep(0.3)
 
     def journal(self, name: str) -> str:
-        """Return the last lines of a unit's journal, after the cause if another program uses an address of the unit."""
+        """Return the last lines of a unit's journal. If another program uses an address of the unit, name that program first."""
         command = ["journalctl", "--no-pager", "--lines=40", "--output=cat", "--unit", name]
         text = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False).stdout.strip()
         cause = ""
