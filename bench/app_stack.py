@@ -288,7 +288,7 @@ class Client:
 
 
 class AppStack:
-    """app/ as deployed: web, relay and workers."""
+    """The processes of app/ as in production: web server, relay and workers."""
 
     QUEUES = ("mail.v1", "mail.dead.v1", "maintenance.v1")
 

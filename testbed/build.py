@@ -37,7 +37,7 @@ DEBIAN_SUITES = {"debian13": "trixie", "debian-testing": "testing"}
 
 @dataclass(frozen=True)
 class Image:
-    """The inputs of an image: a folder of `images/`, further files, and the base image."""
+    """The inputs of an image: a folder of `images/`, additional files, and the base image."""
 
     platform: str
     published: str | None  # the base image; None: a root file system that mmdebstrap makes

@@ -42,7 +42,7 @@ def up(inventory: Inventory) -> None:
         })  # fmt: skip
         if not all(host.name in present and present[host.name].running for host in inventory.hosts):
             podmans.create_network(stack, inventory.directory)
-        ssh.private_key(stack)  # created here, because the threads would create it at the same time
+        ssh.private_key(stack)  # created here, because otherwise several threads would create it
         changed |= _settle_all(inventory, present)
         current = list(present.values())
         if changed:

@@ -57,7 +57,7 @@ class Sender:
         self.built: dict[int, smtp.Envelope | Result] = {}
 
     def send(self, ids: Sequence[int]) -> None:
-        """Sends the queued deliveries. Returns them to the relay if no time is left."""
+        """Sends the queued deliveries. When the time is over, returns the rest to the relay."""
         end = time.monotonic() + conf.SENDING_LEASE_SECONDS / 5
         rest = deque(ids)
         first = True

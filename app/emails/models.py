@@ -28,7 +28,7 @@ STATE_ORDER = (
 
 
 class Email(models.Model):
-    """An accepted email. It has a delivery per recipient, and the deliveries have the state."""
+    """An accepted email. It has one delivery per recipient. Only deliveries have a state."""
 
     id = models.UUIDField(primary_key=True, default=uuid7, editable=False)
     # None: an email of the project's own code.

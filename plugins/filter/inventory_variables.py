@@ -258,7 +258,7 @@ def distribution_errors(values):
     sentences = []
     for program, title, otherwise in (
         ("rabbitmq", "RabbitMQ", "set rabbitmq_source to team_rabbitmq for another version"),
-        ("erlang", "Erlang", "allowed is that version"),
+        ("erlang", "Erlang", "use that version"),
     ):
         version, source = values.get(f"{program}_version"), values.get(f"{program}_source", "automatic")
         parts, shipped = version.split("."), row[program].split(".")

@@ -19,7 +19,7 @@ from ansible_collections.django_celery.stack.plugins.module_utils.password_hash 
     password_matches,
 )
 
-# An object of the variables or the definitions, or a part of an object: names of fields and their values.
+# An object from the variables or the definitions, or a part of it: field names and their values.
 Object = dict[str, Any]
 
 # RabbitMQ creates this user with a known password. The role always deletes it.
@@ -193,7 +193,7 @@ KINDS = {
         keys={"component": REQUIRED, "vhost": REQUIRED, "name": REQUIRED},
         values={"value": {}},
         listed=vhost_limits,
-        # The broker exports limits that were cleared as an empty list.
+        # If a user's limits were cleared, the broker exports an empty list.
         read=lambda actual, wanted: {"value": actual["value"] or {}},
         absent={"value": {}},
     ),

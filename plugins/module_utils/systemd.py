@@ -226,7 +226,7 @@ class Units:
                 state = states.get(name, {})
                 if state.get("ActiveState") != "active" or state.get("NRestarts", "0") not in ("0", ""):
                     raise Failure(
-                        f"{name} was started and did not stay up: it is {state.get('ActiveState')} "
+                        f"{name} was started but did not keep running: it is {state.get('ActiveState')} "
                         f"({state.get('SubState')}, {state.get('Result')}).\n{self.journal(name)}"
                     )
             if time.monotonic() >= until:
