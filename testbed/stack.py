@@ -248,7 +248,7 @@ def _names_work(containers: list[Container]) -> bool:
 
 
 def _repair_names(containers: list[Container]) -> None:
-    """Restart the network's name server, a process that may have died."""
+    """Restart the network's name server, because its process may have died."""
     stack = containers[0].stack
     say(stack, "hosts can't resolve each other's names: reloading the network")
     for container in containers:

@@ -13,7 +13,7 @@ from helpers import ROOT, executable
 
 BREW = ROOT / "testbed/images/macos/stand-in/rootfs/opt/homebrew/bin/brew"
 
-# Records of the real brew, each below the address of its publication; only long values are shortened.
+# Records of the real brew, each below the URL of its source; only long values are shortened.
 #
 # `brew info --json=v2 wget` on an Apple silicon Mac, of December 2024:
 # https://github.com/wxnacy/homebrew-rs/blob/43957b174b913e0c54511c50964e3ee5c4946520/examples/data/wget.json

@@ -124,7 +124,7 @@ def _packaged_unit(service):
     """Return the drop-in of a unit that a package installs."""
     if "listen" in service:
         listeners = _lines(("ListenStream", address) for address in service["listen"])
-        content = _file({"Socket": ["# The package's own addresses are forgotten first.", "ListenStream=", *listeners]})
+        content = _file({"Socket": ["# The empty value removes the package's addresses.", "ListenStream=", *listeners]})
         return {"name": f"{service['name']}.socket", "content": content, "packaged": True}
     content = _file({"Service": service["directives"]})
     return {"name": f"{service['name']}.service", "content": content, "packaged": True, "restart_on": service["restart_on"]}
