@@ -1,4 +1,4 @@
-"""The API of app/ with two other methods to send email.
+"""Adds two other methods to send email to the API of app/.
 
 So all methods that bench/mail_compare measures have the same API keys, validation and web server.
 """

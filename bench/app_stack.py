@@ -1,4 +1,4 @@
-"""Shared by the mail benchmarks: broker, database, mail servers and the processes of app/, all real.
+"""Starts what the mail benchmarks need: broker, database, mail servers and the processes of app/, all real.
 
 The broker is a systemd host of testbed/ (inventories/app-tests). Everything else runs as processes on this machine.
 """
@@ -46,7 +46,7 @@ WORKER_OPTIONS = (
 # The web server closes connections after two idle seconds.
 IDLE_SECONDS = 1
 INVENTORY = "inventories/app-tests"
-# States that a delivery leaves only if a person changes it.
+# Final states: only a person can change them.
 FINAL = "('sent', 'failed', 'skipped', 'cancelled')"
 # smtp-sink is unpacked here if it is not installed.
 POSTFIX = PROJECT / ".ansible" / "postfix"
@@ -288,7 +288,7 @@ class Client:
 
 
 class AppStack:
-    """app/ as deployed: web, relay and workers."""
+    """The processes of app/ as in production: web server, relay and workers."""
 
     QUEUES = ("mail.v1", "mail.dead.v1", "maintenance.v1")
 

@@ -1,6 +1,6 @@
 """A Django project in one file.
 
-It sends email by the methods that bench/mail_compare compares with app/, as their documentation shows.
+It sends email by the methods that bench/mail_compare compares with app/. The code follows their documentation.
 """
 
 from __future__ import annotations

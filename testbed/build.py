@@ -1,6 +1,6 @@
 """The images of the hosts and of the mail catcher, built once per machine.
 
-An image's tag is the hash of all its inputs. A changed input therefore makes a new image, and clones with the same inputs share
+An image's tag is the hash of all its inputs. A changed input therefore creates a new image, and clones with the same inputs share
 images.
 """
 
@@ -19,7 +19,7 @@ from testbed.inventory import MAIL, PLATFORMS, Host
 from testbed.machine import TestbedError, podman
 from testbed.progress import run_long, say
 
-# Increase this number when a change of this file makes different images from the same inputs.
+# Increase this number if a change of this file builds different images from the same inputs.
 RECIPE = 2
 
 # Configuration files of apt on a host, relative to its root.
@@ -37,7 +37,7 @@ DEBIAN_SUITES = {"debian13": "trixie", "debian-testing": "testing"}
 
 @dataclass(frozen=True)
 class Image:
-    """The inputs of an image: a folder of `images/`, further files, and the base image."""
+    """The inputs of an image: a folder of `images/`, additional files, and the base image."""
 
     platform: str
     published: str | None  # the base image; None: a root file system that mmdebstrap makes
@@ -87,7 +87,7 @@ def _reference(name: str, digest: hashlib._Hash) -> str:
 
 
 def image_of(host: Host) -> Image:
-    """Return the image of `host`, built or not."""
+    """Return the image of `host`, even if it is not built yet."""
     image = Image(host.platform, host.base_image)
     # The machine's mirrors are for Debian, so a published image of another distribution does not get them.
     suite = None if host.base_image and (image.folder / "stand-in").is_dir() else DEBIAN_SUITES.get(image.root)
@@ -95,7 +95,7 @@ def image_of(host: Host) -> Image:
 
 
 def ensure(images: set[Image]) -> None:
-    """Build the missing ones of `images` and of their bases. Builds run in parallel.
+    """Build those of `images` and of their bases that are missing. Builds run in parallel.
 
     Raise TestbedError when a step of a build fails.
     """

@@ -33,7 +33,7 @@ class Container:
 
     @property
     def platform(self) -> str:
-        """The platform that the host was created with. The inventory may name another platform by now."""
+        """The platform that the host was created with. The inventory may have changed since then."""
         return str(self.definition["image"]).rpartition("/")[2].partition(":")[0]
 
 

@@ -32,7 +32,7 @@ def read(directory: Path) -> dict[str, dict[str, str]]:
 
 
 def table(info: dict[str, dict[str, str]]) -> str:
-    """Return the services as a table; values without a column follow below it, one per line."""
+    """Return the services as a table; below it, values without a column, one per line."""
     rows = [("", *(column.upper() for column in COLUMNS))]
     rows += [(service.get("title", name), *(service.get(column, "") for column in COLUMNS)) for name, service in info.items()]
     widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]

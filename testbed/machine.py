@@ -1,7 +1,7 @@
 """Adapts the testbed to the machine that runs the hosts.
 
 This covers the Podman command line, the limits that Podman may set, and the machine's package mirrors and certificates. The code
-reads all of this from the machine, and describes no specific machine.
+reads all of this from the machine, and assumes no specific machine.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def _mounts(pid: str = "self") -> dict[str, tuple[str, str]]:
 
 @functools.cache
 def needs_namespace() -> bool:
-    """Return whether /sys/fs/cgroup is anything other than one pure cgroup2 tree.
+    """Return whether /sys/fs/cgroup is not a single pure cgroup2 tree.
 
     crun and systemd reject the hybrid layout. A mount namespace with pure cgroup2 works with both, and does not change the machine.
     """

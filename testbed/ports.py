@@ -1,4 +1,4 @@
-"""Loopback ports: conflicts between the declared ports and the ports in use."""
+"""Finds conflicts between the declared loopback ports and the ports in use."""
 
 from __future__ import annotations
 

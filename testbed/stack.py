@@ -42,7 +42,7 @@ def up(inventory: Inventory) -> None:
         })  # fmt: skip
         if not all(host.name in present and present[host.name].running for host in inventory.hosts):
             podmans.create_network(stack, inventory.directory)
-        ssh.private_key(stack)  # created here, because the threads would create it at the same time
+        ssh.private_key(stack)  # created here, because otherwise several threads would create it
         changed |= _settle_all(inventory, present)
         current = list(present.values())
         if changed:
@@ -248,7 +248,7 @@ def _names_work(containers: list[Container]) -> bool:
 
 
 def _repair_names(containers: list[Container]) -> None:
-    """Restart the network's name server, a process that may have died."""
+    """Restart the network's name server, because its process may have died."""
     stack = containers[0].stack
     say(stack, "hosts can't resolve each other's names: reloading the network")
     for container in containers:

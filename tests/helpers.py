@@ -1,4 +1,4 @@
-"""Shared by several tests: the repository's path, loading of its files, and ansible-playbook with a parsed result."""
+"""Helpers for several tests: the repository's path, a loader for its files, and ansible-playbook with a parsed result."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def common_variables(inventory: Path) -> None:
     (everybody / "91-secrets.yml").write_text(json.dumps({name: f"{MARK}{name.replace('_', '')}" for name in secrets}))
 
 
-# The prefix of all secrets in tests, so that tests can search for secrets in output.
+# All secrets in tests have this prefix, so that tests can search the output for secrets.
 MARK = "NeverShown0123456789"
 
 

@@ -13,7 +13,7 @@ from helpers import ROOT, executable
 
 BREW = ROOT / "testbed/images/macos/stand-in/rootfs/opt/homebrew/bin/brew"
 
-# Records of the real brew, each below the address of its publication; only long values are shortened.
+# Records of the real brew, each below the URL of its source; only long values are shortened.
 #
 # `brew info --json=v2 wget` on an Apple silicon Mac, of December 2024:
 # https://github.com/wxnacy/homebrew-rs/blob/43957b174b913e0c54511c50964e3ee5c4946520/examples/data/wget.json
@@ -78,7 +78,7 @@ def brew(tmp_path, monkeypatch):
 
 
 def differences(value, recorded, where="formulae"):
-    """The places where a result has a key that is not in the record, or a value with another type. Ignores null and empty lists."""
+    """The paths at which a result has a key that is not in the record, or a value of another type. Ignores null and empty lists."""
     if isinstance(value, dict) and isinstance(recorded, dict):
         unknown = [f"{where}.{key}" for key in value if key not in recorded]
         known = [key for key in value if key in recorded]

@@ -93,14 +93,14 @@ def test_without_a_similar_name_all_variables_are_listed(faults):
         ("broker_share", "0.5", "broker_share is '0.5', not a number."),
         ("broker_on", "false", "broker_on is 'false', not true or false."),
         ("broker_on", 1, "broker_on is 1, not true or false."),
-        ("broker_version", 4.1, "broker_version is 4.1, not a text in quotes."),
+        ("broker_version", 4.1, "broker_version is 4.1, not a quoted string."),
         ("broker_settings", [], "broker_settings is not a mapping."),
         ("broker_plugins", "a,b", "broker_plugins is 'a,b', not a list."),
         ("broker_plugins", None, "broker_plugins is empty, not a list."),
-        ("broker_plugins", ["a", 1], "broker_plugins[1] is 1, not a text in quotes."),
+        ("broker_plugins", ["a", 1], "broker_plugins[1] is 1, not a quoted string."),
         ("broker_users", ["a"], "broker_users[0] is 'a', not a mapping."),
         ("broker_users", [{"name": "a", "tags": "b"}], "broker_users[0].tags is 'b', not a list."),
-        ("broker_password", 123456, "broker_password is not a text in quotes."),
+        ("broker_password", 123456, "broker_password is not a quoted string."),
     ],
 )
 def test_value_of_another_type_is_shown_unless_it_is_secret(faults, name, value, sentence):

@@ -416,7 +416,7 @@ def test_equal_secrets_are_refused(errors):
 
 
 def test_a_secret_that_is_not_text_is_refused_and_not_compared(errors):
-    assert errors(secret_one=5, secret_two=5) == ["secret_one is not a text in quotes.", "secret_two is not a text in quotes."]
+    assert errors(secret_one=5, secret_two=5) == ["secret_one is not a quoted string.", "secret_two is not a quoted string."]
 
 
 def test_secrets_that_fail_are_one_error_and_hide_the_types(errors):
@@ -428,18 +428,18 @@ def test_secrets_that_fail_are_one_error_and_hide_the_types(errors):
 
 def test_a_value_that_contradicts_its_specification_is_refused(errors):
     assert errors(app_name=5, wiring_port="5") == [
-        "app_name is 5, not a text in quotes.",
+        "app_name is 5, not a quoted string.",
         "wiring_port is '5', not a whole number.",
     ]
     (sentence,) = errors(app_database_url=f"mysql://u:{MARK}@db/shop")
     assert sentence.startswith("app_database_url has no scheme or a wrong one; allowed is a URL such as postgresql://host:port")
     # A value of the wrong type gets only the error about its type.
-    assert errors(app_database_url=5) == ["app_database_url is not a text in quotes."]
+    assert errors(app_database_url=5) == ["app_database_url is not a quoted string."]
 
 
 def test_a_value_that_fails_is_an_error(errors):
     assert errors(wiring_port=Failing("'x' is undefined"), app_name=5) == [
-        "app_name is 5, not a text in quotes.",
+        "app_name is 5, not a quoted string.",
         "wiring_port can't be evaluated: 'x' is undefined",
     ]
 
@@ -515,7 +515,7 @@ def test_versions_that_the_distribution_has_or_does_not_matter(broker_errors, ch
         ),
         (
             {"erlang_version": "26.2.5", "erlang_source": "distribution"},
-            ("erlang_version is 26.2.5", "has Erlang 27: allowed is that version"),
+            ("erlang_version is 26.2.5", "has Erlang 27: use that version"),
         ),
     ],
 )

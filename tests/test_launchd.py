@@ -84,7 +84,7 @@ gui/501/org.example.hourly = {
 \trun interval = 900 seconds
 }
 """
-# A job with KeepAlive that waits for its throttle interval:
+# A job with KeepAlive during its throttle interval:
 # https://github.com/jamf/aftermath/blob/623aa77df7d7c37bf871f62248b5e2a5e66e3a63/tests/aftermath/AftermathTests.swift
 WAITING = """\
 gui/501/org.example.agent = {
@@ -108,7 +108,7 @@ KILLED = ("last terminating signal = Terminated: 15", "last terminating signal =
 # The lines of a job that could not be started, here because its log could not be created, on macOS 26.2:
 # https://github.com/yasinBursali/DreamServer/issues/328
 NOT_STARTED = ("state = spawn scheduled", "last exit code = 78: EX_CONFIG")
-# `launchctl print-disabled gui/501`, of macOS 13 and later and of older ones:
+# `launchctl print-disabled gui/501`, on macOS 13 and later, and on older systems:
 # https://github.com/DeterminateSystems/nix-installer/pull/555 and https://github.com/ninehills/blog/issues/85
 DISABLED = '\n\tdisabled services = {\n\t\t"org.example.a" => enabled\n\t\t"org.example.b" => disabled\n\t}\n'
 DISABLED_ONCE = 'disabled services = {\n\t"org.example.a" => false\n\t"org.example.b" => true\n}\n'
@@ -289,7 +289,7 @@ def test_changed_job_is_booted_out_before_its_file_is_written(mac, monkeypatch):
 
 @pytest.mark.parametrize("code", [5, 37])
 def test_load_that_is_refused_just_after_the_boot_out_is_retried(mac, code):
-    """macOS 26.5 refuses it with 5 or 37 for about five seconds: https://github.com/headroomlabs-ai/headroom/issues/1289"""
+    """macOS 26.5 refuses the load with 5 or 37 for about five seconds: https://github.com/headroomlabs-ai/headroom/issues/1289"""
     mac.run(mac.job("a"))
     refusing = f"""
 import pathlib, sys
@@ -355,9 +355,9 @@ def test_job_that_does_not_stay_up_fails_with_its_log_until_it_is_repaired(mac, 
     dying = mac.job("a", "sleep 0.2; echo last words >&2; exit 3", settle=1, StandardErrorPath=log, ThrottleInterval=60)
     result = mac.run(dying)
     assert result["failed"]
-    for words in ("a was started and did not stay up: it is spawn scheduled (exit code 3)", f"log of a, {log}:\nlast words"):
+    for words in ("a was started but did not keep running: it is spawn scheduled (exit code 3)", f"log of a, {log}:\nlast words"):
         assert words in result["msg"]
-    # The next run detects that the job is not up, and retries.
+    # The next run detects that the job does not run, and retries.
     assert mac.run(dying)["failed"]
     result = mac.run(mac.job("a", StandardErrorPath=log, ThrottleInterval=60))
     assert not result.get("failed"), result
@@ -454,7 +454,7 @@ def shape(line):
 
 
 def printed(mac, label):
-    """The stand-in's output about a job of the user 501."""
+    """The stand-in's output about a job, with the domain of the user 501."""
     return mac.call("print", f"{mac.domain}/{label}").stdout.replace(mac.domain, "gui/501").splitlines()
 
 

@@ -1,4 +1,4 @@
-"""Tests the roles' values on a Mac: property lists of agents and daemons, paths, and the accepted releases from Homebrew."""
+"""Tests the roles' values on a Mac: property lists of agents and daemons, paths, and which of Homebrew's releases are accepted."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def services_of(role):
 
 
 def looked_for(found=None):
-    """The result of the role's search for a broker of brew services if the job with the prefix `found` exists."""
+    """What the role finds when it searches for a broker of brew services. `found` is the prefix of an existing job."""
     labels = [f"/L/{label}.rabbitmq.plist" for label in BREW_LABELS]
     return {"results": [{"item": path, "stat": {"exists": f"/{found}." in path}} for path in labels]}
 

@@ -1,4 +1,4 @@
-"""Tests of all modules: the documentation matches the argument spec, and the examples are valid."""
+"""Tests all modules: the documentation matches the argument spec, and the examples are valid."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_unlogged_module_logs_no_secret(monkeypatch):
 
 
 def same(options, suboptions):
-    """Return the part of documented options, or of an argument spec, that both have."""
+    """Return the keys that documented options and argument specs have in common."""
     return {
         name: {
             **{key: option[key] for key in KEYS if key in option},

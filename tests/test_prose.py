@@ -1,6 +1,6 @@
 """The prose of the repository is plain English: expressions to avoid, each with better wording.
 
-Checked are Markdown, descriptions in argument specs, task names, comments in the YAML of roles, playbooks and inventories, and
+This test checks Markdown, descriptions in argument specs, task names, comments in the YAML of roles, playbooks and inventories, and
 comments and docstrings in Python. `python tests/test_prose.py` prints all matches, and the files for NOT_YET_HELD.
 """
 

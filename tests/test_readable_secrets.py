@@ -1,4 +1,4 @@
-"""The lookup readable_secrets returns a play's hosts, unless the file of secrets is encrypted and no vault password is set."""
+"""Tests that the lookup readable_secrets returns a play's hosts unless the file is encrypted and Ansible has no vault password."""
 
 from __future__ import annotations
 

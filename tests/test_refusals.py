@@ -1,9 +1,9 @@
-"""Tests that wrong variables are refused before Ansible contacts a host. The message has the variable, its value and the allowed
-values.
+"""Tests that wrong variables are refused before Ansible contacts a host. The message contains the variable, its value and the
+allowed values.
 
-One run of playbooks/validate.yml has all cases, on hosts whose names do not resolve: a task that tried to connect would make the
+One run of playbooks/validate.yml tests all cases, on hosts whose names do not resolve: a task that tried to connect would make the
 host unreachable. With the strategy `free`, each host fails with its own error. With the playbook's strategy, the first error ends
-the run for all hosts; the last tests show that with site.yml.
+the run for all hosts; the last tests check this with site.yml.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ LATE = "celery_workers has a soft_time_limit that is not below the time_limit, f
 
 
 def versions(rabbitmq, erlang):
-    # The distribution has only one version.
+    # The distribution ships only one version.
     return {"rabbitmq_version": rabbitmq, "rabbitmq_erlang_version": erlang, "rabbitmq_source": "team_rabbitmq"}
 
 
@@ -83,9 +83,9 @@ REFUSED = {
         ({"rabbitmq_memory_high_watermark": "0.5"}, "rabbitmq_memory_high_watermark is '0.5', not a number."),
         ({"rabbitmq_listeners": "127.0.0.1:5672"}, "rabbitmq_listeners is '127.0.0.1:5672', not a list."),
         ({"rabbitmq_repository_urls": "https://a.example"}, "rabbitmq_repository_urls is 'https://a.example', not a list."),
-        ({"rabbitmq_version": 4.10}, "rabbitmq_version is 4.1, not a text in quotes."),
+        ({"rabbitmq_version": 4.10}, "rabbitmq_version is 4.1, not a quoted string."),
         ({"rabbitmq_listener": []}, "rabbitmq_listener is not a variable of the role rabbitmq, did you mean rabbitmq_listeners?"),
-        ({"rabbitmq_administrator_password": 123456789012}, "rabbitmq_administrator_password is not a text in quotes."),
+        ({"rabbitmq_administrator_password": 123456789012}, "rabbitmq_administrator_password is not a quoted string."),
     ],
     "erlang types": [
         ({"erlang_versoin": "27"}, "erlang_versoin is not a variable of the role erlang, did you mean erlang_version?")
@@ -227,7 +227,7 @@ REFUSED = {
         ),
         (
             {"rabbitmq_version": "4.0.12", "rabbitmq_source": "distribution", "erlang_version": "26"},
-            "erlang_version is 26, and debian13 (host_platform) has Erlang 27: allowed is that version, or set host_platform to "
+            "erlang_version is 26, and debian13 (host_platform) has Erlang 27: use that version, or set host_platform to "
             "the host's platform.",
         ),
     ],
@@ -248,15 +248,15 @@ REFUSED = {
         ({"app_allowed_senders": "@example.org"}, "app_allowed_senders is '@example.org', not a list."),
         ({"app_firewall_rules": [443]}, "app_firewall_rules[0] is 443, not a mapping."),
         ({"wiring_one_host": "false"}, "wiring_one_host is 'false', not true or false."),
-        ({"service_address": 10}, "service_address is 10, not a text in quotes."),
-        ({"app_database_url": ["a"]}, "app_database_url is not a text in quotes."),
+        ({"service_address": 10}, "service_address is 10, not a quoted string."),
+        ({"app_database_url": ["a"]}, "app_database_url is not a quoted string."),
         ({"app_environment": ["DEBUG=true"]}, "app_environment is not a mapping."),
     ],
     "common secrets": [
-        ({"secret_django_key": [f"{MARK}one"]}, "secret_django_key is not a text in quotes."),
-        ({"secret_app_api_key": 1234567890123456}, "secret_app_api_key is not a text in quotes."),
-        ({"secret_app_metrics_token": None}, "secret_app_metrics_token is empty, not a text in quotes."),
-        ({"secret_smtp_password": 123456}, "secret_smtp_password is not a text in quotes."),
+        ({"secret_django_key": [f"{MARK}one"]}, "secret_django_key is not a quoted string."),
+        ({"secret_app_api_key": 1234567890123456}, "secret_app_api_key is not a quoted string."),
+        ({"secret_app_metrics_token": None}, "secret_app_metrics_token is empty, not a quoted string."),
+        ({"secret_smtp_password": 123456}, "secret_smtp_password is not a quoted string."),
         ({"secret_flower_cookie": "{{ not_generated }}"}, "secret_flower_cookie can't be evaluated: 'not_generated' is undefined"),
     ],
     "common equal secrets": [
@@ -378,7 +378,7 @@ ACCEPTED = {
         (versions("4.3", "29"), "WARNING: RabbitMQ 4.3 on Erlang 29"),
         ({**versions("4.2.8", "26.2.5"), "rabbitmq_listeners": ["[::1]:5672"]}, ""),
         ({"rabbitmq_erlang_cookie": MARK[:20], "secret_rabbitmq_app_password": "{{ 'quoted' ~ 'A1' }}"}, ""),
-        # The distribution has the versions of the inventory; no table contains the platform.
+        # The distribution ships the versions in the inventory; no table contains the platform.
         ({"host_platform": "ubuntu2604", "rabbitmq_version": "4.1", "erlang_version": "27"}, ""),
     ],
     "postgresql accepted": [({}, "")],

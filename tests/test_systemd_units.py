@@ -12,7 +12,7 @@ from ansible_collections.django_celery.stack.plugins.module_utils import systemd
 from ansible_collections.django_celery.stack.plugins.modules import systemd_units
 from helpers import executable
 
-# Imitates systemctl as far as the module relies on it: a unit exists if it has a file, a start has a monotonic time, a unit whose
+# Imitates the parts of systemctl that the module uses: a unit exists if it has a file, a start has a monotonic time, a unit whose
 # file is newer than the last daemon-reload needs one, and a socket can't be restarted while its service runs.
 SYSTEMCTL = r"""
 import json, os, sys, time
@@ -260,10 +260,10 @@ def test_start_that_fails_for_a_port_in_use_shows_who_listens(host, tmp_path, li
 
 def test_unit_that_died_and_was_restarted_is_not_up(host):
     host.state = {**host.state, "revived": ["a.service"]}
-    # The first query is before the start.
+    # The first query precedes the start.
     result = host.run(service("a", settle=0.2))
     assert result["failed"]
-    assert "a.service was started and did not stay up: it is active" in result["msg"]
+    assert "a.service was started but did not keep running: it is active" in result["msg"]
 
 
 def test_changed_content_restarts_only_that_unit(host):
@@ -368,9 +368,9 @@ def test_unit_that_does_not_stay_up_fails_with_its_journal(host):
     host.state = {**host.state, "mortal": ["a.service"]}
     result = host.run(service("a", settle=0.2))
     assert result["failed"]
-    for words in ("a.service was started and did not stay up", "activating", "exit-code", "last words of a.service"):
+    for words in ("a.service was started but did not keep running", "activating", "exit-code", "last words of a.service"):
         assert words in result["msg"]
-    # The next run detects that the unit is not up, and retries.
+    # The next run detects that the unit does not run, and retries.
     assert host.run(service("a", settle=0.2))["failed"]
 
 

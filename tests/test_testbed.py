@@ -250,7 +250,7 @@ def test_podmans_merged_port_ranges_are_expanded():
     assert not found.running
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="limits are passed on only on Linux")
+@pytest.mark.skipif(sys.platform != "linux", reason="Podman gets limits only on Linux")
 def test_limits_are_those_of_the_machine(monkeypatch):
     hard = {resource.RLIMIT_NOFILE: 4096, resource.RLIMIT_NPROC: resource.RLIM_INFINITY}
     monkeypatch.setattr(resource, "getrlimit", lambda number: (1, hard[number]))

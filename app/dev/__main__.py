@@ -1,7 +1,7 @@
 """Runs the application for development: `make app` starts it, Ctrl-C stops it.
 
-Starts a temporary PostgreSQL, the web server, the relay, a worker and a mail catcher. The broker is
-the one in BROKER_URL, or the test host of `make broker-up` without that variable.
+Starts a temporary PostgreSQL, the web server, the relay, a worker and a mail catcher. BROKER_URL
+sets the broker. The default is the test host that `make broker-up` starts.
 """
 
 import json

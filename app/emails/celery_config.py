@@ -30,7 +30,7 @@ DEFAULTS: dict[str, Any] = {
     },
     "task_publish_retry": False,
     "worker_cancel_long_running_tasks_on_connection_loss": False,
-    # If the control queue is exclusive, a worker exits if it reconnects before the broker has
+    # With an exclusive control queue, a worker exits if it reconnects before the broker has
     # noticed the loss of the old connection. RabbitMQ 4.3 refuses queues that are neither exclusive
     # nor durable.
     "control_queue_exclusive": False,

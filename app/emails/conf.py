@@ -116,7 +116,7 @@ class Conf:
     # Seconds within which a worker's attempt must end. Afterwards, the relay takes the delivery
     # back.
     SENDING_LEASE_SECONDS = Setting[float](600, seconds(5))
-    # The maximum of SMTP connections of all workers together; 0: one per worker process.
+    # Maximum number of SMTP connections of all workers together; 0: one per worker process.
     SMTP_CONNECTIONS = Setting(0, whole(0))
     DOMAIN_LIMITS = Setting[dict[str, dict[str, float]]]({}, domain_limits)
 

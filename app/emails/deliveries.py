@@ -23,9 +23,9 @@ SQL = load("deliveries.sql")
 
 # How long a published message may wait in the queue before the delivery is published again.
 PUBLISHED_LEASE = timedelta(minutes=10)
-# A publication counts as lost if the queue is empty and no worker has got it within this time,
+# A publication counts as lost if the queue is empty and no worker received it within this time,
 LOST_AFTER = timedelta(seconds=30)
-# or if a worker has got another publication that was published this much later.
+# or if a worker received a publication that is this much newer.
 OVERTAKEN_BY = timedelta(seconds=60)
 REQUEUE_BATCH = 1000
 BEGINNING_OF_TIME = datetime(1970, 1, 1, tzinfo=UTC)
@@ -116,7 +116,7 @@ def is_waiting_for_worker() -> bool:
 
 
 def requeue_lost(queue_is_empty: bool) -> int:
-    """Makes deliveries due if RabbitMQ confirmed and lost their message; returns how many."""
+    """Makes deliveries due if RabbitMQ confirmed their message and lost it; returns how many."""
     values = {
         "queue_is_empty": queue_is_empty,
         "published_lease": PUBLISHED_LEASE,
@@ -150,7 +150,7 @@ def sending_lease() -> timedelta:
 
 
 def claim(ids: Iterable[int]) -> list[Claimed]:
-    """Claims the queued ones of these deliveries, so that duplicate messages send nothing twice."""
+    """Claims these deliveries if they are queued, so that duplicate messages send nothing twice."""
     rows = fetch(SQL["claim"], {"ids": list(ids), "lease": sending_lease()})
     return [_claimed(*row) for row in sorted(rows)]
 
@@ -164,7 +164,7 @@ def _claimed(
 
 
 def record(ended: Sequence[Ended], begin: Sequence[Claimed] = ()) -> tuple[set[int], set[int]]:
-    """Ends attempts, and begins others: marks deliveries that are about to go to the mail server.
+    """Ends attempts, and begins others: marks the deliveries that a worker is about to send.
 
     Returns the ids of the ended and of the begun attempts. If an id is missing, its lease was lost.
     """
@@ -190,7 +190,7 @@ def record(ended: Sequence[Ended], begin: Sequence[Claimed] = ()) -> tuple[set[i
 
 
 def unclaim(claimed: Sequence[Claimed]) -> None:
-    """Returns claimed deliveries to the queue. No part of them was sent."""
+    """Returns claimed deliveries to the queue, because no part of them was sent."""
     numbers = [each.number for each in claimed]
     _count("unclaim", {"ids": [each.id for each in claimed], "numbers": numbers})
 
@@ -200,7 +200,7 @@ def _bucket(seconds: float) -> float:
 
 
 def requeue(ids: Sequence[int]) -> None:
-    """Makes deliveries due again that still wait for a worker, so that the relay publishes them."""
+    """Makes deliveries due again if they still wait for a worker, so the relay publishes them."""
     _count("requeue", {"ids": list(ids)})
 
 

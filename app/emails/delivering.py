@@ -57,7 +57,7 @@ class Sender:
         self.built: dict[int, smtp.Envelope | Result] = {}
 
     def send(self, ids: Sequence[int]) -> None:
-        """Sends the queued deliveries. Those for which no time is left go back to the relay."""
+        """Sends the queued deliveries. When the time is over, returns the rest to the relay."""
         end = time.monotonic() + conf.SENDING_LEASE_SECONDS / 5
         rest = deque(ids)
         first = True
@@ -71,7 +71,7 @@ class Sender:
                 claimed.pop(0)
                 first = False
             if claimed:
-                smtp.close()  # the next message may be announced on the connection
+                smtp.close()  # the server may already have the next envelope
                 retry_while_database_down(lambda left=claimed: deliveries.unclaim(left))  # type: ignore[misc]
                 rest.extend(each.id for each in claimed)
         self.flush()
@@ -88,7 +88,7 @@ class Sender:
         return max(1, min(int(CHUNK_SECONDS / cls.pace), LARGEST_CHUNK))
 
     def attempt(self, claimed: Sequence[Claimed]) -> None:
-        """Sends the first of these deliveries. The others are sent after it."""
+        """Sends the first of these deliveries. Later calls send the others."""
         delivery, started = claimed[0], time.monotonic()
         ids = {"request_id": delivery.request_id, "email_id": delivery.email_id}
         with context.bind(**ids, delivery_id=delivery.id):

@@ -66,4 +66,4 @@ class Ended:
     code: int | None
     answer: str
     seconds: float
-    suppress: bool = False  # the server says that there is no such recipient
+    suppress: bool = False  # the server replied that the recipient does not exist

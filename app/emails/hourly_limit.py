@@ -25,7 +25,7 @@ def limit_of(owner: Any) -> int | None:
 
 
 def lock(owner: Any) -> None:
-    """Locks the owner. The owner's batches are stored one by one; with a limit, the emails too."""
+    """Locks the owner, so that batches are stored one by one; with a limit, single emails too."""
     get_user_model().objects.select_for_update(no_key=True).only("pk").get(pk=owner.pk)
 
 
@@ -38,7 +38,7 @@ class Remaining:
         self.recipients = limit - sent
 
     def check(self, email: Email, count: int) -> None:
-        """Raises OverLimit, unless an email with the same key exists: then none is added."""
+        """Raises OverLimit, unless an email with the same key exists, because it adds none."""
         if count <= self.recipients:
             return
         key = email.idempotency_key

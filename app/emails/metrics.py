@@ -1,4 +1,4 @@
-"""Metrics for Prometheus. All come from the database, so every process returns the same values."""
+"""Metrics for Prometheus. The values come from the database, so every process returns the same."""
 
 from collections import defaultdict
 from collections.abc import Iterator

@@ -13,7 +13,7 @@ from emails.states import CANCELLABLE, UNFINISHED, FailedBy, State
 # Deliveries that only an operator can retry.
 NEEDS_OPERATOR = Q(state=State.FAILED) | Q(state=State.UNCERTAIN, due_at=None)
 
-# The order of states: an email has the first one that any of its deliveries has.
+# The state of an email is the first of these states that one of its deliveries has.
 STATE_ORDER = (
     State.SENDING,
     State.QUEUED,
@@ -28,7 +28,7 @@ STATE_ORDER = (
 
 
 class Email(models.Model):
-    """An accepted email. It has a delivery per recipient, and the deliveries have the state."""
+    """An accepted email. It has one delivery per recipient. Only deliveries have a state."""
 
     id = models.UUIDField(primary_key=True, default=uuid7, editable=False)
     # None: an email of the project's own code.
@@ -247,10 +247,10 @@ class SendingLimits(models.Model):
     )
     senders = models.TextField(
         blank=True,
-        help_text="Addresses and @domains, separated by spaces. Empty: those of the settings.",
+        help_text="Addresses and @domains, separated by spaces. Empty: the settings apply.",
     )
     recipients_per_hour = models.PositiveIntegerField(
-        null=True, blank=True, help_text="Empty: as the settings say. 0: none."
+        null=True, blank=True, help_text="Empty: the settings apply. 0: no limit."
     )
 
     class Meta:

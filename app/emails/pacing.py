@@ -13,7 +13,7 @@ from emails.queries import execute, fetch, load
 SQL = load("emails.sql")
 
 OTHERS = "*"
-# The allowance of a domain without a limit.
+# The allowance of a domain that has no limit.
 UNLIMITED = 1_000_000
 
 

@@ -19,7 +19,7 @@ BATCH = 100
 # Ids per message while more than a batch is due. 20 ids cost as much as a single id.
 DELIVERIES_PER_MESSAGE = 20
 CONFIRM_TIMEOUT = 5  # seconds
-PUBLISHING_SECONDS = 15  # for one batch; its other deliveries are released
+PUBLISHING_SECONDS = 15  # for one batch; then its unpublished deliveries are released
 IDLE_SECONDS = 15  # the broker closes a connection that misses two heartbeats
 REPAIR_SECONDS = 15  # between searches for lost publications and for late commits
 # A transaction that started this long ago may still commit deliveries that were due then.
@@ -42,7 +42,7 @@ class Publisher:
         self._repaired = self._floor_reset = float("-inf")
 
     def publish_due(self) -> int:
-        """Publishes up to BATCH due deliveries, the oldest first; returns how many it found.
+        """Publishes up to BATCH due deliveries, the oldest first; returns how many were due.
 
         Raises the broker client's errors. The unpublished deliveries are then due again.
         """

@@ -115,7 +115,7 @@ class Relay:
                 if found:
                     self._report_up()
                 if found == BATCH:
-                    self._wake.release()  # another publisher can help
+                    self._wake.release()  # more may be due, so wake another publisher
                     continue
                 self._wake.acquire(timeout=LONGEST_PAUSE)
                 continue

@@ -57,7 +57,7 @@ def accept(owner: Any, message: Message, idempotency_key: str | None = None) -> 
     """
     draft = prepare(owner, message, idempotency_key)
     limit = hourly_limit.limit_of(owner)
-    # Without a limit, there is only one statement, so no transaction is needed.
+    # Without a limit, there is only one statement, so it needs no transaction.
     with nullcontext() if limit is None else transaction.atomic():
         if limit is not None:
             hourly_limit.lock(owner)
@@ -185,7 +185,7 @@ def notify_relay() -> None:
 
 
 def replay(chosen: QuerySet[Delivery]) -> int:
-    """Queues the failed and held ones of these deliveries again; returns how many."""
+    """Queues these deliveries again if they are failed or held; returns how many."""
     count = deliveries.replay(list(chosen.order_by().values_list("pk", flat=True)))
     transaction.on_commit(notify_relay)
     return count

@@ -1,4 +1,4 @@
-"""EMAILS_SMTP_CONNECTIONS: the maximum of SMTP connections of all workers together."""
+"""EMAILS_SMTP_CONNECTIONS: the maximum number of SMTP connections of all workers together."""
 
 import random
 import threading

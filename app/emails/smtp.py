@@ -1,4 +1,4 @@
-"""SMTP transactions for one recipient each, over a connection that is reused."""
+"""SMTP transactions, one per recipient, over a connection that is reused."""
 
 import re
 import smtplib
@@ -38,7 +38,7 @@ class LeaseLost(Exception):
 
 
 def send(envelope: Envelope, begin: Callable[[], bool], upcoming: Envelope | None = None) -> Result:
-    """Sends to one recipient: for several, Django's backend does not report a single refused one.
+    """Sends to one recipient: with several, Django's backend doesn't report which one is refused.
 
     Calls `begin` just before it sends the message. If that returns False, it does not send and
     raises LeaseLost. Waits EMAIL_TIMEOUT seconds at most for each reply. If the server offers
@@ -164,7 +164,7 @@ def send_envelope(
             send_commands(backend.connection, envelope)
             replies = read_replies(backend.connection, envelope)
         if refusal := first_refusal(replies, sender, recipient):
-            if replies[-1][0] == 354:  # the server expects a message in spite of the refusal
+            if replies[-1][0] == 354:  # the server expects a message although it refused
                 abort(backend)
             raise refusal
         begin_data()

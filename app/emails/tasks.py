@@ -25,7 +25,7 @@ PURGE_BATCH = 500
 PURGE_BATCHES = 20
 
 # A message is acknowledged after its task. Duplicate messages are harmless, because a worker claims
-# the row first. The row has the result.
+# the row first. The row contains the result.
 OPTIONS: dict[str, Any] = {
     "acks_late": True,
     "reject_on_worker_lost": True,

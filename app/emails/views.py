@@ -28,7 +28,7 @@ from emails.states import State
 PAGE_SIZE = 20
 # The page shows only the first characters of a text, because it reloads every few seconds.
 TEXT_LIMIT = 20_000
-# An email's HTML may have inline styles only: no scripts, no forms, nothing from other hosts.
+# An email's HTML may use only inline styles: no scripts, no forms, nothing from other hosts.
 HTML_POLICY = "; ".join(
     (
         "sandbox",

@@ -200,7 +200,7 @@ CELERY_WORKER_SEND_TASK_EVENTS = True
 # Keeps the database connection. By default, Celery closes it before and after each task.
 CELERY_DB_REUSE_MAX = 1000
 
-# Seconds. The lease of a delivery is longer than the hard limit, so the task has ended before it.
+# Seconds. The lease of a delivery is longer than the hard limit, so the task ends before the lease.
 CELERY_TASK_TIME_LIMIT = number("TASK_TIME_LIMIT", 120, minimum=6)
 CELERY_TASK_SOFT_TIME_LIMIT = CELERY_TASK_TIME_LIMIT * 5 // 6
 EMAILS_SENDING_LEASE_SECONDS = CELERY_TASK_TIME_LIMIT * 5 // 4

@@ -15,8 +15,8 @@ OTHER_KEY = "a-key-of-another-owner-0123456789ab"
 class Mailbox:
     """An SMTP server on a loopback port: stores accepted messages, sends configured replies.
 
-    `reply` is the reply to the message, `recipient_reply` that to its recipient; None closes the
-    connection instead. While `gate` is cleared, every message waits. With `hangs_up`, the server
+    `reply` is the reply to the message, `recipient_reply` the reply to its recipient; None closes
+    the connection. While `gate` is cleared, every message waits. With `hangs_up`, the server
     closes the connection after its reply to the sender. With `lax`, it requests the message even if
     it has refused the recipient, as RFC 2920 allows.
     """

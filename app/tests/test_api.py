@@ -409,7 +409,7 @@ def get(client, api_key):
 
 
 def test_lists_by_state_text_and_page(get, accept):
-    # Ids are ordered by millisecond, and random within one.
+    # Ids are sorted by millisecond. Within a millisecond, their order is random.
     emails = sorted((accept(subject=f"Email {n}.") for n in range(5)), key=lambda email: email.pk)
     emails[1].deliveries.update(state=State.FAILED, due_at=None)
     emails[2].deliveries.update(recipient="carl@example.org")

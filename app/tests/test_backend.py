@@ -1,4 +1,4 @@
-"""Emails from Django's mail functions and from the task, and read-only parts of the admin."""
+"""Tests emails from Django's mail functions and from the task, and the admin's read-only parts."""
 
 import pytest
 from django.core.exceptions import ValidationError

@@ -51,7 +51,7 @@ def phone(browser):
 
 @pytest.fixture
 def elsewhere():
-    """A foreign web server: its `url` and the requested paths."""
+    """A web server of another site: its `url` and the requested paths."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -86,7 +86,7 @@ def send(page, subject: str) -> None:
 
 
 def in_thread(act):
-    """Runs `act` in another thread: Playwright's event loop forbids queries in the test's."""
+    """Runs `act` in another thread, because Playwright's event loop forbids queries in this one."""
 
     def run():
         try:

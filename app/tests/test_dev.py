@@ -1,4 +1,4 @@
-"""`make app`: the application on a developer's machine."""
+"""Tests `make app`, which runs the application on a developer's machine."""
 
 import json
 import os
@@ -65,7 +65,7 @@ class Run:
 
 @contextmanager
 def running(**variables: str):
-    # The folder is not pytest's, because the database server's user can't access that.
+    # The folder is not pytest's, because the database server's user can't access pytest's folder.
     directory = Path(tempfile.mkdtemp(prefix="dev-"))
     directory.chmod(0o755)
     run = Run(directory, **variables)

@@ -30,7 +30,7 @@ def row(delivery: Delivery) -> dict:
 
 
 def lease_again(delivery: Delivery) -> None:
-    """Leases a delivery as the relay does for an attempt whose worker has died."""
+    """Queues a delivery again, as the relay does after the worker of an attempt has died."""
     Delivery.objects.filter(pk=delivery.pk).update(state=State.QUEUED)
 
 

@@ -1,4 +1,4 @@
-"""Clients can't forge log entries: tests of the running gunicorn and Django."""
+"""Tests on running gunicorn and Django that clients can't forge log entries."""
 
 import os
 import re

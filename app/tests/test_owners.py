@@ -1,4 +1,4 @@
-"""Tests that an owner can't see or change another owner's emails, or use up the other's limit."""
+"""Tests that an owner can't see or change another owner's emails, or use another's limit."""
 
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier

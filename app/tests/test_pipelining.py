@@ -19,7 +19,7 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch):
-    """Makes the server look fast, so that a worker claims several emails at a time."""
+    """Sets the pace of a fast server, so that a worker claims several emails at a time."""
     monkeypatch.setattr(Sender, "pace", 0.001)
     monkeypatch.setattr(Sender, "chunk_size", classmethod(lambda cls: delivering.LARGEST_CHUNK))
 

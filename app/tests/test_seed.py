@@ -1,4 +1,4 @@
-"""send_email and Django's mail functions, for code that does not use the tables."""
+"""Tests send_email and Django's mail functions, for code that does not use the tables."""
 
 import json
 import os
@@ -55,7 +55,7 @@ def test_unsupported_task_options_are_refused():
 
 
 def test_duplicate_message_is_stored_once():
-    """Messages of another project, which publishes the task by its name."""
+    """The messages are from another project, which publishes the task by its name."""
     for _ in range(2):
         send_email.push_request(id="4711")
         try:

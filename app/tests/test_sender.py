@@ -1,4 +1,4 @@
-"""Tests a worker with a message for several deliveries: chunks, loss of the database, kills."""
+"""Tests a worker with a message for several deliveries: chunks, a lost database, and kills."""
 
 import os
 import subprocess
@@ -44,7 +44,7 @@ def several(accept):
 
 @pytest.fixture
 def recorded(monkeypatch):
-    """The numbers of attempts that each statement ends and begins."""
+    """How many attempts each statement ends and begins."""
     calls, record = [], deliveries.record
 
     def note(ended, begin=()):

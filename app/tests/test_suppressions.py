@@ -1,4 +1,4 @@
-"""Tests of the suppression list of an owner."""
+"""Tests the suppression list of an owner."""
 
 import pytest
 from django.core.mail import send_mail

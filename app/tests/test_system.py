@@ -203,7 +203,7 @@ class Wire(socketserver.ThreadingTCPServer):
 
 
 def kill(process: subprocess.Popen) -> None:
-    """Kills a process and its children, like a power failure."""
+    """Kills a process and its children, as a power failure does."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -253,7 +253,7 @@ def test_email_accepted_without_a_broker_is_delivered_later(system, mailbox):
 
 
 def test_silent_broker_blocks_the_relay_for_seconds_only(system, mailbox):
-    """As during a memory alarm or a network failure, the connection is open without responses."""
+    """The broker does not respond on the open connection, as in an alarm or a network failure."""
     with (
         Wire().running() as wire,
         # If one of several threads waited forever, another thread would take over its leases.
@@ -271,7 +271,7 @@ def test_silent_broker_blocks_the_relay_for_seconds_only(system, mailbox):
 
 
 def test_two_copies_of_a_message_send_once(system, mailbox):
-    """Both wait in the queue until two processes are free."""
+    """Both messages wait in the queue until two processes are free."""
     email_id = system.post()
     system.manage("relay", "--once")
     publish = (
@@ -306,7 +306,7 @@ def test_email_survives_the_death_of_its_worker(system, mailbox):
 
 
 def test_stopped_worker_finishes_its_tasks_and_requeues_the_rest(system, mailbox):
-    """Stopped as by systemd with KillMode=mixed: only the main process gets TERM."""
+    """Stops the worker as systemd does with KillMode=mixed: only the main process gets TERM."""
     mailbox.gate.clear()
     with system.relay():
         emails = [system.post() for _ in range(6)]

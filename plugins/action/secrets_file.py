@@ -77,7 +77,7 @@ def decrypted(content: bytes, vault: VaultLib) -> tuple[str, object, str | None]
 
 
 def replace(path: Path, content: bytes) -> None:
-    """Replace the file by a new one that only its owner can read. Readers see either the old or the new content."""
+    """Replace the file with a new one that only its owner can read. Readers see either the old or the new content."""
     # Ansible ignores hidden files, so it never reads the temporary file of a killed run. The next run replaces that file.
     new = path.with_name(f".{path.name}.new")
     new.unlink(missing_ok=True)

@@ -7,7 +7,7 @@ STOP_SECONDS = 30
 
 
 def celery_workers_as_services(workers, name, app, program, log_level):
-    """Return one service per worker. `workers` have the defaults of celery_workers. `app` is the Celery module."""
+    """Return one service per worker. `workers` is celery_workers with all defaults. `app` is the Celery module."""
     return [_worker_as_service(worker, name, app, program, log_level) for worker in workers]
 
 

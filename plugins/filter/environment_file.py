@@ -12,7 +12,7 @@ NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 def environment_file(variables):
     """Return the text of an environment file, one line per variable.
 
-    Values have single quotes, which systemd's EnvironmentFile= and sh read in the same way. True and false are written in
+    Values are in single quotes, which systemd's EnvironmentFile= and sh read in the same way. True and false are written in
     lower case, lists with commas.
     """
     lines = []

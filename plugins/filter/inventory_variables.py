@@ -20,7 +20,7 @@ from jinja2 import UndefinedError, pass_context
 COLLECTION = Path(__file__).resolve().parents[2]
 REQUIRED_GROUPS = ("broker", "app", "web", "workers")
 OPTIONAL_GROUPS = ("database", "flower")
-# The roles that validate.yml checks, by the inventory group that each role applies to.
+# The roles that validate.yml checks, by the inventory group on whose hosts they run.
 ROLES = {
     "all": ("ca_certificates", "firewall"),
     "broker": ("erlang", "rabbitmq"),
@@ -35,7 +35,7 @@ SPECIFICATIONS = ("app_variable_specs", "wiring_variable_specs")
 
 
 def distance(one, other):
-    """Return how many letters must be added, removed, replaced or swapped with the next one to turn one word into the other."""
+    """Return the edit distance: how many letters to add, remove, replace or swap with the next one, to get the other word."""
     before: list[int] = []
     row = list(range(len(other) + 1))
     for i, letter in enumerate(one, 1):
@@ -258,7 +258,7 @@ def distribution_errors(values):
     sentences = []
     for program, title, otherwise in (
         ("rabbitmq", "RabbitMQ", "set rabbitmq_source to team_rabbitmq for another version"),
-        ("erlang", "Erlang", "allowed is that version"),
+        ("erlang", "Erlang", "use that version"),
     ):
         version, source = values.get(f"{program}_version"), values.get(f"{program}_source", "automatic")
         parts, shipped = version.split("."), row[program].split(".")

@@ -78,7 +78,7 @@ def _log_job(owner, user, log_directory):
 def launchd_jobs(services, owner, user, log_directory):
     """Return the jobs of services for the module launchd_jobs, and a job that rotates their logs.
 
-    `services` have the defaults of services_list. `user` is the user of daemons. It is empty for agents, which run as the user
+    `services` is services_list with all defaults. `user` is the user of daemons. It is empty for agents, which run as the user
     who loads them.
     """
     jobs = [_service_job(service, user, log_directory) for service in services]

@@ -10,7 +10,7 @@ def _label(kind, entry):
 
 
 def rabbitmq_missing_definitions(wanted, found):
-    """Return labels for objects in `wanted` that `found` lacks or has with other values, such as "queues mail.v1 in mailroom"."""
+    """Return labels for objects in `wanted` that are missing or different in `found`, such as "queues mail.v1 in mailroom"."""
     return [_label(kind, entry) for kind, entries in wanted.items() for entry in entries if entry not in found.get(kind, [])]
 
 

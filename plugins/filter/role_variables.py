@@ -22,8 +22,8 @@ TYPES: dict[str, tuple[Any, str]] = {
     "int": (int, "a whole number"),
     "list": (Sequence, "a list"),
     # A version such as 4.10 without quotes is the number 4.1.
-    "path": (str, "a text in quotes"),
-    "str": (str, "a text in quotes"),
+    "path": (str, "a quoted string"),
+    "str": (str, "a quoted string"),
 }
 
 

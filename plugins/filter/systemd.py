@@ -71,7 +71,7 @@ def _socket(service, app):
     unit = [("Description", f"Socket of {service['description']}"), ("PartOf", f"{app}.target")]
     listeners = [
         *(("ListenStream", address) for address in service["listen"]),
-        # A socket on [::] accepts no IPv4 connections, whatever the kernel's default is.
+        # A socket on [::] accepts no IPv4 connections, regardless of the kernel's default.
         ("BindIPv6Only", "ipv6-only"),
         ("Backlog", 2048),
     ]
@@ -124,7 +124,7 @@ def _packaged_unit(service):
     """Return the drop-in of a unit that a package installs."""
     if "listen" in service:
         listeners = _lines(("ListenStream", address) for address in service["listen"])
-        content = _file({"Socket": ["# The package's own addresses are forgotten first.", "ListenStream=", *listeners]})
+        content = _file({"Socket": ["# The empty value removes the package's addresses.", "ListenStream=", *listeners]})
         return {"name": f"{service['name']}.socket", "content": content, "packaged": True}
     content = _file({"Service": service["directives"]})
     return {"name": f"{service['name']}.service", "content": content, "packaged": True, "restart_on": service["restart_on"]}
@@ -133,7 +133,7 @@ def _packaged_unit(service):
 def systemd_units(services, app, user, after):
     """Return the units of services for the module systemd_units.
 
-    `services` have the defaults of services_list. `app` is empty if all services are packaged. `user` is the user and the
+    `services` is services_list with all defaults. `app` is empty if all services are packaged. `user` is the user and the
     group of the services. `after` lists units that start before them.
     """
     units = [{"name": f"{app}.target", "content": _target(app), "shared": True}] if app else []

@@ -141,7 +141,7 @@ class Broker:
     def verify(self, purge: Optional[Purge]) -> None:
         """Read the definitions until nothing differs.
 
-        An import silently ignores objects that it can't create, and other nodes may be slower.
+        An import silently ignores objects that it can't create, and other nodes may apply it later.
         """
         until = time.monotonic() + VISIBLE
         while True:

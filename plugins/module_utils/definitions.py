@@ -19,7 +19,7 @@ from ansible_collections.django_celery.stack.plugins.module_utils.password_hash 
     password_matches,
 )
 
-# An object of the variables or the definitions, or a part of an object: names of fields and their values.
+# An object from the variables or the definitions, or a part of it: field names and their values.
 Object = dict[str, Any]
 
 # RabbitMQ creates this user with a known password. The role always deletes it.
@@ -40,7 +40,7 @@ def pick(entry: Object, fields: Mapping[str, Any]) -> Object:
 
 
 def as_text(key: Object) -> dict[str, str]:
-    """Return a key as texts, so that keys that contain mappings can be looked up and printed."""
+    """Convert the parts of a key to texts, so that keys with mappings can be looked up and printed."""
     return {name: value if isinstance(value, str) else json.dumps(value, sort_keys=True) for name, value in key.items()}
 
 
@@ -48,7 +48,7 @@ def as_text(key: Object) -> dict[str, str]:
 class Kind:
     """A kind of object: its fields, and how its objects are compared and deleted."""
 
-    # The format of an object's title for people. It contains the keys.
+    # The format of an object's title in messages. It contains the keys.
     title: str
     # The list in the definitions that contains the objects.
     section: str
@@ -62,7 +62,7 @@ class Kind:
     constant: Mapping[str, str] = field(default_factory=dict)
     # Returns the values of a broker's object. Its second argument is the wanted values, to compare the password.
     read: Callable[[Object, Object], Object] = lambda actual, wanted: {name: actual.get(name) for name in wanted}
-    # The values of a missing object. If it is None, a missing object must be created.
+    # A missing object counts as an object with these values. None: a missing object must be created.
     absent: Optional[Object] = None
     # Returns the values to import with the key. Its arguments are the wanted values and the broker's object, if it exists.
     to_import: Callable[[Object, Optional[Object]], Object] = lambda wanted, actual: wanted
@@ -102,7 +102,7 @@ def lists(name: str) -> Callable[[Mapping[str, Any]], Iterable[Object]]:
 
 
 def permissions(name: str) -> Callable[[Mapping[str, Any]], Iterable[Object]]:
-    """Return a function that joins one list of all users, and adds the user to each entry."""
+    """Return a function that concatenates one list of all users, and adds the user to each entry."""
     return lambda variables: [
         {**entry, "user": user["name"]} for user in variables.get("users") or [] for entry in user.get(name) or []
     ]
@@ -193,7 +193,7 @@ KINDS = {
         keys={"component": REQUIRED, "vhost": REQUIRED, "name": REQUIRED},
         values={"value": {}},
         listed=vhost_limits,
-        # The broker exports limits that were cleared as an empty list.
+        # If a user's limits were cleared, the broker exports an empty list.
         read=lambda actual, wanted: {"value": actual["value"] or {}},
         absent={"value": {}},
     ),

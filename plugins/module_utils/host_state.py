@@ -52,7 +52,7 @@ def lock_holder(path: str) -> str:
 
     Return an empty string if no program holds one.
     """
-    # The fields of struct flock on Linux: type, meaning of the start, start, length, process ID.
+    # The fields of struct flock on Linux: type, base of the offset, offset, length, process ID.
     layout = "hhqqi4x"
     asked = struct.pack(layout, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
     try:

@@ -74,7 +74,7 @@ def runs(state: State) -> int:
 
 
 def is_stale(job: Job, state: State) -> bool:
-    """Return whether the job's process started before one of the job's files changed, or left no record of its start."""
+    """Return whether one of the job's files is newer than the job's process. A process without a recorded start counts as old."""
     pid = process(state)
     if pid is None or not job["restart_on"]:
         return False
@@ -240,7 +240,7 @@ class Jobs:
     def settle(self, jobs: list[Job], plists: dict[str, PropertyList], before: dict[str, int]) -> None:
         """Watch the started jobs until the longest settling time is over. Raises Failure if a job dies.
 
-        `before` has the runs of jobs that were already loaded.
+        `before` contains how often each loaded job had run before.
         """
         watched = [job for job in jobs if plists[job["name"]].get("KeepAlive")]
         until = time.monotonic() + max([job["settle"] for job in watched], default=0)
@@ -251,7 +251,7 @@ class Jobs:
                 pid, since = process(state), runs(state) - before.get(name, 0)
                 if since > 1 or (since == 1 and pid is None) or (pid is None and time.monotonic() > until + PATIENCE):
                     raise Failure(
-                        f"{name} was started and did not stay up: it is {state.get('state', 'not loaded')} "
+                        f"{name} was started but did not keep running: it is {state.get('state', 'not loaded')} "
                         f"(exit code {state.get('last exit code', 'unknown')}).\n{log_end(name, plists[name])}"
                     )
                 waiting |= pid is None

@@ -226,7 +226,7 @@ class Units:
                 state = states.get(name, {})
                 if state.get("ActiveState") != "active" or state.get("NRestarts", "0") not in ("0", ""):
                     raise Failure(
-                        f"{name} was started and did not stay up: it is {state.get('ActiveState')} "
+                        f"{name} was started but did not keep running: it is {state.get('ActiveState')} "
                         f"({state.get('SubState')}, {state.get('Result')}).\n{self.journal(name)}"
                     )
             if time.monotonic() >= until:
@@ -234,7 +234,7 @@ class Units:
             time.sleep(0.3)
 
     def journal(self, name: str) -> str:
-        """Return the last lines of a unit's journal, after the cause if another program uses an address of the unit."""
+        """Return the last lines of a unit's journal. If another program uses an address of the unit, name that program first."""
         command = ["journalctl", "--no-pager", "--lines=40", "--output=cat", "--unit", name]
         text = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False).stdout.strip()
         cause = ""

@@ -99,7 +99,7 @@ options:
     elements: path
     default: []
   requires:
-    description: Paths without which nothing is changed, such as a directory that a package creates.
+    description: Paths that must exist, such as a directory that a package creates. If one is missing, nothing is changed.
     type: list
     elements: path
     default: []

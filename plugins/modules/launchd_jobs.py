@@ -17,7 +17,7 @@ description:
   - Restarts a job whose process is older than a file in its O(jobs[].restart_on). Each run compares process and files again, so
     the next run completes a run that was killed between writing a file and the restart.
   - A job whose property list changes is booted out before the new property list is written. So launchd never runs a job with an
-    older property list than the one on disk. A run that is killed in between leaves an unloaded job, which the next run loads.
+    older property list than the one on disk. If a run is killed in between, the job is not loaded, and the next run loads it.
   - A restart is a boot-out and a load, not C(kickstart -k), which is documented to kill the job. At a boot-out, the job has its
     C(ExitTimeOut) to stop.
   - Waits to see that every started job keeps running. If a job exits, the module fails with the end of the job's log.

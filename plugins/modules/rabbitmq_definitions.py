@@ -41,12 +41,12 @@ options:
     type: path
     required: true
   vhosts:
-    description: As the role's C(rabbitmq_vhosts).
+    description: In the format of the role's C(rabbitmq_vhosts).
     type: list
     elements: dict
     default: []
   users:
-    description: As the role's C(rabbitmq_users).
+    description: In the format of the role's C(rabbitmq_users).
     type: list
     elements: dict
     default: []
@@ -79,37 +79,37 @@ options:
         elements: dict
         default: []
   policies:
-    description: As the role's C(rabbitmq_policies).
+    description: In the format of the role's C(rabbitmq_policies).
     type: list
     elements: dict
     default: []
   operator_policies:
-    description: As the role's C(rabbitmq_operator_policies).
+    description: In the format of the role's C(rabbitmq_operator_policies).
     type: list
     elements: dict
     default: []
   parameters:
-    description: As the role's C(rabbitmq_parameters).
+    description: In the format of the role's C(rabbitmq_parameters).
     type: list
     elements: dict
     default: []
   global_parameters:
-    description: As the role's C(rabbitmq_global_parameters).
+    description: In the format of the role's C(rabbitmq_global_parameters).
     type: list
     elements: dict
     default: []
   exchanges:
-    description: As the role's C(rabbitmq_exchanges).
+    description: In the format of the role's C(rabbitmq_exchanges).
     type: list
     elements: dict
     default: []
   queues:
-    description: As the role's C(rabbitmq_queues).
+    description: In the format of the role's C(rabbitmq_queues).
     type: list
     elements: dict
     default: []
   bindings:
-    description: As the role's C(rabbitmq_bindings).
+    description: In the format of the role's C(rabbitmq_bindings).
     type: list
     elements: dict
     default: []

@@ -236,13 +236,13 @@ class Migration(migrations.Migration):
                     "senders",
                     models.TextField(
                         blank=True,
-                        help_text="Addresses and @domains, separated by spaces. Empty: those of the settings.",
+                        help_text="Addresses and @domains, separated by spaces. Empty: the settings apply.",
                     ),
                 ),
                 (
                     "recipients_per_hour",
                     models.PositiveIntegerField(
-                        blank=True, help_text="Empty: as the settings say. 0: none.", null=True
+                        blank=True, help_text="Empty: the settings apply. 0: no limit.", null=True
                     ),
                 ),
                 (

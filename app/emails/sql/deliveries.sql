@@ -54,7 +54,7 @@ UPDATE emails_delivery AS d SET due_at = statement_timestamp(), published_at = N
 FROM leased WHERE d.id = leased.id
 
 -- name: requeue
--- Makes deliveries due again that still wait for a worker.
+-- Makes deliveries due again if they still wait for a worker.
 WITH queued AS MATERIALIZED (
   SELECT id FROM emails_delivery WHERE id = ANY (%(ids)s) AND state = 'queued'
   ORDER BY id FOR NO KEY UPDATE
@@ -80,7 +80,7 @@ RETURNING d.id, d.attempts, d.recipient, d.email_id,
   EXISTS (SELECT FROM emails_attachment AS a WHERE a.email_id = e.id)
 
 -- name: unclaim
--- Queues claimed deliveries again if nothing of them was sent.
+-- Queues claimed deliveries again if no part of them was sent.
 UPDATE emails_delivery AS d
 SET state = 'queued', attempts = attempts - 1, data_sent = false, published_at = NULL,
   due_at = statement_timestamp()

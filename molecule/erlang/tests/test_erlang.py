@@ -30,7 +30,7 @@ def test_just_in_time_compiler_is_enabled(host):
 
 
 def test_package_manager_prefers_the_pinned_version(host, is_el):
-    """The pin has a higher priority than other versions in the repositories."""
+    """The pin has a higher priority than the other versions in the repositories."""
     if is_el:
         with host.sudo():
             offered = host.check_output("dnf --quiet repoquery --queryformat '%{version}\n' erlang").split()
@@ -96,7 +96,7 @@ def test_removed_package_is_reinstalled(host, newer_release, run_playbook):
     assert host.package(name).version != version
 
 
-# Refused packages, on the stand-in of an EL host, which has bad repositories.
+# Refused packages, on the EL stand-in, which has invalid repositories.
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ def refused(host, install):
 
 @pytest.fixture
 def folder(host, stand_in, tmp_path):
-    """Returns a local folder with the package of a bad repository."""
+    """Returns a local folder with the package of an invalid repository."""
 
     def fetch(kind):
         with host.sudo():
@@ -185,7 +185,7 @@ def test_key_with_an_unexpected_fingerprint_is_not_copied(host, refused, stand_i
 
 
 def test_signed_rpm_from_a_folder_is_installed(host, install, folder):
-    """The RPM of the unsigned repository, in which only the metadata is unsigned."""
+    """Uses the RPM from the repository in which only the metadata is unsigned."""
     done = install(erlang_source="folder", erlang_folder=folder("unsigned"))
     assert done.returncode == 0, done.stdout
     assert host.package("erlang").version == "27.9"

@@ -1,4 +1,4 @@
-"""Tests Flower as the role flower installs it: login, permissions, and the events that it receives."""
+"""Tests Flower from the role flower: login, permissions, and the events that Flower receives."""
 
 from __future__ import annotations
 

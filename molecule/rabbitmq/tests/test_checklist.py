@@ -167,7 +167,7 @@ def test_listening_ports(root):
 def test_node_name_resolves_to_the_loopback_for_erlang_only(root):
     """The network resolves the name to another address.
 
-    With that address, tools could not reach a distribution port on loopback.
+    With that address, tools could not reach a distribution port on the loopback address.
     """
     assert not root("getent hosts $(hostname)").startswith("127.")
     root("rabbitmqctl --quiet await_startup")

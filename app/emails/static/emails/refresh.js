@@ -1,4 +1,4 @@
-// Keeps counts and states current without touching a half-written form.
+// Updates counts and states, but not a form that the user is filling in.
 const PERIOD = 3000;
 
 async function refresh() {

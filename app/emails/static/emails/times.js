@@ -1,4 +1,4 @@
-// Shows times in the reader's zone; without this script they are in UTC.
+// Shows times in the reader's time zone. Without this script, they are in UTC.
 const FORMAT = new Intl.DateTimeFormat("en-GB", {
   day: "numeric",
   month: "short",
