@@ -1,0 +1,135 @@
+"""Tests that a release or an environment that does not work changes nothing, and the return to an earlier release.
+
+The tests run on one host, since each builds a release and runs a playbook.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import requests
+
+PROJECT = Path(__file__).resolve().parents[3]
+testinfra_hosts = ["ansible://debian13"]
+
+
+def running(host):
+    """The services' environment file and release, and the start time of each unit."""
+    units = "mailroom-web.service mailroom-relay.service"
+    with host.sudo():
+        environment = host.check_output("sha256sum /opt/mailroom/current/environment")
+        release = host.check_output("readlink /opt/mailroom/current")
+        return environment, release, host.check_output(f"systemctl show --property ExecMainStartTimestampMonotonic --value {units}")
+
+
+def test_environment_that_the_application_rejects_changes_nothing(host, run_playbook, variables):
+    """The first play accepts the value, because only the application knows the allowed values."""
+    before = running(host)
+    done = run_playbook("playbooks/app.yml", app_environment={"LOG_LEVEL": "LOUD"})
+    assert done.returncode != 0
+    assert "`manage.py check --deploy --fail-level ERROR` failed" in done.stdout
+    assert "LOG_LEVEL" in done.stdout
+    assert "DEBUG, INFO, WARNING, ERROR or CRITICAL" in done.stdout
+    assert variables["secret_django_key"] not in done.stdout
+    assert running(host) == before
+    done = run_playbook("playbooks/app.yml")
+    assert done.returncode == 0, done.stdout
+    assert running(host) == before
+    with host.sudo():
+        assert host.check_output("find /etc/mailroom/environments -name '*.new'") == ""
+
+
+def web_state(host):
+    with host.sudo():
+        return host.check_output("systemctl is-active mailroom-web.service"), host.check_output("readlink /opt/mailroom/current")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """Returns a function that makes a copy of the project with another content of a file."""
+
+    def changed(path, text):
+        folder = tmp_path_factory.mktemp("project") / "app"
+        names = [".venv", "tests", "__pycache__", ".pytest_cache", "staticfiles"]
+        shutil.copytree(PROJECT / "app", folder, ignore=shutil.ignore_patterns(*names))
+        file = folder / path
+        file.write_text((file.read_text() if file.exists() else "") + text)
+        return str(folder)
+
+    return changed
+
+
+BROKEN = [
+    ("mailroom/wsgi.py", "\nraise RuntimeError('broken wsgi')\n", "RuntimeError: broken wsgi", {}),
+    ("mailroom/celery.py", "\nraise RuntimeError('broken celery')\n", "RuntimeError: broken celery", {}),
+    ("mailroom/asgi.py", "from django.core.asgi import get_asgi_application\napplication = get_asgi_application()\n",
+     "mailroom.asgi:application is an ASGI application", {"django_wsgi": "mailroom.asgi:application"}),
+    ("mailroom/settings.py", "\nDATABASES['default'] = {'ENGINE': 'django.db.backends.sqlite3', 'NAME': BASE_DIR / 'db.sqlite3'}\n",
+     "db.sqlite3 in the release", {}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "text", "cause", "more"), BROKEN, ids=["wsgi", "celery", "asgi", "database"])
+def test_release_that_does_not_work_is_refused_before_the_switch(host, run_playbook, project, path, text, cause, more):
+    before = running(host)
+    done = run_playbook("playbooks/app.yml", django_source=project(path, text), **more)
+    assert done.returncode != 0
+    assert cause in done.stdout
+    assert running(host) == before
+
+
+def test_unhealthy_release_is_switched_back(host, run_playbook, project, site):
+    """The application imports, passes its checks, and answers each request with an error."""
+    before = web_state(host)
+    text = "\nMIDDLEWARE.insert(0, 'mailroom.settings.broken')\ndef broken(get_response):\n    return lambda request: 1 / 0\n"
+    done = run_playbook("playbooks/app.yml", django_source=project("mailroom/settings.py", text))
+    assert done.returncode != 0
+    assert "/healthz at 127.0.0.1:8000 returns 500" in done.stdout
+    assert f"Release {before[1].rsplit('/', 1)[1]} is active again" in done.stdout.replace("\n", " ")
+    assert web_state(host) == before
+    assert requests.get(f"{site}/healthz", timeout=10).status_code == 200
+
+
+def test_environment_without_health_is_switched_back(host, run_playbook, site):
+    before = web_state(host)
+    done = run_playbook("playbooks/app.yml", app_allowed_hosts=["other.example.org"], django_health_host="localhost")
+    assert done.returncode != 0
+    assert "/healthz at 127.0.0.1:8000 returns 400" in done.stdout
+    assert web_state(host) == before
+    assert requests.get(f"{site}/healthz", timeout=10).status_code == 200
+    done = run_playbook("playbooks/app.yml")
+    assert (done.returncode, "changed=0" in done.stdout) == (0, True), done.stdout
+
+
+def test_rollback_returns_to_the_earlier_release(host, run_playbook, project, site):
+    _, first = web_state(host)
+    done = run_playbook("playbooks/app.yml", django_source=project("mailroom/new.py", "# A new release.\n"))
+    assert done.returncode == 0, done.stdout
+    _, second = web_state(host)
+    assert second != first
+    done = run_playbook("playbooks/ops/rollback.yml")
+    assert done.returncode == 0, done.stdout
+    assert web_state(host) == ("active", first)
+    assert requests.get(f"{site}/healthz", timeout=10).status_code == 200
+    done = run_playbook("playbooks/ops/rollback.yml", django_rollback_release="no-such-one")
+    assert done.returncode != 0
+    assert f"from the last activated one: {first.rsplit('/', 1)[1]}, {second.rsplit('/', 1)[1]}" in done.stdout.replace("\n", " ")
+
+
+def test_rollback_over_a_migration_is_refused(host, run_playbook, project):
+    """The database gets a migration that only the newer release contains."""
+    before = web_state(host)
+    text = "from django.db import migrations\nclass Migration(migrations.Migration):\n    dependencies = []\n"
+    newest = sorted(path.stem for path in (PROJECT / "app/emails/migrations").glob("0*.py"))[-1]
+    text = text.replace("[]", f"[('emails', '{newest}')]")
+    done = run_playbook("playbooks/app.yml", django_source=project("emails/migrations/9999_new.py", text))
+    assert done.returncode == 0, done.stdout
+    done = run_playbook("playbooks/ops/rollback.yml")
+    assert done.returncode != 0
+    assert "emails.9999_new" in done.stdout
+    assert web_state(host) != before
+    done = run_playbook("playbooks/ops/rollback.yml", django_rollback_over_migrations=True)
+    assert done.returncode == 0, done.stdout
+    assert web_state(host) == before
