@@ -134,14 +134,14 @@ def test_code_that_a_captured_service_planted_is_not_run(host, run_playbook):
         homes = {"/var/lib/mailroom", host.check_output("getent passwd mailroom | cut -d: -f6")}
         for home in homes:
             packages = f"{home}/.local/lib/python{version}/site-packages"
-            planted = f'mkdir -p {packages} && echo \'import os; open("/tmp/planted", "w")\' > {packages}/planted.pth'
+            planted = f'mkdir -p {packages} && echo \'import os; open("/var/lib/mailroom/planted", "w")\' > {packages}/planted.pth'
             host.run(f"cd / && runuser -u mailroom -- sh -c '{planted}'")
         host.check_output("test -e /var/lib/mailroom/.local")
     done = run_playbook("playbooks/app.yml")
     assert done.returncode == 0, done.stdout
     with host.sudo():
-        assert not host.file("/tmp/planted").exists
+        assert not host.file("/var/lib/mailroom/planted").exists
         # The file works if Python reads it: HOME is the planted directory.
         host.check_output("cd / && runuser -u mailroom -- env HOME=/var/lib/mailroom python3 -c ''")
-        assert host.file("/tmp/planted").exists
-        host.check_output("rm -r /tmp/planted /var/lib/mailroom/.local")
+        assert host.file("/var/lib/mailroom/planted").exists
+        host.check_output("rm -r /var/lib/mailroom/planted /var/lib/mailroom/.local")
