@@ -146,8 +146,6 @@ def test_restore_of_databases_requires_all_dumps(restore, tmp_path):
 def test_backup_directory_is_required(inventory, tmp_path, role, entry_point):
     tasks = [{"import_role": {"name": f"django_celery.stack.{role}", "tasks_from": entry_point}}]
     variables = {f"{role}_backup_directory": ""}
-    (tmp_path / "play.json").write_text(
-        json.dumps([{"hosts": "all", "gather_facts": False, "vars": variables, "tasks": tasks}])
-    )
+    (tmp_path / "play.json").write_text(json.dumps([{"hosts": "all", "gather_facts": False, "vars": variables, "tasks": tasks}]))
     _, _, output = playbook("-i", inventory, tmp_path / "play.json")
     assert f"{role}_backup_directory is empty; set it to a directory on the controller." in output

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import concurrent.futures
+import json
 import re
 import threading
+from pathlib import Path
 
 import pytest
 import requests
+import yaml
 
+PROJECT = Path(__file__).resolve().parents[3]
 EMAIL = {"subject": "Hello", "text": "Hello.", "to": ["somebody@example.net"]}
 
 
@@ -141,3 +145,86 @@ def test_run_fails_when_the_web_service_is_not_healthy(run_playbook):
     done = run_playbook("playbooks/app.yml", django_health_path="/no-such-path")
     assert done.returncode != 0
     assert "is not healthy: /no-such-path at 127.0.0.1:8000 returns 404" in done.stdout
+
+
+def test_run_with_changed_secrets_prints_no_secret(host, run_playbook, variables):
+    names = ("secret_django_key", "secret_app_metrics_token", "secret_rabbitmq_app_password")
+    changed = {name: f"Changed-{name}-0123456789-0123456789-0123456789" for name in names}
+    done = run_playbook("playbooks/app.yml", "-vvv", "--diff", **changed)
+    assert done.returncode == 0, done.stdout
+    assert "--- before: /etc/mailroom/environment" in done.stdout
+    with host.sudo():
+        text = host.check_output("cat /etc/mailroom/environment")
+    assert [name for name in names if changed[name] not in text] == []
+    again = run_playbook("playbooks/app.yml", "-vvv", "--diff")
+    assert again.returncode == 0, again.stdout
+    output = done.stdout + done.stderr + again.stdout + again.stderr
+    secrets = {name: value for name, value in variables.items() if name.startswith("secret_") and name != "secret_names"}
+    assert [name for name in changed if changed[name] in output] == []
+    assert [name for name, value in secrets.items() if value in output] == []
+
+
+def releases(host):
+    """The names of the releases, the current one first."""
+    current = host.check_output("basename $(readlink /opt/mailroom/current)")
+    return [current, *sorted(set(host.check_output("ls /opt/mailroom/releases").split()) - {current})]
+
+
+def test_older_releases_are_kept_and_pruned(host, run_playbook):
+    """Earlier releases are represented by empty directories."""
+    with host.sudo():
+        (first, *_) = releases(host)
+        for age in (1, 2, 3):
+            host.check_output(f"install -d -m 0750 /opt/mailroom/releases/older{age}")
+            host.check_output(f"touch --date '{age} years ago' /opt/mailroom/releases/older{age}")
+    # A release without this file has another content, so it is another release.
+    excluded = yaml.safe_load((PROJECT / "roles/django/defaults/main.yml").read_text())["django_source_exclude"]
+    done = run_playbook("playbooks/app.yml", django_source_exclude=[*excluded, "README.md"], django_releases_kept=3)
+    assert done.returncode == 0, done.stdout
+    with host.sudo():
+        (second, *others) = releases(host)
+    assert second != first
+    assert others == sorted([first, "older1"])
+    done = run_playbook("playbooks/app.yml", django_releases_kept=2)
+    assert done.returncode == 0, done.stdout
+    with host.sudo():
+        assert releases(host) == [first, second]
+
+
+def python_environment(folder):
+    """A playbook that creates a virtual environment from the requirements on the host."""
+    role = {
+        "role": "django_celery.stack.python_environment",
+        "python_environment_path": "/tmp/hashes/venv",
+        "python_environment_requirements": "/tmp/hashes/requirements.txt",
+        "python_environment_owner": "root",
+    }
+    path = folder / "play.json"
+    path.write_text(json.dumps([{"hosts": "all", "become": True, "roles": [role]}]))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("requirement", "refusal"),
+    [
+        pytest.param("asgiref==3.13.0", "--require-hashes", id="without a hash"),
+        pytest.param(f"asgiref==3.13.0 --hash=sha256:{'0' * 64}", "Hash mismatch for `asgiref==3.13.0`", id="with another hash"),
+    ],
+)
+def test_uv_refuses_a_package(host, run_playbook, tmp_path, requirement, refusal):
+    with host.sudo():
+        host.check_output(f"install -d /tmp/hashes && echo '{requirement}' >/tmp/hashes/requirements.txt")
+    done = run_playbook(python_environment(tmp_path))
+    assert done.returncode != 0
+    assert refusal in done.stdout, done.stdout
+
+
+def test_pip_refuses_uv_without_a_hash(host, run_playbook, tmp_path):
+    done = run_playbook(
+        python_environment(tmp_path),
+        __python_environment_uv_folder="/tmp/hashes/uv",
+        __python_environment_uv_lock="uv==0.1.0\n",
+    )
+    assert done.returncode != 0
+    assert "Hashes are required in --require-hashes mode" in done.stdout, done.stdout
+    assert not host.file("/tmp/hashes/uv/uv-0.1.0").exists

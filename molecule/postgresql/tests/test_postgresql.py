@@ -111,6 +111,19 @@ def test_password_is_not_on_command_lines_or_in_logs(host, variables):
     assert variables["secret_postgresql_app_password"] not in logs
 
 
+def test_run_with_changed_passwords_prints_no_password(host, connect, run_playbook, variables):
+    changed = {name: f"Changed-{name}-0123" for name in ("secret_postgresql_app_password", "secret_flower_password")}
+    done = run_playbook("playbooks/database.yml", "-vvv", "--diff", **changed)
+    assert done.returncode == 0, done.stdout
+    connect(password=changed["secret_postgresql_app_password"]).execute("SELECT 1")
+    with host.sudo("postgres"):
+        kept = host.check_output("psql -Atc \"SELECT rolpassword FROM pg_authid WHERE rolname IN ('mailroom', 'other')\"")
+    again = run_playbook("playbooks/database.yml", "-vvv", "--diff")
+    assert again.returncode == 0, again.stdout
+    for secret in [*changed.values(), *(variables[name] for name in changed), *kept.split()]:
+        assert secret not in done.stdout + done.stderr + again.stdout + again.stderr
+
+
 def test_restore_replaces_the_database_with_the_backup(connect, ops, tmp_path):
     connect().execute("DROP TABLE IF EXISTS kept; CREATE TABLE kept (id serial PRIMARY KEY, text text)")
     connect().execute("INSERT INTO kept (text) VALUES ('one'), ('zwölf')")
