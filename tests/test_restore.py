@@ -145,7 +145,9 @@ def test_restore_of_databases_requires_all_dumps(restore, tmp_path):
 @pytest.mark.parametrize("entry_point", ["backup", "restore"])
 def test_backup_directory_is_required(inventory, tmp_path, role, entry_point):
     tasks = [{"import_role": {"name": f"django_celery.stack.{role}", "tasks_from": entry_point}}]
-    variables = {f"{role}_backup_directory": ""}
-    (tmp_path / "play.json").write_text(json.dumps([{"hosts": "all", "gather_facts": False, "vars": variables, "tasks": tasks}]))
+    variables = {"postgresql_backup_directory": "", "rabbitmq_backup_directory": ""}
+    play = {"hosts": "all", "gather_facts": False, "vars": variables, "tasks": tasks}
+    (tmp_path / "play.json").write_text(json.dumps([play]))
     _, _, output = playbook("-i", inventory, tmp_path / "play.json")
+    assert f"Validating arguments against arg spec {entry_point} - " in output
     assert f"{role}_backup_directory is empty; set it to a directory on the controller." in output

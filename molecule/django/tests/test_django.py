@@ -195,8 +195,8 @@ def python_environment(folder):
     """A playbook that creates a virtual environment from the requirements on the host."""
     role = {
         "role": "django_celery.stack.python_environment",
-        "python_environment_path": "/tmp/hashes/venv",
-        "python_environment_requirements": "/tmp/hashes/requirements.txt",
+        "python_environment_path": "/opt/hashes/venv",
+        "python_environment_requirements": "/opt/hashes/requirements.txt",
         "python_environment_owner": "root",
     }
     path = folder / "play.json"
@@ -213,7 +213,7 @@ def python_environment(folder):
 )
 def test_uv_refuses_a_package(host, run_playbook, tmp_path, requirement, refusal):
     with host.sudo():
-        host.check_output(f"install -d /tmp/hashes && echo '{requirement}' >/tmp/hashes/requirements.txt")
+        host.check_output(f"install -d /opt/hashes && echo '{requirement}' >/opt/hashes/requirements.txt")
     done = run_playbook(python_environment(tmp_path))
     assert done.returncode != 0
     assert refusal in done.stdout, done.stdout
@@ -222,9 +222,9 @@ def test_uv_refuses_a_package(host, run_playbook, tmp_path, requirement, refusal
 def test_pip_refuses_uv_without_a_hash(host, run_playbook, tmp_path):
     done = run_playbook(
         python_environment(tmp_path),
-        __python_environment_uv_folder="/tmp/hashes/uv",
+        __python_environment_uv_folder="/opt/hashes/uv",
         __python_environment_uv_lock="uv==0.1.0\n",
     )
     assert done.returncode != 0
     assert "Hashes are required in --require-hashes mode" in done.stdout, done.stdout
-    assert not host.file("/tmp/hashes/uv/uv-0.1.0").exists
+    assert not host.file("/opt/hashes/uv/uv-0.1.0").exists
