@@ -149,5 +149,5 @@ def test_backup_directory_is_required(inventory, tmp_path, role, entry_point):
     play = {"hosts": "all", "gather_facts": False, "vars": variables, "tasks": tasks}
     (tmp_path / "play.json").write_text(json.dumps([play]))
     _, _, output = playbook("-i", inventory, tmp_path / "play.json")
-    assert f"Validating arguments against arg spec {entry_point} - " in output
+    assert f"Validating arguments against arg spec '{entry_point}' - " in output
     assert f"{role}_backup_directory is empty; set it to a directory on the controller." in output
