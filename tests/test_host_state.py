@@ -25,8 +25,12 @@ ME, GROUP = pwd.getpwuid(os.getuid()).pw_name, grp.getgrgid(os.getgid()).gr_name
 def state(check=False, **wanted):
     """The HostState object after a run with these options."""
     options = {"users": [], "directories": [], "files": [], "packages": {}, "look_at": [], "requires": [], **wanted}
-    module = SimpleNamespace(params=options, check_mode=check, set_default_selinux_context=lambda path, changed: changed)
+    warnings = []
+    module = SimpleNamespace(
+        params=options, check_mode=check, set_default_selinux_context=lambda path, changed: changed, warn=warnings.append
+    )
     host = HostState(module)
+    host.warnings = warnings
     host.run()
     return host
 
@@ -300,15 +304,17 @@ def test_packages_of_rpm(tmp_path, monkeypatch):
 def test_program_that_holds_the_lock_of_dpkg_is_named(dpkg, tmp_path, monkeypatch):
     lock = tmp_path / "lock"
     monkeypatch.setattr(host_state, "DPKG_LOCK", str(lock))
-    assert state(packages={"never": ""}).result["packages_locked_by"] == ""
+    assert state(packages={"never": ""}).warnings == []
     lock.write_text("")
-    assert state(packages={"never": ""}).result["packages_locked_by"] == ""
+    assert state(packages={"never": ""}).warnings == []
     held = "import fcntl, sys\nfile = open(sys.argv[1], 'w')\nfcntl.lockf(file, fcntl.LOCK_EX)\nprint('held', flush=True)\ninput()"
     with subprocess.Popen([sys.executable, "-c", held, lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "held\n"
-        assert state(packages={"never": ""}).result["packages_locked_by"].endswith(f" (process {process.pid})")
-        # The package is installed, so the module does not look for the lock's holder.
-        assert state(packages={"erlang-base": "1:27"}).result["packages_locked_by"] == ""
+        (sentence,) = state(packages={"never": ""}).warnings
+        assert f" (process {process.pid}) holds the lock of dpkg on {os.uname().nodename}. The installation waits" in sentence
+        # Nothing is installed: in check mode, or because the package is installed.
+        assert state(check=True, packages={"never": ""}).warnings == []
+        assert state(packages={"erlang-base": "1:27"}).warnings == []
         process.communicate("\n")
 
 

@@ -8,7 +8,7 @@ import json
 import pytest
 import yaml
 from ansible.errors import AnsibleFilterError
-from ansible_collections.django_celery.stack.plugins.filter.platform import platform_family, platform_python
+from ansible_collections.django_celery.stack.plugins.filter.platform import platform_ca_bundle, platform_family, platform_python
 from helpers import ROOT, playbook
 
 
@@ -201,6 +201,20 @@ def test_python_depends_on_the_platform(values, host, python, package):
 )
 def test_python_is_one_that_the_locks_have_packages_for(found, python):
     assert platform_python(found) == python
+
+
+@pytest.mark.parametrize(
+    ("found", "path"),
+    [
+        (HOSTS["debian13"], "/etc/ssl/certs/ca-certificates.crt"),
+        (HOSTS["ubuntu2404"], "/etc/ssl/certs/ca-certificates.crt"),
+        (HOSTS["el10"], "/etc/pki/ca-trust/extracted/pem/tls-ca-bundle.pem"),
+        ({"os_family": "Darwin", "architecture": "arm64"}, "/opt/homebrew/etc/ansible-ca-certificates/bundle.pem"),
+        ({"os_family": "Darwin", "architecture": "x86_64"}, "/usr/local/etc/ansible-ca-certificates/bundle.pem"),
+    ],
+)
+def test_ca_bundle_is_the_one_of_the_platform(found, path):
+    assert platform_ca_bundle(found) == path
 
 
 @pytest.mark.parametrize("host", HOSTS)

@@ -284,7 +284,7 @@ def test_systemd_analyze_accepts_the_units(rendered, tmp_path):
 
 
 def test_alternative_values_reach_the_services(rendered):
-    usual, other = rendered["usual"], rendered["alternative"]
+    other = rendered["alternative"]
     worker = dict(settings(other["mailroom-worker@mail.service"]))
     assert (worker["User"], worker["WorkingDirectory"]) == ("tasks", "/srv/tasks")
     assert worker["EnvironmentFile"] == "/srv/tasks.env"

@@ -1,4 +1,4 @@
-"""Returns the OS family of a host. Roles load variables and tasks by this family. An unsupported platform is an error."""
+"""Returns the OS family of a host, its Python and its CA bundle. Roles load variables and tasks by the family."""
 
 from __future__ import annotations
 
@@ -15,6 +15,10 @@ VERSIONS = {
     "MacOSX": ("14", "15", "26", "27"),
     "Ubuntu": ("24.04", "26.04"),
     **dict.fromkeys(("RedHat", "Rocky", "AlmaLinux", "CentOS", "OracleLinux"), ("9", "10")),
+}
+CA_BUNDLES = {
+    "Debian": "/etc/ssl/certs/ca-certificates.crt",
+    "RedHat": "/etc/pki/ca-trust/extracted/pem/tls-ca-bundle.pem",
 }
 OLD_EL = "only Python 3.6 can use its dnf, and Ansible no longer runs on Python 3.6"
 
@@ -42,6 +46,20 @@ def platform_python(facts):
     return "python3.12" if is_el9 else "python3"
 
 
+def platform_ca_bundle(facts):
+    """Return the path of the file with the trusted certificate authorities. The role ca_certificates adds to them."""
+    if facts["os_family"] == "Darwin":
+        homebrew = "/opt/homebrew" if facts["architecture"] == "arm64" else "/usr/local"
+        # The role writes this file, since macOS has no file that a program may extend.
+        return f"{homebrew}/etc/ansible-ca-certificates/bundle.pem"
+    # On the Red Hat family, the link /etc/pki/tls/certs/ca-bundle.crt points to this file.
+    return CA_BUNDLES[facts["os_family"]]
+
+
 class FilterModule:
     def filters(self):
-        return {"platform_family": platform_family, "platform_python": platform_python}
+        return {
+            "platform_ca_bundle": platform_ca_bundle,
+            "platform_family": platform_family,
+            "platform_python": platform_python,
+        }

@@ -1,7 +1,7 @@
 """Runs management commands and imports of a Django project in one process, so that the project is imported once.
 
-The module `management_commands` passes this file's text to the project's Python, which needs only Django, and Celery if a step imports
-a Celery application.
+The module `management_commands` passes this file's text to the project's Python. It needs only Django, and Celery if a step imports a
+Celery application.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def databases_outside_release(_: str) -> None:
             continue
         if os.path.realpath(path).startswith(os.path.realpath(".") + os.sep):
             sys.exit(
-                f"The database '{alias}' is the file {path} in the release. The services can't write there, and the next release has "
-                "another directory. Use a database server, or a file in the application's directory in /var/lib."
+                f"The database '{alias}' is the file {path} in the release. The services can't write there, and the next release "
+                "has another directory. Use a database server, or a file in the application's directory in /var/lib."
             )
 
 
@@ -70,7 +70,6 @@ def unknown_migrations(_: str) -> None:
     for connection in connections.all():
         loader = MigrationLoader(connection)
         unknown += [".".join(key) for key in loader.applied_migrations if key not in loader.disk_migrations]
-    # An application that this release does not install has tables that the release does not use, but its data was written by newer code.
     if unknown:
         sys.exit("The database has migrations that this release does not know: " + ", ".join(sorted(set(unknown))) + ".")
 

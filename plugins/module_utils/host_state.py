@@ -102,7 +102,8 @@ class HostState:
         self.result["packages_missing"] = [
             name for name, pattern in wanted["packages"].items() if name not in versions or not re.match(pattern, versions[name])
         ]
-        self.result["packages_locked_by"] = lock_holder(DPKG_LOCK) if self.result["packages_missing"] else ""
+        if self.result["packages_missing"] and not self.check:
+            self.warn_about_lock()
         paths = {path: os.path.exists(path) for path in [*wanted["look_at"], *wanted["requires"]]}
         self.result["exists"] = paths
         self.result["links"] = {path: os.readlink(path) for path in paths if os.path.islink(path)}
@@ -115,6 +116,15 @@ class HostState:
             self.directory(directory)
         for file in wanted["files"]:
             self.file(file)
+
+    def warn_about_lock(self) -> None:
+        """Warn if another program holds the lock of dpkg: the role's next task waits for it without output."""
+        holder = lock_holder(DPKG_LOCK)
+        if holder:
+            self.module.warn(
+                f"{holder} holds the lock of dpkg on {os.uname().nodename}. The installation waits for it, at most "
+                "host_package_lock_timeout seconds."
+            )
 
     def changes(self, path: str, before: object, after: object) -> None:
         """Add a diff entry. Ansible prints values other than texts as JSON."""

@@ -17,7 +17,8 @@ description:
   - Each call of a module takes Ansible a quarter of a second per host. One call of this module replaces several calls of
     M(ansible.builtin.user), M(ansible.builtin.file), M(ansible.builtin.copy) and M(ansible.builtin.stat). So a run that changes
     nothing needs one call per role.
-  - Installs no packages. A role calls the package manager's module only if RV(packages_missing) is not empty.
+  - Installs no packages. A role calls the package manager's module only if RV(packages_missing) is not empty. If another program
+    then holds the lock of dpkg, this module warns about it, except in check mode.
 options:
   users:
     description: System users that can't log in. Their home directories are not created.
@@ -131,11 +132,6 @@ packages_missing:
   elements: str
   returned: always
   sample: []
-packages_locked_by:
-  description: If a package is missing, the program that holds the lock of dpkg, with its process ID. Otherwise an empty string.
-  type: str
-  returned: always
-  sample: unattended-upgr (process 812)
 exists:
   description: Whether each path of O(look_at) and O(requires) exists. A link counts when its target exists.
   type: dict

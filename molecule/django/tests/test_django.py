@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import concurrent.futures
+import json
 import re
 import threading
+from pathlib import Path
 
 import pytest
 import requests
 
+PROJECT = Path(__file__).resolve().parents[3]
 EMAIL = {"subject": "Hello", "text": "Hello.", "to": ["somebody@example.net"]}
 
 
@@ -145,3 +148,59 @@ def test_code_that_a_captured_service_planted_is_not_run(host, run_playbook):
         host.check_output("cd / && runuser -u mailroom -- env HOME=/var/lib/mailroom python3 -c ''")
         assert host.file("/var/lib/mailroom/planted").exists
         host.check_output("rm -r /var/lib/mailroom/planted /var/lib/mailroom/.local")
+
+
+def test_run_with_changed_secrets_prints_no_secret(host, run_playbook, variables):
+    names = ("secret_django_key", "secret_app_metrics_token", "secret_rabbitmq_app_password")
+    changed = {name: f"Changed-{name}-0123456789-0123456789-0123456789" for name in names}
+    done = run_playbook("playbooks/app.yml", "-vvv", "--diff", **changed)
+    assert done.returncode == 0, done.stdout
+    assert "--- before: /etc/mailroom/environments/" in done.stdout
+    with host.sudo():
+        text = host.check_output("cat /opt/mailroom/current/environment")
+    assert [name for name in names if changed[name] not in text] == []
+    again = run_playbook("playbooks/app.yml", "-vvv", "--diff")
+    assert again.returncode == 0, again.stdout
+    output = done.stdout + done.stderr + again.stdout + again.stderr
+    secrets = {name: value for name, value in variables.items() if name.startswith("secret_") and name != "secret_names"}
+    assert [name for name in changed if changed[name] in output] == []
+    assert [name for name, value in secrets.items() if value in output] == []
+
+
+def python_environment(folder):
+    """A playbook that creates a virtual environment from the requirements on the host."""
+    role = {
+        "role": "django_celery.stack.python_environment",
+        "python_environment_path": "/opt/hashes/venv",
+        "python_environment_requirements": "/opt/hashes/requirements.txt",
+        "python_environment_owner": "root",
+    }
+    path = folder / "play.json"
+    path.write_text(json.dumps([{"hosts": "all", "become": True, "roles": [role]}]))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("requirement", "refusal"),
+    [
+        pytest.param("asgiref==3.13.0", "--require-hashes", id="without a hash"),
+        pytest.param(f"asgiref==3.13.0 --hash=sha256:{'0' * 64}", "Hash mismatch for `asgiref==3.13.0`", id="with another hash"),
+    ],
+)
+def test_uv_refuses_a_package(host, run_playbook, tmp_path, requirement, refusal):
+    with host.sudo():
+        host.check_output(f"install -d /opt/hashes && echo '{requirement}' >/opt/hashes/requirements.txt")
+    done = run_playbook(python_environment(tmp_path))
+    assert done.returncode != 0
+    assert refusal in done.stdout, done.stdout
+
+
+def test_pip_refuses_uv_without_a_hash(host, run_playbook, tmp_path):
+    done = run_playbook(
+        python_environment(tmp_path),
+        __python_environment_uv_folder="/opt/hashes/uv",
+        __python_environment_uv_lock="uv==0.1.0\n",
+    )
+    assert done.returncode != 0
+    assert "Hashes are required in --require-hashes mode" in done.stdout, done.stdout
+    assert not host.file("/opt/hashes/uv/uv-0.1.0").exists

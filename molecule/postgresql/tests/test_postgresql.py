@@ -111,6 +111,19 @@ def test_password_is_not_on_command_lines_or_in_logs(host, variables):
     assert variables["secret_postgresql_app_password"] not in logs
 
 
+def test_run_with_changed_passwords_prints_no_password(host, connect, run_playbook, variables):
+    changed = {name: f"Changed-{name}-0123" for name in ("secret_postgresql_app_password", "secret_flower_password")}
+    done = run_playbook("playbooks/database.yml", "-vvv", "--diff", **changed)
+    assert done.returncode == 0, done.stdout
+    connect(password=changed["secret_postgresql_app_password"]).execute("SELECT 1")
+    with host.sudo("postgres"):
+        kept = host.check_output("psql -Atc \"SELECT rolpassword FROM pg_authid WHERE rolname IN ('mailroom', 'other')\"")
+    again = run_playbook("playbooks/database.yml", "-vvv", "--diff")
+    assert again.returncode == 0, again.stdout
+    for secret in [*changed.values(), *(variables[name] for name in changed), *kept.split()]:
+        assert secret not in done.stdout + done.stderr + again.stdout + again.stderr
+
+
 def test_restore_replaces_the_database_with_the_backup(connect, ops, tmp_path):
     connect().execute("DROP TABLE IF EXISTS kept; CREATE TABLE kept (id serial PRIMARY KEY, text text)")
     connect().execute("INSERT INTO kept (text) VALUES ('one'), ('zwölf')")
@@ -130,14 +143,39 @@ def test_restore_replaces_the_database_with_the_backup(connect, ops, tmp_path):
     assert connect().execute("INSERT INTO kept (text) VALUES ('three') RETURNING id").fetchone() == (3,)
 
 
-def test_restore_of_a_broken_dump_does_not_change_the_database(connect, ops, tmp_path):
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        pytest.param(lambda dumps: (b"", dumps["other"]), "mailroom.pgc is not a complete dump", id="empty"),
+        pytest.param(lambda dumps: (b"PGDMP no dump", dumps["other"]), "mailroom.pgc is not a complete dump", id="no dump"),
+        pytest.param(
+            lambda dumps: (dumps["mailroom"][: -len(dumps["mailroom"]) // 3], dumps["other"]),
+            "mailroom.pgc is not a complete dump that this host can restore: pg_restore: error:",
+            id="truncated",
+        ),
+        pytest.param(
+            lambda dumps: (dumps["mailroom"], dumps["mailroom"]),
+            "other.pgc is a dump of the database mailroom, not of other.",
+            id="dump of another database",
+        ),
+    ],
+)
+def test_restore_refuses_a_broken_or_foreign_dump(host, connect, ops, tmp_path, damage, sentence):
     connect().execute("DROP TABLE IF EXISTS kept; CREATE TABLE kept (id serial PRIMARY KEY, text text)")
-    connect().execute("INSERT INTO kept (text) VALUES ('one')")
-    before = rows(connect())
-    for name in ("mailroom", "other"):
-        (tmp_path / f"{name}.pgc").write_bytes(b"PGDMP no dump")
-    assert ops("restore_postgresql", "--extra-vars", "confirm=yes").returncode != 0
-    assert rows(connect()) == before
+    connect().execute("INSERT INTO kept (text) SELECT md5(n::text) FROM generate_series(1, 1000) n")
+    done = ops("backup_postgresql")
+    assert done.returncode == 0, done.stdout + done.stderr
+    files = {name: tmp_path / f"{name}.pgc" for name in ("mailroom", "other")}
+    for file, content in zip(files.values(), damage({name: file.read_bytes() for name, file in files.items()}), strict=True):
+        file.write_bytes(content)
+    connect().execute("DELETE FROM kept WHERE id > 1")
+    done = ops("restore_postgresql", "--extra-vars", "confirm=yes")
+    assert done.returncode != 0
+    assert sentence in done.stdout, done.stdout
+    assert len(rows(connect())) == 1
+    with host.sudo("postgres"):
+        assert "_restored" not in host.check_output("psql -Atc 'SELECT datname FROM pg_database'")
+    assert not host.file("/var/lib/postgresql-dumps").exists
 
 
 def test_killed_server_restarts_with_committed_data(host, connect, eventually):

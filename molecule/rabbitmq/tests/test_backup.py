@@ -134,3 +134,16 @@ def test_restore_reports_differences_from_the_backup(api, play, tmp_path):
     api("queues/mailroom/mail.q", "DELETE")
     assert code != 0
     assert "still differs from the backup: queues mail.q in mailroom." in output
+
+
+def test_restore_of_a_broken_backup_does_not_change_the_broker(api, play, host, tmp_path):
+    code, output = play("playbooks/ops/backup_rabbitmq.yml")
+    assert code == 0, output
+    kept = json.loads((tmp_path / "definitions.json").read_text())
+    (tmp_path / "definitions.json").write_text(json.dumps({**kept, "rabbitmq_version": "9.9.1"}))
+    with host.sudo():
+        before = comparable(api("definitions")), host.check_output(FILES)
+        code, output = play("playbooks/ops/restore_rabbitmq.yml", "--extra-vars", "confirm=yes")
+        assert code != 0
+        assert "definitions.json can't be restored: it is from RabbitMQ 9.9.1, which is newer than" in output
+        assert (comparable(api("definitions")), host.check_output(FILES)) == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import time
 
@@ -236,3 +237,41 @@ def test_changed_erlang_cookie_restarts_the_broker(host, run_playbook):
     assert done.returncode == 0, done.stdout
     with host.sudo():
         host.check_output("rabbitmqctl --quiet await_startup")
+
+
+SECRETS = (
+    "secret_rabbitmq_administrator_password",
+    "secret_rabbitmq_app_password",
+    "secret_rabbitmq_flower_password",
+    "secret_rabbitmq_erlang_cookie",
+)
+
+
+def hashes(host):
+    """The hashes in the definitions file and in the broker."""
+    with host.sudo():
+        text = host.check_output("cat /etc/rabbitmq/definitions.json; rabbitmqctl --quiet export_definitions - --format json")
+    found = re.findall(r'"password_hash": *"([^"]+)"', text)
+    assert len(found) > 3
+    return found
+
+
+def test_run_with_changed_secrets_prints_no_secret(host, api, run_playbook, variables):
+    """The changed cookie is only shown in check mode, since another cookie would restart the broker."""
+    changed = {name: f"Changed{name.replace('_', '')}0123" for name in SECRETS}
+    kept = hashes(host)
+    checked = run_playbook("playbooks/broker.yml", "-vvv", "--diff", "--check", **changed)
+    assert checked.returncode == 0, checked.stdout
+    for file in ("/var/lib/rabbitmq/.erlang.cookie", "/etc/rabbitmq/definitions.json"):
+        assert f"--- before: {file}" in checked.stdout
+    passwords = {name: changed[name] for name in SECRETS if name != "secret_rabbitmq_erlang_cookie"}
+    done = run_playbook("playbooks/broker.yml", "-vvv", "--diff", **passwords)
+    assert done.returncode == 0, done.stdout
+    assert api("whoami", auth=("admin", changed["secret_rabbitmq_administrator_password"]))["name"] == "admin"
+    kept += hashes(host)
+    again = run_playbook("playbooks/broker.yml", "-vvv", "--diff")
+    assert again.returncode == 0, again.stdout
+    assert api("whoami")["name"] == "admin"
+    output = "".join(run.stdout + run.stderr for run in (checked, done, again))
+    for secret in [*changed.values(), *(variables[name] for name in SECRETS), *kept]:
+        assert secret not in output
