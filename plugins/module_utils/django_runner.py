@@ -1,7 +1,7 @@
 """Runs management commands and imports of a Django project in one process, so that the project is imported once.
 
-The module `management_commands` passes this file's text to the project's Python. It needs only Django, and Celery if a step imports a
-Celery application.
+The module `management_commands` passes this file's text to the project's Python. It needs Django, and Celery to import a Celery
+application.
 """
 
 from __future__ import annotations
