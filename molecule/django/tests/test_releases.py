@@ -10,9 +10,15 @@ from pathlib import Path
 
 import pytest
 import requests
+import testinfra
 
 PROJECT = Path(__file__).resolve().parents[3]
-testinfra_hosts = ["ansible://debian13"]
+
+
+@pytest.fixture(scope="module")
+def host(request):
+    """One host. Without this fixture, the tests would run on each host of the scenario."""
+    return testinfra.get_host("ansible://debian13", ansible_inventory=request.config.option.ansible_inventory)
 
 
 def running(host):
