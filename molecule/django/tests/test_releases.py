@@ -44,7 +44,7 @@ def test_environment_that_the_application_rejects_changes_nothing(host, run_play
     assert done.returncode == 0, done.stdout
     assert running(host) == before
     with host.sudo():
-        assert host.check_output("find /etc/mailroom/environments -name '*.new'") == ""
+        assert host.run("test -e $(readlink -f /opt/mailroom/current/environment).new").rc == 1
 
 
 def web_state(host):
