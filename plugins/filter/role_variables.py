@@ -71,7 +71,8 @@ def misnamed(name, role, options):
 
 def missing(options, defined):
     """Return an error for each required option that is not in `defined`."""
-    return [f"{name} is missing; it is required." for name, option in options.items() if option.get("required") and name not in defined]
+    required = [name for name, option in options.items() if option.get("required")]
+    return [f"{name} is missing; it is required." for name in required if name not in defined]
 
 
 @pass_context
