@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import tempfile
-from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -18,6 +17,7 @@ from ansible_collections.django_celery.stack.plugins.filter import celery_lock, 
 from helpers import ROOT, load
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jinja2 import Environment
 
 # Names
 
@@ -43,7 +43,9 @@ def option(kind="str", **more):
     return {"type": kind, **more}
 
 
+USER = {"name": option(required=True), "tags": option("list", elements="str", choices=["a", "b"])}
 OPTIONS = {
+    "broker_name": option(required=True),
     "broker_port": option("int"),
     "broker_share": option("float"),
     "broker_on": option("bool"),
@@ -51,7 +53,9 @@ OPTIONS = {
     "broker_password": option(no_log=True),
     "broker_settings": option("dict"),
     "broker_plugins": option("list", elements="str"),
-    "broker_users": option("list", elements="dict", options={"name": option(), "tags": option("list", elements="str")}),
+    "broker_source": option(choices=["package", "folder"]),
+    "broker_users": option("list", elements="dict", options=USER),
+    "host_lock": option("int"),
 }
 
 
@@ -63,16 +67,23 @@ def faults(tmp_path):
     (tmp_path / "broker/meta/argument_specs.yml").write_text(yaml.safe_dump(specs))
 
     def find(**variables):
-        context = SimpleNamespace(resolve=variables.__getitem__)
+        context = Environment().from_string("").new_context({"broker_name": "mq", **variables})  # noqa: S701 - the template is empty
         return role_variables.role_variable_errors(context, variables.keys(), str(tmp_path / "broker"))
 
     return find
 
 
 def test_valid_internal_and_foreign_variables_are_accepted(faults):
-    users = [{"name": "a", "tags": ["b"]}, {"name": "c", "more": 1}]
+    users = [{"name": "a", "tags": ["b"]}, {"name": "c"}]
     assert faults(broker_port=1, broker_share=1, broker_on=False, broker_version="4.10", broker_users=users) == []
     assert faults(broker_settings={"a": 1}, broker_plugins=[], __broker_prot=1, brokers="", other_prot=1) == []
+
+
+def test_missing_variable_is_reported_unless_the_playbook_defines_it():
+    # new_context has the variables of the playbook too, such as those that it passes to the role.
+    context = Environment().from_string("").new_context({"broker_port": 1})  # noqa: S701 - the template is empty
+    assert role_variables.missing(OPTIONS, context) == ["broker_name is missing; it is required."]
+    assert role_variables.missing(OPTIONS, {"broker_name": ""}) == []
 
 
 def test_misspelt_variable_is_reported_with_a_suggestion(faults):
@@ -100,10 +111,15 @@ def test_without_a_similar_name_all_variables_are_listed(faults):
         ("broker_plugins", ["a", 1], "broker_plugins[1] is 1, not a quoted string."),
         ("broker_users", ["a"], "broker_users[0] is 'a', not a mapping."),
         ("broker_users", [{"name": "a", "tags": "b"}], "broker_users[0].tags is 'b', not a list."),
+        ("broker_source", "snap", "broker_source is 'snap'; allowed are package, folder."),
+        ("broker_users", [{"name": "a", "tags": ["b", "c"]}], "broker_users[0].tags[1] is 'c'; allowed are a, b."),
+        ("broker_users", [{"name": "a", "more": 1}], "broker_users[0] has more; allowed are name, tags."),
+        ("broker_users", [{"tags": []}], "broker_users[0] has no name, which is required."),
+        ("host_lock", "600", "host_lock is '600', not a whole number."),
         ("broker_password", 123456, "broker_password is not a quoted string."),
     ],
 )
-def test_value_of_another_type_is_shown_unless_it_is_secret(faults, name, value, sentence):
+def test_value_that_the_specs_do_not_allow_is_shown_unless_it_is_secret(faults, name, value, sentence):
     assert faults(**{name: value}) == [sentence]
 
 

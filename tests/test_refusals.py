@@ -51,27 +51,30 @@ def versions(rabbitmq, erlang):
 
 # The cases by host group: the variables of each case, and its error message. The group's name starts with the role's name.
 REFUSED = {
-    # Ansible's validation of argument_specs.
+    # Choices and keys in the argument specs.
     "rabbitmq specs": [
         (
             {"rabbitmq_source": "snap"},
-            "value of rabbitmq_source must be one of: automatic, distribution, team_rabbitmq, folder, got: snap",
+            "rabbitmq_source is 'snap'; allowed are automatic, distribution, team_rabbitmq, folder.",
         ),
         (
             {"rabbitmq_policies": [{**POLICY, "apply_to": "queue"}]},
-            "value of apply_to must be one of: all, queues, classic_queues, quorum_queues, streams, exchanges, got: queue found in "
-            "rabbitmq_policies",
+            "rabbitmq_policies[0].apply_to is 'queue'; allowed are all, queues, classic_queues, quorum_queues, streams, exchanges.",
         ),
         (
             {"rabbitmq_users": [{**USER, "tag": []}]},
-            "rabbitmq_users.tag. Supported parameters include: limits, name, password, permissions, tags, topic_permissions.",
+            "rabbitmq_users[0] has tag; allowed are limits, name, password, permissions, tags, topic_permissions.",
+        ),
+        (
+            {"rabbitmq_exchanges": [{"name": "orders", "type": "topic"}]},
+            "rabbitmq_exchanges[0] has no vhost, which is required.",
         ),
     ],
     "rabbitmq secrets": [({"secret_rabbitmq_erlang_cookie": "{{ not_generated }}"}, "'not_generated' is undefined")],
     "celery specs": [
         (
             {"celery_workers": [{**WORKER, "pool": "fork"}]},
-            "value of pool must be one of: prefork, threads, solo, got: fork found in celery_workers",
+            "celery_workers[0].pool is 'fork'; allowed are prefork, threads, solo.",
         ),
     ],
     "rabbitmq administrator": [

@@ -234,7 +234,7 @@ def common_variable_errors(values, inventory_dir, sources):
 
 
 def layer_variable_errors(values, group_names):
-    """Return the errors in the names and types of a host's role variables, before an expression uses these variables."""
+    """Return the errors of a host's role variables according to the argument specs, before an expression uses these variables."""
     sentences = []
     for role in (role for group in ("all", *group_names) for role in ROLES.get(group, ())):
         options = role_options(COLLECTION / "roles" / role)

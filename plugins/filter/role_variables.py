@@ -1,6 +1,7 @@
-"""Finds errors in a role's variables that Ansible does not report: misspelt names, and values with a wrong type.
+"""Finds errors in a role's variables: names, missing variables, types and choices.
 
-validate_argument_spec accepts the text '5672' for a number and 'a,b' for a list, and does not convert the variable.
+The check replaces validate_argument_spec, which costs a task per role. That module does not report misspelt names. It accepts the
+text '5672' for a number and 'a,b' for a list, and does not convert the variable.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ TYPES: dict[str, tuple[Any, str]] = {
 
 
 def mistyped(name, spec, value):
-    """Yield an error for each value, including nested values, that does not have the type of its option."""
+    """Yield the errors of a value and of the values in it: wrong types and choices, unknown and missing keys."""
     kind = spec.get("type", "str")
     types, wanted = TYPES[kind]
     # In Python, strings are sequences, and True and False are integers.
@@ -37,13 +38,21 @@ def mistyped(name, spec, value):
         shown = "not" if spec.get("no_log") or isinstance(value, (Mapping, list)) else f"{value!r}, not"
         yield f"{name} is {'empty, not' if value is None else shown} {wanted}."
     elif kind == "list":
-        element = {"type": spec.get("elements", "str"), "options": spec.get("options"), "no_log": spec.get("no_log")}
+        # For a list, Ansible's specs give the choices and options of an element.
+        element = {**spec, "type": spec.get("elements", "str"), "elements": "str"}
         for number, item in enumerate(value):
             yield from mistyped(f"{name}[{number}]", element, item)
     elif kind == "dict":
-        for key, option in (spec.get("options") or {}).items():
+        options = spec.get("options") or {}
+        if options and (unknown := [str(key) for key in value if key not in options]):
+            yield f"{name} has {', '.join(unknown)}; allowed are {', '.join(sorted(options))}."
+        for key, option in options.items():
             if key in value:
                 yield from mistyped(f"{name}.{key}", option, value[key])
+            elif option.get("required"):
+                yield f"{name} has no {key}, which is required."
+    elif "choices" in spec and value not in spec["choices"]:
+        yield f"{name} is {value!r}; allowed are {', '.join(map(str, spec['choices']))}."
 
 
 def role_options(role_path):
@@ -60,17 +69,24 @@ def misnamed(name, role, options):
     return f"{name} is not a variable of the role {role}{hint}"
 
 
+def missing(options, defined):
+    """Return an error for each required option that is not in `defined`."""
+    required = [name for name, option in options.items() if option.get("required")]
+    return [f"{name} is missing; it is required." for name in required if name not in defined]
+
+
 @pass_context
 def role_variable_errors(context, names, role_path):
-    """Return the errors of the variables that begin with the role's name: unknown names and wrong types.
+    """Return the errors of a role's variables: unknown and missing names, and values that the role's argument specs do not allow.
 
     `names` are the names of a host's variables. `role_path` is the role's directory. Registered and internal variables begin
     with two underscores and are not checked.
     """
     role = Path(role_path).name
     options = role_options(role_path)
-    sentences = []
-    for name in sorted(name for name in names if name.startswith(f"{role}_")):
+    # A playbook can also pass a required variable to the role. Then the host's variables do not have its name.
+    sentences = missing(options, context)
+    for name in sorted(name for name in names if name.startswith(f"{role}_") or name in options):
         if name in options:
             sentences += mistyped(name, options[name], context.resolve(name))
         else:
