@@ -175,9 +175,7 @@ def test_link_to_common_may_be_in_another_inventory(tmp_path):
     (tmp_path / "hosts").mkdir()
     other = inventory(tmp_path / "common", {})
     (tmp_path / "hosts/hosts.json").write_text(json.dumps({"all": {"children": groups_of("host.invalid")}}))
-    code, _, output = playbook(
-        "-i", other, "-i", tmp_path / "hosts", "-e", f"wiring_repository={ROOT}", "playbooks/validate.yml"
-    )
+    code, _, output = playbook("-i", other, "-i", tmp_path / "hosts", "-e", f"wiring_repository={ROOT}", "playbooks/validate.yml")
     assert code == 0, output
 
 
