@@ -165,7 +165,10 @@ SCENARIOS = sorted(path.parent.name for path in ROOT.glob("molecule/*/molecule.y
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_playbooks_and_tests_of_a_scenario_have_the_same_inventories(scenario):
-    shared = yaml.safe_load((ROOT / ".config/molecule/config.yml").read_text())["ansible"]
+    config = yaml.safe_load((ROOT / ".config/molecule/config.yml").read_text())
+    # Otherwise Testinfra gets Molecule's inventory, and ignores ANSIBLE_INVENTORY.
+    assert config["verifier"]["options"]["ansible-inventory"] is False
+    shared = config["ansible"]
     own = yaml.safe_load((ROOT / f"molecule/{scenario}/molecule.yml").read_text()).get("ansible", {})
     arguments = own.get("executor", shared["executor"])["args"]["ansible_playbook"]
     inventories = [argument.removeprefix("--inventory=") for argument in arguments if argument != "--diff"]
