@@ -9,7 +9,6 @@ import http.client
 import json
 import os
 import re
-import secrets
 import shutil
 import signal
 import socket
@@ -21,28 +20,15 @@ import time
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
-from urllib.parse import urlsplit
 
 PROJECT = Path(__file__).resolve().parents[1]
 APP = PROJECT / "app"
 BIN = APP / ".venv" / "bin"
-# The command line has the options of the role django.
-GUNICORN = (
-    BIN / "gunicorn",
-    "--no-control-socket",
-    "--workers=2",
-    "--threads=4",
-    "--worker-tmp-dir=/dev/shm",
-    "--access-logfile=-",
-)
+sys.path.insert(0, str(APP))
+
+from tests.harness import Application, Process, broker_of_test_host, free_port, wait_until  # noqa: E402 - in app/
+
 CHILDREN = 4
-WORKER_OPTIONS = (
-    "--without-gossip",
-    "--without-mingle",
-    "--task-events",
-    "--prefetch-multiplier=4",
-    "--loglevel=INFO",
-)
 # The web server closes connections after two idle seconds.
 IDLE_SECONDS = 1
 INVENTORY = "inventories/app-tests"
@@ -66,59 +52,11 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
-
-
-def wait_until(check, seconds: float, pause: float = 0.2) -> bool:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if check():
-            return True
-        time.sleep(pause)
-    return False
-
-
-class Process:
-    """A command and its children. `restart` acts as systemd does after a crash."""
-
-    def __init__(self, command: list, environment: dict, log: Path, directory: Path = APP) -> None:
-        self.command = [str(part) for part in command]
-        self.environment, self.log, self.directory = environment, log, directory
-        self.process = None
-        self.start()
-
-    def start(self) -> None:
-        with self.log.open("a") as output:
-            self.process = subprocess.Popen(
-                self.command, cwd=self.directory, env=self.environment, stdout=output, stderr=output, start_new_session=True
-            )
-
-    def kill(self) -> None:
-        """Kill the processes with SIGKILL, as in a power failure."""
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-
-    def restart(self, after: float = 2) -> None:
-        self.kill()
-        time.sleep(after)
-        self.start()
-
-
 class Broker:
     def __init__(self) -> None:
         self.testbed = [str(PROJECT / ".venv/bin/python"), "-m", "testbed"]
-        status = subprocess.run(
-            [*self.testbed, "info", "--inventory", INVENTORY, "--value", "broker.url"],
-            cwd=PROJECT,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        self.url = status.stdout.strip()
-        if status.returncode or not self.url:
+        self.url = broker_of_test_host()
+        if not self.url:
             sys.exit("no broker; start the one of inventories/app-tests with make broker-up")
 
     def run(self, *command: str) -> None:
@@ -287,8 +225,8 @@ class Client:
         return response.status, json.loads(text) if is_json else {}
 
 
-class AppStack:
-    """The processes of app/ as in production: web server, relay and workers."""
+class AppStack(Application):
+    """The processes of app/ as in production, with a mail server."""
 
     QUEUES = ("mail.v1", "mail.dead.v1", "maintenance.v1")
 
@@ -301,60 +239,24 @@ class AppStack:
         children: int,
         variables: dict[str, str],
     ) -> None:
-        self.broker, self.sink, self.directory, self.children = broker, sink, directory, children
-        self.port, self.key = free_port(), secrets.token_urlsafe(32)
-        self.environment = {
-            "PATH": os.environ["PATH"],
-            "SECRET_KEY": secrets.token_urlsafe(50),
-            "HTTPS_ONLY": "false",
-            "ALLOWED_HOSTS": "127.0.0.1",
-            "DATABASE_URL": database_url,
-            "BROKER_URL": broker.url,
-            "EMAIL_URL": f"smtp://127.0.0.1:{self.sink.port}",
-            "LOG_LEVEL": "INFO",
-            **variables,
-        }
-        self.manage("migrate", "-v0")
-        admin = {"username": "root", "password": "secret", "api_key": self.key}
-        self.manage("ensure_admin", input=json.dumps(admin))
+        self.broker, self.sink, self.children = broker, sink, children
         self.processes: dict[str, Process] = {}
-
-    def manage(self, *arguments: str, **options) -> str:
-        done = subprocess.run(
-            [str(BIN / "python"), "manage.py", *arguments],
-            cwd=APP,
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            check=False,
-            **options,
-        )
-        if done.returncode:
-            sys.exit(f"manage.py {arguments[0]} failed: {done.stderr}")
-        return done.stdout
+        super().__init__(directory, database_url, broker.url, sink.port, **{"LOG_LEVEL": "INFO", **variables})
 
     def start(self, *names: str) -> None:
         """Start processes: web, relay, worker, second_worker."""
-        worker = [BIN / "celery", "--app=mailroom", "worker", "--queues=mail.v1", f"--concurrency={self.children}", *WORKER_OPTIONS]
-        commands = {
-            "web": [*GUNICORN, f"--bind=127.0.0.1:{self.port}", "mailroom.wsgi:application"],
-            "relay": [BIN / "python", "manage.py", "relay"],
-            "worker": [*worker, "--hostname=mail@%h"],
-            "second_worker": [*worker, "--hostname=mail2@%h"],
-        }
         for name in names:
-            self.processes[name] = Process(commands[name], self.environment, self.log(name))
-        if "web" in names and not wait_until(lambda: connects(self.port), 60):
-            sys.exit(f"the web server did not start: {self.log('web').read_text()[-3000:]}")
+            if name == "web":
+                self.processes[name] = self.web()
+                self.wait_for_web(self.processes[name])
+            elif name == "relay":
+                self.processes[name] = self.relay()
+            else:
+                self.processes[name] = self.worker(name, "mail.v1", self.children)
 
     def wait_for_workers(self, *names: str) -> None:
-        """Wait until the workers are ready."""
         for name in names:
-            if not wait_until(lambda name=name: re.search(r" ready\.$", self.log(name).read_text(), re.MULTILINE), 60):
-                sys.exit(f"the worker did not start: {self.log(name).read_text()[-3000:]}")
-
-    def log(self, name: str) -> Path:
-        return self.directory / f"{name}.log"
+            self.wait_for_worker(self.processes[name])
 
     def unfinished(self) -> int:
         """The number of deliveries that are not in a final state; -1 if the database does not respond."""
@@ -405,16 +307,6 @@ def in_threads(count: int, work) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-
-
-def with_database(url: str, name: str) -> str:
-    """The URL of a new, empty database on the same server."""
-    import psycopg
-
-    with psycopg.connect(url, autocommit=True) as connection:
-        connection.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
-        connection.execute(f"CREATE DATABASE {name}")
-    return urlsplit(url)._replace(path=f"/{name}").geturl()
 
 
 def query(url: str, statement: str) -> list[tuple]:

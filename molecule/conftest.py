@@ -65,15 +65,11 @@ def inbox(variables):
     return subjects
 
 
-@pytest.fixture(scope="session")
-def inventory(request):
-    """The scenario's inventory. The path comes from the command line, because scenarios can share tests."""
-    return Path(request.config.getoption("ansible_inventory")).resolve()
-
-
 @pytest.fixture
-def reboot(inventory, host):
+def reboot(host):
     """Reboots the host and waits until it responds."""
+    # Scenarios can share tests, so the path of this file is not always the scenario's.
+    inventory = Path(os.environ["MOLECULE_SCENARIO_DIRECTORY"], "inventory")
 
     def restart():
         words = ["restart", "--inventory", inventory, host.backend.get_hostname()]
@@ -83,13 +79,16 @@ def reboot(inventory, host):
 
 
 @pytest.fixture(scope="module")
-def run_playbook(inventory, host):
-    """Runs a playbook on the scenario's host with extra variables; returns the finished process."""
+def run_playbook(host):
+    """Runs a playbook on the scenario's host with extra variables; returns the finished process.
+
+    Molecule sets ANSIBLE_INVENTORY to the scenario's inventories.
+    """
 
     def run(playbook, *arguments, **variables):
         words = [playbook, "--limit", host.backend.get_hostname(), "--extra-vars", json.dumps(variables), *arguments]
         return subprocess.run(
-            [Path(sys.executable).parent / "ansible-playbook", "-i", inventory, *words],
+            [Path(sys.executable).parent / "ansible-playbook", *words],
             cwd=PROJECT,
             env={**os.environ, "ANSIBLE_CONFIG": str(PROJECT / "ansible.cfg"), "ANSIBLE_FORCE_COLOR": "false"},
             capture_output=True,

@@ -130,9 +130,10 @@ def test_second_broker_ends_the_run(tmp_path):
 
 
 def test_host_of_each_platform_is_accepted(tmp_path):
-    """The inventory includes molecule/platforms.yml, as in the scenarios."""
-    folder = inventory(tmp_path, groups_of("one.invalid", "two.invalid"))
-    (folder / "group_vars/all/25-platforms.yml").symlink_to(ROOT / "molecule/platforms.yml")
+    """The hosts have the variables of the scenarios' group platforms."""
+    groups = groups_of("one.invalid", "two.invalid")
+    folder = inventory(tmp_path, {**groups, "platforms": groups["broker"]})
+    (folder / "group_vars/platforms.yml").symlink_to(ROOT / "molecule/inventory/group_vars/platforms.yml")
     code, _, output = playbook("-i", folder, "playbooks/validate.yml")
     assert code == 0, output
 
@@ -167,6 +168,15 @@ def test_missing_link_to_common_is_reported(tmp_path):
     folder = inventory(tmp_path, groups_of("host.invalid"))
     (folder / "group_vars/all/00-common").unlink()
     assert refusal(folder).startswith("The inventory has no folder group_vars/all/00-common: link inventories/common there,")
+
+
+def test_link_to_common_may_be_in_another_inventory(tmp_path):
+    """Ansible also loads the variables of the other directory."""
+    (tmp_path / "hosts").mkdir()
+    other = inventory(tmp_path / "common", {})
+    (tmp_path / "hosts/hosts.json").write_text(json.dumps({"all": {"children": groups_of("host.invalid")}}))
+    code, _, output = playbook("-i", other, "-i", tmp_path / "hosts", "-e", f"wiring_repository={ROOT}", "playbooks/validate.yml")
+    assert code == 0, output
 
 
 def test_own_project_has_its_own_variables(tmp_path):
@@ -333,14 +343,14 @@ def errors(folder):
     A variable with the value None is removed.
     """
 
-    def find(groups=GROUPS, group_names=(), inventory_dir=folder, **changes):
+    def find(groups=GROUPS, group_names=(), inventory_dir=folder, sources=(str(folder), "/elsewhere/hosts.yml"), **changes):
         variables = {name: value for name, value in {**HOST, **changes}.items() if value is not None}
         magic = {
             "inventory_hostname": "a",
             "groups": groups,
             "group_names": list(group_names),
             "inventory_dir": inventory_dir and str(inventory_dir),
-            "ansible_inventory_sources": [str(folder), "/elsewhere/hosts.yml"],
+            "ansible_inventory_sources": sources,
         }
 
         def resolve(name):
@@ -371,13 +381,13 @@ def test_group_errors_hide_all_others(errors):
 def test_an_inventory_without_the_common_variables_is_refused(errors, folder, monkeypatch, inventory_dir):
     # An inventory that is a list of hosts has no folder, and the working directory does not count as its folder.
     monkeypatch.chdir(folder)
-    assert errors(inventory_dir=inventory_dir) == [
+    assert errors(inventory_dir=inventory_dir, sources=["a,"]) == [
         "The inventory has no folder group_vars/all/00-common: link inventories/common there, as docs/new-environment.md shows."
     ]
 
 
 def test_common_names_come_from_every_file_of_variables(folder):
-    names = inventory_variables.common_names(str(folder))
+    names = inventory_variables.common_names([None, "/nowhere", str(folder)])
     assert {"app_name", "app_token", "app_database_url"} <= names
     assert "app_note" not in names
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -151,14 +152,43 @@ def test_versions_of_collection_and_application_are_in_the_changelog():
 
 
 def test_every_inventory_has_the_common_variables():
-    folders = [*ROOT.glob("inventories/*/group_vars/all"), *ROOT.glob("molecule/*/inventory/group_vars/all")]
-    assert len(folders) > len(ROLES)
+    folders = [*ROOT.glob("inventories/*/group_vars/all"), ROOT / "molecule/inventory/group_vars/all"]
+    assert len(folders) > 3
     for folder in folders:
         link = folder / "00-common"
         assert link.is_symlink(), folder
         assert link.resolve() == ROOT / "inventories/common"
         # Ansible loads the link first, so that the environment's files override its variables.
         assert min(path.name for path in folder.iterdir()) == link.name
+
+
+SCENARIOS = sorted(path.parent.name for path in ROOT.glob("molecule/*/molecule.yml"))
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_playbooks_and_tests_of_a_scenario_have_the_same_inventories(scenario):
+    config = yaml.safe_load((ROOT / ".config/molecule/config.yml").read_text())
+    # Otherwise Testinfra gets Molecule's inventory, and ignores ANSIBLE_INVENTORY.
+    assert config["verifier"]["options"]["ansible-inventory"] is False
+    shared = config["ansible"]
+    own = yaml.safe_load((ROOT / f"molecule/{scenario}/molecule.yml").read_text()).get("ansible", {})
+    arguments = own.get("executor", shared["executor"])["args"]["ansible_playbook"]
+    inventories = [argument.removeprefix("--inventory=") for argument in arguments if argument != "--diff"]
+    assert ",".join(inventories) == {**shared["env"], **own.get("env", {})}["ANSIBLE_INVENTORY"]
+    # The last inventory overrides the others, and the testbed writes its variables into it.
+    assert inventories[-1] == "${MOLECULE_SCENARIO_DIRECTORY}/inventory"
+
+
+@pytest.mark.parametrize(("scenario", "broker"), [("celery", "el9"), ("django", "nowhere"), ("default", "site1")])
+def test_a_scenario_overrides_the_shared_variables(tmp_path, scenario, broker):
+    """Also without ansible.cfg, from another folder, and through the link molecule/default."""
+    words = ["-i", ROOT / "molecule/inventory", "-i", ROOT / f"molecule/{scenario}/inventory", "all[-1]"]
+    show = ["-m", "ansible.builtin.debug", "-a", "msg={{ [wiring_repository, wiring_broker, host_platform] }}"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("ANSIBLE_")}
+    command = [Path(sys.executable).with_name("ansible"), *words, *show]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    platform = "debian13" if scenario == "default" else "el9"
+    assert json.loads(done.stdout.partition("=>")[2])["msg"] == [str(ROOT), broker, platform]
 
 
 # Secrets

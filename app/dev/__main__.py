@@ -18,14 +18,11 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlsplit
 
+from tests.harness import broker_of_test_host
 from tests.postgresql import Postgresql
 
 APP = Path(__file__).resolve().parents[1]
 HOST = "127.0.0.1"
-TEST_HOST = (
-    *(".venv/bin/python", "-m", "testbed", "info"),
-    *("--inventory", "inventories/app-tests", "--value", "broker.url"),
-)
 # Seconds after which processes that have not ended are killed.
 STOP_SECONDS = 10
 
@@ -109,11 +106,8 @@ def broker_url() -> str:
         if not any(answers(url) for url in named.split(";")):
             sys.exit("No broker responds at the host and port of BROKER_URL.")
         return named
-    with suppress(OSError):
-        options = {"cwd": APP.parent, "text": True, "start_new_session": True}
-        asked = subprocess.run(TEST_HOST, capture_output=True, check=False, **options)
-        if answers(url := asked.stdout.strip()):
-            return url
+    if answers(url := broker_of_test_host()):
+        return url
     sys.exit("No broker: set BROKER_URL, or start the test host with `make broker-up`.")
 
 

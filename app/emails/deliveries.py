@@ -168,16 +168,17 @@ def record(ended: Sequence[Ended], begin: Sequence[Claimed] = ()) -> tuple[set[i
 
     Returns the ids of the ended and of the begun attempts. If an id is missing, its lease was lost.
     """
+    # psycopg refuses a list with both floats and integers, such as [0.5, 1].
     values = {
         "ids": [each.id for each in ended],
         "numbers": [each.number for each in ended],
         "states": [each.step.state.value for each in ended],
         "failed_by": [str(each.step.failed_by) for each in ended],
-        "waits": [each.step.wait for each in ended],
+        "waits": [float(each.step.wait) for each in ended],
         "codes": [each.code for each in ended],
         "answers": [each.answer[:ANSWER_LENGTH] for each in ended],
-        "seconds": [each.seconds for each in ended],
-        "buckets": [_bucket(each.seconds) for each in ended],
+        "seconds": [float(each.seconds) for each in ended],
+        "buckets": [float(_bucket(each.seconds)) for each in ended],
         "suppress": [each.suppress for each in ended],
         "begin": [each.id for each in begin],
         "begin_numbers": [each.number for each in begin],

@@ -6,7 +6,7 @@ from aiosmtpd.controller import Controller
 
 from emails import api_keys, services, smtp
 from emails.models import ApiKey
-from tests.tools import free_port
+from tests.harness import free_port
 
 KEY = "a-key-of-the-tests-0123456789abcdef"
 OTHER_KEY = "a-key-of-another-owner-0123456789ab"

@@ -8,11 +8,12 @@ import os
 import pwd
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from tests.harness import free_port
 
 USER = "mailroom"
 # The server refuses to run as root.
@@ -28,12 +29,6 @@ def programs() -> Path:
     if not found and not on_path:
         sys.exit("PostgreSQL server not found; install it with tests/install")
     return found[-1] if found else Path(on_path).parent
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-        return port
 
 
 class Postgresql:

@@ -19,7 +19,8 @@ from emails.states import State
 from emails.tasks import deliver
 from emails.validation import File
 from mailroom.log import JsonFormatter, OneLineFormatter
-from tests.tools import claim, due, end, free_port
+from tests.harness import free_port
+from tests.tools import claim, due, end
 
 pytestmark = pytest.mark.django_db
 

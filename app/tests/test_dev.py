@@ -17,7 +17,8 @@ import pytest
 from django.conf import settings
 
 from dev import __main__ as dev
-from tests.tools import eventually, free_port
+from tests import harness
+from tests.harness import eventually, free_port
 
 BROKER_URL = os.environ.get("TEST_BROKER_URL", "")
 
@@ -167,7 +168,7 @@ def test_missing_broker_is_reported_before_anything_starts():
 def test_stopped_test_host_is_no_broker(monkeypatch, script):
     monkeypatch.delenv("BROKER_URL", raising=False)
     command = ("sh", "-c", script) if script else ("/nowhere/python",)
-    monkeypatch.setattr(dev, "TEST_HOST", command)
+    monkeypatch.setattr(harness, "TEST_HOST", command)
     with pytest.raises(SystemExit, match="set BROKER_URL, or start the test host"):
         dev.broker_url()
 
@@ -176,5 +177,5 @@ def test_test_host_is_the_default_broker(monkeypatch):
     monkeypatch.delenv("BROKER_URL", raising=False)
     with dev.socket.create_server(("127.0.0.1", 0)) as server:
         url = f"amqp://mailroom:secret@127.0.0.1:{server.getsockname()[1]}/mailroom"
-        monkeypatch.setattr(dev, "TEST_HOST", ("sh", "-c", f"echo {url}"))
+        monkeypatch.setattr(harness, "TEST_HOST", ("sh", "-c", f"echo {url}"))
         assert dev.broker_url() == url

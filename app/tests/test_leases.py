@@ -20,7 +20,8 @@ from emails.queries import execute
 from emails.relay import Relay
 from emails.states import State
 from emails.tasks import deliver
-from tests.tools import begin, claim, due, end, eventually
+from tests.harness import eventually
+from tests.tools import begin, claim, due, end
 
 pytestmark = pytest.mark.django_db
 

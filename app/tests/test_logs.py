@@ -4,14 +4,13 @@ import os
 import re
 import subprocess
 import sys
-from contextlib import suppress
 from http.client import HTTPConnection, HTTPResponse
-from pathlib import Path
 
 import pytest
 from django.conf import settings
 
-from tests.tools import database_url, eventually, free_port
+from tests.harness import GUNICORN, Process, eventually, free_port, is_healthy
+from tests.tools import database_url
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -20,8 +19,6 @@ pytestmark = pytest.mark.django_db(transaction=True)
 def web(tmp_path, request):
     """Two functions: one sends a request to the web server, one returns the server's log lines."""
     port, log = free_port(), tmp_path / "log"
-    gunicorn = Path(sys.executable).parent / "gunicorn"
-    options = ("--no-control-socket", "--access-logfile=-", f"--bind=127.0.0.1:{port}")
     environment = {
         "PATH": os.environ["PATH"],
         "SECRET_KEY": "only-for-tests",
@@ -33,14 +30,6 @@ def web(tmp_path, request):
     environment["STATIC_ROOT"] = str(tmp_path / "static")
     collect = [sys.executable, "manage.py", "collectstatic", "-v0", "--no-input"]
     subprocess.run(collect, cwd=settings.BASE_DIR, env=environment, check=True)
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [gunicorn, *options, "mailroom.wsgi:application"],
-            cwd=settings.BASE_DIR,
-            env=environment,
-            stdout=output,
-            stderr=output,
-        )
 
     def respond(path: str, **headers: str) -> HTTPResponse:
         connection = HTTPConnection("127.0.0.1", port, timeout=10)
@@ -52,17 +41,10 @@ def web(tmp_path, request):
 
     send.respond = respond
 
-    def answers() -> bool:
-        with suppress(OSError):
-            return send("/healthz") == 200
-        return False
-
-    try:
-        eventually(answers)
+    command = (*GUNICORN, f"--bind=127.0.0.1:{port}", "mailroom.wsgi:application")
+    with Process(command, environment, log) as process:
+        process.wait_until(lambda: is_healthy(port))
         yield send, lambda: log.read_text().splitlines()
-    finally:
-        process.terminate()
-        process.wait(timeout=20)
 
 
 def test_path_cannot_forge_a_log_entry(web):

@@ -9,11 +9,10 @@ from urllib.error import HTTPError
 
 import psycopg
 import pytest
-from kombu import Connection
 
+from tests.harness import eventually
 from tests.postgresql import Postgresql
-from tests.test_system import BROKER_URL, QUEUES, System
-from tests.tools import eventually
+from tests.test_system import BROKER_URL, System, empty_queues
 
 pytestmark = [
     pytest.mark.broker,
@@ -38,11 +37,7 @@ def database():
 def chain(tmp_path, mailbox, settings, database):
     """Web server, relay and worker."""
     system = System(tmp_path, settings.EMAIL_PORT, database.url())
-    with Connection(BROKER_URL) as connection:
-        for queue in QUEUES:
-            bound = queue.bind(connection.default_channel)
-            bound.declare()
-            bound.purge()
+    empty_queues()
     with system.web(), system.relay(), system.worker():
         system.wait_for(system.post(), "sent")
         yield system

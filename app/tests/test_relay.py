@@ -27,7 +27,8 @@ from emails.states import State
 from emails.tasks import deliver
 from emails.validation import File
 from mailroom.celery import app
-from tests.tools import begin, claim, database_url, due, end, eventually
+from tests.harness import eventually
+from tests.tools import begin, claim, database_url, due, end
 
 pytestmark = pytest.mark.django_db
 

@@ -17,7 +17,8 @@ from emails.models import Delivery
 from emails.slots import smtp_slot
 from emails.states import State
 from emails.tasks import deliver
-from tests.tools import database_url, due, eventually
+from tests.harness import eventually
+from tests.tools import database_url, due
 
 pytestmark = pytest.mark.django_db(transaction=True)
 

@@ -8,33 +8,27 @@ import secrets
 import signal
 import socket
 import socketserver
-import subprocess
-import sys
 import threading
 import time
 import zlib
 from contextlib import contextmanager, suppress
 from email import message_from_bytes
 from pathlib import Path
-from urllib.error import URLError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 import psycopg
 import pytest
 from celery import Celery
-from django.conf import settings
 from kombu import Connection, Producer
 
 from emails.celery_config import DEFAULTS
 from emails.queues import CONSUMED, DEAD_LETTERS, EXCHANGE
-from tests.conftest import KEY
-from tests.tools import eventually, free_port
+from tests.harness import Application, Process, create_database, eventually
 
 BROKER_URL = os.environ.get("TEST_BROKER_URL", "")
 QUEUES = (*CONSUMED, DEAD_LETTERS)
 NOBODY = "amqp://guest:guest@127.0.0.1:1//"
-BIN = Path(sys.executable).parent
 EMAIL = {"subject": "Through it all", "text": "Body", "to": ["bob@example.org"]}
 
 pytestmark = [
@@ -43,84 +37,30 @@ pytestmark = [
 ]
 
 
-class System:
+class System(Application):
+    """The application with short waits. Its processes are context managers."""
+
     def __init__(self, directory: Path, smtp_port: int, database_url: str) -> None:
-        self.port = free_port()
-        self.directory = directory
-        self.env = {
-            "PATH": os.environ["PATH"],
-            "SECRET_KEY": secrets.token_urlsafe(50),
-            "HTTPS_ONLY": "false",
-            "ALLOWED_HOSTS": "127.0.0.1",
-            "DATABASE_URL": database_url,
-            "BROKER_URL": BROKER_URL,
-            "EMAIL_URL": f"smtp://127.0.0.1:{smtp_port}",
+        variables = {
             "RELAY_POLL_SECONDS": "0.1",
             "RETRY_SECONDS": "1",
             # This limit sets the lease of a delivery. A test waits until the lease ends.
             "TASK_TIME_LIMIT": "6",
         }
-        self.manage("migrate", "-v0")
-        admin = {"username": "root", "password": "secret", "api_key": KEY}
-        self.manage("ensure_admin", input=json.dumps(admin))
-
-    def manage(self, *arguments: str, **options) -> None:
-        command = [sys.executable, "manage.py", *arguments]
-        subprocess.run(
-            command, cwd=settings.BASE_DIR, env=self.env, text=True, check=True, **options
-        )
-
-    @contextmanager
-    def process(self, *command: str, **variables: str):
-        """Runs a process, kills it and its children at the end, and prints its output."""
-        log = self.directory / f"{Path(command[0]).name}-{secrets.token_hex(4)}.log"
-        with log.open("w") as output:
-            process = subprocess.Popen(
-                command,
-                cwd=settings.BASE_DIR,
-                env=self.env | variables,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
-            )
-        process.log = log
-        try:
-            yield process
-        finally:
-            kill(process)
-            print(f"--- {' '.join(command)}\n{log.read_text()}")
-
-    def relay(self, **variables: str):
-        return self.process(sys.executable, "manage.py", "relay", **variables)
+        super().__init__(directory, database_url, BROKER_URL, smtp_port, **variables)
 
     @contextmanager
     def worker(self, name: str = "", **variables: str):
-        name = f"{name or secrets.token_hex(4)}@%h"
-        options = ("-Q", "mail.v1,maintenance.v1", "-n", name, "-c", "2")
-        command = (str(BIN / "celery"), "-A", "mailroom", "worker", *options)
-        with self.process(*command, **variables) as process:
-
-            def ready():
-                assert process.poll() is None, process.log.read_text()
-                return "ready." in process.log.read_text()
-
-            eventually(ready)
-            yield process
+        name = name or f"worker-{secrets.token_hex(4)}"
+        with super().worker(name, "mail.v1,maintenance.v1", 2, **variables) as worker:
+            self.wait_for_worker(worker)
+            yield worker
 
     @contextmanager
     def web(self):
-        bind = f"127.0.0.1:{self.port}"
-        command = (str(BIN / "gunicorn"), "--no-control-socket", "-b", bind)
-        with self.process(*command, "mailroom.wsgi:application") as process:
-
-            def answers():
-                try:
-                    return self.request("/healthz")
-                except URLError:
-                    return None
-
-            eventually(answers)
-            yield process
+        with super().web() as web:
+            self.wait_for_web(web)
+            yield web
 
     def request(
         self, path: str, data: dict | None = None, request_id: str = "", timeout: float = 5
@@ -129,7 +69,7 @@ class System:
             f"http://127.0.0.1:{self.port}{path}",
             data=json.dumps(data).encode() if data else None,
             headers={
-                "Authorization": f"Bearer {KEY}",
+                "Authorization": f"Bearer {self.key}",
                 "Content-Type": "application/json",
                 "X-Request-ID": request_id,
             },
@@ -202,11 +142,13 @@ class Wire(socketserver.ThreadingTCPServer):
                 upstream.close()
 
 
-def kill(process: subprocess.Popen) -> None:
-    """Kills a process and its children, as a power failure does."""
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+def empty_queues() -> None:
+    """Removes messages with row ids of another test's database."""
+    with Connection(BROKER_URL) as connection:
+        for queue in QUEUES:
+            bound = queue.bind(connection.default_channel)
+            bound.declare()
+            bound.purge()
 
 
 @pytest.fixture
@@ -214,20 +156,15 @@ def database_url(tmp_path):
     """An empty database."""
     server = os.environ["TEST_DATABASE_URL"]
     name = f"system_{secrets.token_hex(4)}"
+    yield create_database(server, name)
     with psycopg.connect(server, autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name}")
-        yield urlsplit(server)._replace(path=f"/{name}").geturl()
         connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 
 @pytest.fixture
 def system(tmp_path, mailbox, settings, database_url):
     system = System(tmp_path, settings.EMAIL_PORT, database_url)
-    with Connection(BROKER_URL) as connection:  # messages have row ids of another test's database
-        for queue in QUEUES:
-            bound = queue.bind(connection.default_channel)
-            bound.declare()
-            bound.purge()
+    empty_queues()
     with system.web():
         yield system
 
@@ -245,7 +182,7 @@ def test_email_accepted_without_a_broker_is_delivered_later(system, mailbox):
     with system.relay(BROKER_URL=NOBODY) as relay:
         email_id = system.post()
         eventually(lambda: "is unavailable" in relay.log.read_text())
-        assert relay.poll() is None
+        assert not relay.has_ended()
         assert system.recipient(email_id)["state"] == "queued"
     with system.relay(), system.worker():
         system.wait_for(email_id, "sent")
@@ -295,7 +232,7 @@ def test_email_survives_the_death_of_its_worker(system, mailbox):
         with system.worker() as worker:
             assert mailbox.waiting.wait(timeout=10)
             assert system.recipient(email_id)["state"] == "sending"
-            kill(worker)
+            worker.kill()
         mailbox.gate.set()
         with system.worker():
             recipient = system.wait_for(email_id, "sent")
@@ -315,10 +252,10 @@ def test_stopped_worker_finishes_its_tasks_and_requeues_the_rest(system, mailbox
             eventually(
                 lambda: [system.recipient(email)["state"] for email in emails].count("sending") == 2
             )
-            worker.send_signal(signal.SIGTERM)
+            worker.process.send_signal(signal.SIGTERM)
             eventually(lambda: "warm shutdown" in worker.log.read_text().lower())
             mailbox.gate.set()
-            assert worker.wait(timeout=30) == 0
+            assert worker.process.wait(timeout=30) == 0
             states = [system.recipient(email)["state"] for email in emails]
             assert states.count("sent") == 2
             assert states.count("queued") == 4
@@ -332,7 +269,7 @@ def test_two_workers_with_the_same_name_keep_running(system, mailbox):
     with system.relay(), system.worker("twin") as first, system.worker("twin") as second:
         for _ in range(4):
             system.wait_for(system.post(), "sent")
-        assert (first.poll(), second.poll()) == (None, None)
+        assert not first.has_ended() and not second.has_ended()
 
 
 def test_worker_survives_a_half_open_connection(system, mailbox):
@@ -352,7 +289,7 @@ def test_worker_survives_a_half_open_connection(system, mailbox):
         eventually(
             lambda: [system.recipient(email)["state"] for email in emails].count("sent") >= 10
         )
-        assert worker.poll() is None
+        assert not worker.has_ended()
         assert "Unrecoverable" not in worker.log.read_text()
 
 
@@ -372,7 +309,7 @@ def test_worker_notifies_systemd_and_pings_the_watchdog(system, tmp_path):
                 assert systemd.recv(99) in (b"WATCHDOG=1", b"READY=1")
             wire.cut = False
             eventually(lambda: systemd.recv(99) == b"READY=1", seconds=60)
-            worker.send_signal(signal.SIGTERM)
+            worker.process.send_signal(signal.SIGTERM)
             eventually(lambda: systemd.recv(99) == b"STOPPING=1")
 
 
@@ -442,9 +379,9 @@ MALFORMED = {
 }
 
 
-def memory(process: subprocess.Popen) -> int:
+def memory(process: Process) -> int:
     """The peak memory of the main process in MiB."""
-    status = Path(f"/proc/{process.pid}/status").read_text()
+    status = Path(f"/proc/{process.process.pid}/status").read_text()
     return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) // 1024
 
 
@@ -453,7 +390,7 @@ def test_malformed_messages_are_dead_lettered_and_do_not_block_mail(system, mail
     with system.relay(), system.worker() as worker, Connection(BROKER_URL) as connection:
         dead = DEAD_LETTERS.bind(connection.default_channel)
         system.wait_for(system.post(), "sent")
-        pid, used = worker.pid, memory(worker)
+        used = memory(worker)
         producer = Producer(connection.default_channel)
         sent = 0
 
@@ -477,7 +414,7 @@ def test_malformed_messages_are_dead_lettered_and_do_not_block_mail(system, mail
             except AssertionError:
                 raise AssertionError(f"not dead-lettered: {name}") from None
         log = worker.log.read_text()
-        assert worker.poll() is None and worker.pid == pid
+        assert not worker.has_ended()
         assert log.count(" ready.") == 1, "the worker must not restart"
         assert log.count("was dead-lettered") == sent
         assert SECRET not in log and "Traceback" not in log
@@ -495,7 +432,7 @@ def test_worker_shows_no_secret_and_refuses_control_commands(system):
         inspect = flower.control.inspect(timeout=2)
         answers = json.dumps(inspect.conf(with_defaults=True))
         assert "task_time_limit" in answers
-        for secret in (urlsplit(BROKER_URL).password, system.env["SECRET_KEY"]):
+        for secret in (urlsplit(BROKER_URL).password, system.environment["SECRET_KEY"]):
             assert secret and secret not in answers
         for wanted in ("stats", "active_queues", "registered", "reserved", "active"):
             assert getattr(inspect, wanted)(), wanted
@@ -503,7 +440,7 @@ def test_worker_shows_no_secret_and_refuses_control_commands(system):
             arguments = {"queue": "mail.v1", "n": 1}
             flower.control.broadcast(command, arguments=arguments)
         time.sleep(2)
-        assert worker.poll() is None
+        assert not worker.has_ended()
         queues = inspect.active_queues()
         assert {queue["name"] for each in queues.values() for queue in each} == {
             "mail.v1",

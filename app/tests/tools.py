@@ -1,10 +1,6 @@
 """Functions that several tests share."""
 
 import os
-import socket
-import time
-from collections.abc import Callable
-from typing import TypeVar
 from urllib.parse import urlsplit
 
 from django.db import connection
@@ -16,24 +12,6 @@ from emails.delivery_records import Claimed, Ended
 from emails.models import Delivery
 from emails.outcomes import Step
 from emails.states import UNFINISHED, State
-
-T = TypeVar("T")
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-        return port
-
-
-def eventually(check: Callable[[], T], seconds: float = 30) -> T:
-    """Repeats `check` until it returns a true value; fails after `seconds`."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if answer := check():
-            return answer
-        time.sleep(0.05)
-    raise AssertionError(f"not within {seconds} seconds: {check.__name__}")
 
 
 def due() -> QuerySet[Delivery]:

@@ -101,10 +101,11 @@ def host_count_errors(host, groups, values):
 # Variables
 
 
-def common_names(inventory_dir):
+def common_names(directories):
     """Return the names of all variables in an inventory's link to inventories/common, or None without a link."""
-    folder = Path(inventory_dir or "", "group_vars", "all", "00-common")
-    if not inventory_dir or not folder.is_dir():
+    folders = [Path(directory, "group_vars", "all", "00-common") for directory in directories if directory]
+    folder = next((folder for folder in folders if folder.is_dir()), None)
+    if folder is None:
         return None
     names = set()
     for file in (path for path in sorted(folder.rglob("*")) if path.suffix in (".yml", ".yaml", ".json")):
@@ -211,7 +212,8 @@ def common_variable_errors(values, inventory_dir, sources):
 
     A team that replaces application.yml can define its own variable names in that file.
     """
-    known = common_names(inventory_dir)
+    # Ansible loads the variables of every directory after -i. The scenarios have the link in another directory than their hosts.
+    known = common_names([inventory_dir, *sources])
     if known is None:
         return [
             "The inventory has no folder group_vars/all/00-common: link inventories/common there, as docs/new-environment.md shows."

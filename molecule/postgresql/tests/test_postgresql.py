@@ -10,8 +10,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
-SCENARIO = Path(__file__).resolve().parents[1]
-PROJECT = SCENARIO.parents[1]
+PROJECT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture
@@ -45,7 +44,7 @@ def ops(tmp_path, variables):
     def run(name, *arguments):
         return subprocess.run(
             [
-                Path(sys.executable).parent / "ansible-playbook", "-i", SCENARIO / "inventory", f"playbooks/ops/{name}.yml",
+                Path(sys.executable).parent / "ansible-playbook", f"playbooks/ops/{name}.yml",
                 "--limit", variables["inventory_hostname"], "--extra-vars", f"backup_directory={tmp_path}", *arguments,
             ],
             cwd=PROJECT,

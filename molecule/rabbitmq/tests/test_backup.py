@@ -52,7 +52,7 @@ def play(tmp_path, variables):
     def run(playbook, *arguments):
         done = subprocess.run(
             [
-                Path(sys.executable).parent / "ansible-playbook", "-i", ROOT / "molecule/rabbitmq/inventory", playbook,
+                Path(sys.executable).parent / "ansible-playbook", playbook,
                 "--limit", variables["inventory_hostname"], "--diff", "--extra-vars", f"backup_directory={tmp_path}", *arguments,
             ],
             cwd=ROOT,

@@ -12,7 +12,6 @@ import amqp
 import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
-INVENTORY = ROOT / "molecule/rabbitmq/inventory"
 
 LIMITED = {"name": "shop/eu", "description": "of the tests", "limits": {"max-queues": 3}}
 CLERK = {
@@ -84,8 +83,6 @@ def role(tmp_path, own, api, variables):
         (tmp_path / "extra.json").write_text(json.dumps({**more, **{key: own[key] + more.get(key, []) for key in LISTS}}))
         command = [
             Path(sys.executable).with_name("ansible-playbook"),
-            "-i",
-            INVENTORY,
             "-e",
             f"@{tmp_path}/extra.json",
             "-l",

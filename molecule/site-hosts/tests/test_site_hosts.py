@@ -42,11 +42,11 @@ def send(site, variables):
 
 
 @pytest.fixture
-def on(host, inventory):
+def on(host):
     """Runs a command as root on the host with this name; returns its output."""
 
     def run(name, command):
-        other = host.get_host(f"ansible://{name}", ansible_inventory=str(inventory))
+        other = host.get_host(f"ansible://{name}")
         with other.sudo():
             return other.check_output(command)
 
