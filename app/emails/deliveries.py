@@ -168,17 +168,16 @@ def record(ended: Sequence[Ended], begin: Sequence[Claimed] = ()) -> tuple[set[i
 
     Returns the ids of the ended and of the begun attempts. If an id is missing, its lease was lost.
     """
-    # psycopg refuses a list with both floats and integers, such as [0.5, 1].
     values = {
         "ids": [each.id for each in ended],
         "numbers": [each.number for each in ended],
         "states": [each.step.state.value for each in ended],
         "failed_by": [str(each.step.failed_by) for each in ended],
-        "waits": [float(each.step.wait) for each in ended],
+        "waits": [_float(each.step.wait) for each in ended],
         "codes": [each.code for each in ended],
         "answers": [each.answer[:ANSWER_LENGTH] for each in ended],
-        "seconds": [float(each.seconds) for each in ended],
-        "buckets": [float(_bucket(each.seconds)) for each in ended],
+        "seconds": [_float(each.seconds) for each in ended],
+        "buckets": [_float(_bucket(each.seconds)) for each in ended],
         "suppress": [each.suppress for each in ended],
         "begin": [each.id for each in begin],
         "begin_numbers": [each.number for each in begin],
@@ -194,6 +193,11 @@ def unclaim(claimed: Sequence[Claimed]) -> None:
     """Returns claimed deliveries to the queue, because no part of them was sent."""
     numbers = [each.number for each in claimed]
     _count("unclaim", {"ids": [each.id for each in claimed], "numbers": numbers})
+
+
+def _float(seconds: float | None) -> float | None:
+    """The value as a float: psycopg refuses a list that contains floats and integers."""
+    return None if seconds is None else float(seconds)
 
 
 def _bucket(seconds: float) -> float:

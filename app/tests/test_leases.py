@@ -14,7 +14,9 @@ from django.utils import timezone
 from emails import deliveries
 from emails import publisher as publisher_module
 from emails import relay as relay_module
+from emails.delivery_records import Ended
 from emails.models import Counter, Delivery
+from emails.outcomes import Step
 from emails.publisher import Publisher
 from emails.queries import execute
 from emails.relay import Relay
@@ -109,6 +111,17 @@ def test_earlier_attempt_cannot_unclaim_the_current_one(delivery):
     deliveries.unclaim([present])
     after = row(delivery)
     assert (after["state"], after["attempts"], after["published_at"]) == (State.QUEUED, 1, None)
+
+
+def test_attempts_of_any_durations_end_together(accept):
+    """The durations belong to buckets that are integers and floats in the source."""
+    claimed = [claim(accept().deliveries.get()) for _ in range(4)]
+    ended = [
+        Ended(each.id, each.number, Step(State.SENT, None), 250, "OK", seconds)
+        for each, seconds in zip(claimed, (0.2, 0.9, 300, 3), strict=True)
+    ]
+    done, _ = deliveries.record(ended)
+    assert done == {each.id for each in claimed}
 
 
 def test_earlier_attempt_cannot_begin_the_current_one(delivery):

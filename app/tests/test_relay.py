@@ -164,6 +164,17 @@ def test_worker_lost_after_the_data_makes_the_delivery_uncertain(delivery, setti
     assert [attempt.outcome for attempt in delivery.log.all()] == [State.UNCERTAIN] * 2
 
 
+def test_lease_ends_deliveries_with_whole_and_fractional_waits(accept):
+    """One worker was lost before the data, and another after it. They have different waits."""
+    before, after = (accept().deliveries.get() for _ in range(2))
+    claim(before)
+    begin(claim(after))
+    expire_lease()
+    assert deliveries.lease(2).deliveries == []
+    states = set(Delivery.objects.values_list("state", flat=True))
+    assert states == {State.DEFERRED, State.UNCERTAIN}
+
+
 def test_worker_lost_before_the_data_defers_the_delivery(delivery):
     """The delivery is deferred even if the previous attempt had sent data."""
     begin(claim(delivery))
