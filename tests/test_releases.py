@@ -43,7 +43,7 @@ def test_only_complete_releases_are_counted(host):
 def test_current_release_stays_when_another_was_activated_later(host):
     assert remove(host, current="a", kept=2)["complete"] == ["e", "a"]
     assert left(host) == "ae"
-    assert left(host, "environments") == "aa.previouse"
+    assert left(host, "environments") == "a" + "a.previous" + "e"
 
 
 def test_check_mode_removes_nothing(host):
