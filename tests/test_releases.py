@@ -40,6 +40,13 @@ def test_only_complete_releases_are_counted(host):
     assert left(host) == left(host, "environments") == "cde"
 
 
+def test_release_that_was_never_activated_is_not_counted(host):
+    """Its environment is still staged, because the application rejected it."""
+    (host / "environments" / "e").rename(host / "environments" / "e.new")
+    assert remove(host, current="d", kept=2) == {"removed": ["a", "b", "e", "x", "y"], "complete": ["d", "c"]}
+    assert left(host, "environments") == "cd"
+
+
 def test_current_release_stays_when_another_was_activated_later(host):
     assert remove(host, current="a", kept=2)["complete"] == ["e", "a"]
     assert left(host) == "ae"

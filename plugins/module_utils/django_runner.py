@@ -48,7 +48,12 @@ def databases_outside_release(_: str) -> None:
     """Exit with a sentence if a database is a file in the working directory, since the next release would start without it."""
     from django.conf import settings
 
-    for alias, database in settings.DATABASES.items():
+    try:
+        databases = settings.DATABASES
+    except Exception:
+        # `manage.py check` shows what is wrong with the settings.
+        return
+    for alias, database in databases.items():
         path = str(database.get("NAME") or "")
         if not database.get("ENGINE", "").endswith("sqlite3") or not path or path.startswith(("file:", ":memory:")):
             continue

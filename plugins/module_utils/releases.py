@@ -11,10 +11,14 @@ from typing import Any
 MARKER = ".complete"
 
 
-def complete_releases(directory: str) -> list[str]:
-    """Return the paths of the complete releases in a folder, from the last activated one to the first."""
+def complete_releases(directory: str, environments: str) -> list[str]:
+    """Return the paths of the complete releases in a folder, from the last activated one to the first.
+
+    A release that was built but refused before its activation has no environment file, and is not complete.
+    """
     markers = glob.glob(os.path.join(directory, "*", MARKER))
-    return [os.path.dirname(path) for path in sorted(markers, key=os.path.getmtime, reverse=True)]
+    paths = [os.path.dirname(path) for path in sorted(markers, key=os.path.getmtime, reverse=True)]
+    return [path for path in paths if os.path.exists(os.path.join(environments, os.path.basename(path)))]
 
 
 def used_releases(directory: str, proc: str = "/proc") -> set[str]:
@@ -43,7 +47,7 @@ def remove_old(directory: str, environments: str, current: str, kept: int, check
     Incomplete releases do not count, and are removed. The environment file of a removed release in `environments` is removed too.
     Return the removed and the complete releases by name.
     """
-    complete = complete_releases(directory)
+    complete = complete_releases(directory, environments)
     stay = [current, *(path for path in complete if path != current)][:kept]
     keep = {*stay, *used_releases(directory)}
     removed = []

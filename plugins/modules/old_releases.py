@@ -13,7 +13,8 @@ version_added: 0.1.0
 description:
   - Keeps the current release, the releases that a process uses, and the complete releases that were activated last. Removes the
     others, and their environment files.
-  - A release is complete if it contains the file C(.complete). The time of this file is the time of the last activation.
+  - A release is complete if it contains the file C(.complete) and has an environment file. The time of C(.complete) is the time of
+    the last activation.
   - Only Linux shows which release a process uses.
 options:
   directory:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import concurrent.futures
 import json
 import re
@@ -116,6 +117,8 @@ def test_management_commands_run_as_the_application(host):
 
 # ---- A captured service ----
 
+PLANTED = base64.b64encode(b"import os; open('/var/lib/mailroom/planted', 'w')\n").decode()
+
 
 def test_services_own_and_write_no_code(host):
     """Neither the application's user nor the build user can change a release, the environments or Flower's folder."""
@@ -137,9 +140,9 @@ def test_code_that_a_captured_service_planted_is_not_run(host, run_playbook):
         homes = {"/var/lib/mailroom", host.check_output("getent passwd mailroom | cut -d: -f6")}
         for home in homes:
             packages = f"{home}/.local/lib/python{version}/site-packages"
-            planted = f'mkdir -p {packages} && echo \'import os; open("/var/lib/mailroom/planted", "w")\' > {packages}/planted.pth'
-            host.run(f"cd / && runuser -u mailroom -- sh -c '{planted}'")
-        host.check_output("test -e /var/lib/mailroom/.local")
+            host.run(f"cd / && runuser -u mailroom -- mkdir -p {packages}")
+            host.run(f"cd / && echo '{PLANTED}' | base64 -d | runuser -u mailroom -- tee {packages}/planted.pth")
+        host.check_output("test -s /var/lib/mailroom/.local/lib/*/site-packages/planted.pth")
     done = run_playbook("playbooks/app.yml")
     assert done.returncode == 0, done.stdout
     with host.sudo():
