@@ -248,3 +248,90 @@ def test_import_of_a_celery_application_imports_its_tasks(project, tmp_path):
     assert str(failure.value).startswith("The Celery application shop does not work in ")
     (tmp_path / "release" / "shop_tasks.py").write_text("")
     assert project({"celery": "shop"})[0]["celery"] == "shop"
+
+
+@pytest.fixture
+def modules(here, tmp_path):
+    """Writes modules of the project, and forgets them afterwards."""
+    before = set(sys.modules)
+
+    def write(texts):
+        for name, text in texts.items():
+            path = tmp_path / "release" / f"{name}.py"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+
+    yield write
+    for name in set(sys.modules) - before:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize(("name", "code"), [("application", 0), ("asgi", 1), ("asgi_instance", 1), ("number", 1), ("missing", 1)])
+def test_runner_imports_a_wsgi_application(modules, name, code):
+    modules({"served": WSGI})
+    assert django_runner.run("wsgi", f"served:{name}", None)["code"] == code
+
+
+def test_runner_imports_a_celery_application(modules):
+    modules({"celery/app/utils": CELERY, "shop_tasks": ""})
+    assert django_runner.run("celery", "shop", None) == {"code": 0, "stdout": "", "stderr": ""}
+
+
+# Stand-ins for Django, which the controller does not have. The scenario django uses the real one.
+SETTINGS = """
+class settings:
+    DATABASES = {{"default": {{"ENGINE": "django.db.backends.{engine}", "NAME": {name!r}}}}}
+"""
+BROKEN_SETTINGS = """
+class Settings:
+    @property
+    def DATABASES(self):
+        raise ValueError("no SECRET_KEY")
+settings = Settings()
+"""
+
+
+@pytest.mark.parametrize(
+    ("engine", "name", "code"),
+    [
+        ("sqlite3", "db.sqlite3", 1),
+        ("sqlite3", "./data/../db.sqlite3", 1),
+        ("sqlite3", "/var/lib/shop/db.sqlite3", 0),
+        ("sqlite3", ":memory:", 0),
+        ("sqlite3", "file:memorydb?mode=memory", 0),
+        ("postgresql", "db.sqlite3", 0),
+        ("postgresql", None, 0),
+    ],
+)
+def test_runner_refuses_a_database_file_in_the_release(modules, engine, name, code):
+    modules({"django/conf": SETTINGS.format(engine=engine, name=name)})
+    result = django_runner.run("databases", "outside", None)
+    assert result["code"] == code
+    assert ("in the release" in result["stderr"]) == bool(code)
+
+
+def test_settings_that_do_not_load_are_left_to_the_check(modules):
+    modules({"django/conf": BROKEN_SETTINGS})
+    assert django_runner.run("databases", "outside", None)["code"] == 0
+
+
+LOADER = """
+class MigrationLoader:
+    def __init__(self, connection):
+        self.applied_migrations = {applied}
+        self.disk_migrations = {{("shop", "0001"), ("shop", "0002")}}
+"""
+
+
+@pytest.mark.parametrize(("applied", "error"), [([("shop", "0001")], ""), ([("shop", "0001"), ("shop", "0003")], "shop.0003")])
+def test_runner_names_migrations_that_the_release_does_not_know(modules, applied, error):
+    modules(
+        {
+            "django/__init__": "def setup():\n    pass\n",
+            "django/db/__init__": "class connections:\n    all = staticmethod(lambda: [None])\n",
+            "django/db/migrations/loader": LOADER.format(applied=applied),
+        }
+    )
+    result = django_runner.run("migrations", "known", None)
+    assert result["code"] == bool(error)
+    assert error in result["stderr"]

@@ -315,7 +315,7 @@ REFUSED = {
         ),
         (
             {"django_name": "Mail Room"},
-            "django_name is 'Mail Room'; allowed is a lower-case word of at most 31 letters, digits and hyphens.",
+            "django_name is 'Mail Room'; allowed is a lower-case word of at most 24 letters, digits and hyphens.",
         ),
         ({"django_source": "/nowhere"}, "django_source is '/nowhere'; allowed is a folder on the controller with a manage.py."),
         (

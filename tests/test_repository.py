@@ -26,8 +26,7 @@ def specs(role):
 
 
 def options(role):
-    """The options of all entry points of a role."""
-    return {name: option for entry in specs(role).values() for name, option in entry.get("options", {}).items()}
+    return specs(role)["main"]["options"]
 
 
 # Roles
