@@ -50,7 +50,8 @@ def test_release_that_was_never_activated_is_not_counted(host):
 def test_current_release_stays_when_another_was_activated_later(host):
     assert remove(host, current="a", kept=2)["complete"] == ["e", "a"]
     assert left(host) == "ae"
-    assert left(host, "environments") == "a" + "a.previous" + "e"
+    # The previous text of an environment can contain secrets that are no longer valid.
+    assert left(host, "environments") == "ae"
 
 
 def test_check_mode_removes_nothing(host):

@@ -44,7 +44,8 @@ def used_releases(directory: str, proc: str = "/proc") -> set[str]:
 def remove_old(directory: str, environments: str, current: str, kept: int, check: bool) -> dict[str, Any]:
     """Remove all releases but the current one, those in use and the last activated ones, `kept` in total.
 
-    Incomplete releases do not count, and are removed. The environment file of a removed release in `environments` is removed too.
+    Incomplete releases do not count, and are removed. `environments` keeps only the files of releases that stay, without staged and
+    previous texts.
     Return the removed and the complete releases by name.
     """
     complete = complete_releases(directory, environments)
@@ -62,6 +63,6 @@ def remove_old(directory: str, environments: str, current: str, kept: int, check
             shutil.rmtree(path)
     names = {os.path.basename(path) for path in keep}
     for path in sorted(glob.glob(os.path.join(environments, "*"))):
-        if os.path.basename(path).split(".", 1)[0] not in names and not check:
+        if os.path.basename(path) not in names and not check:
             os.unlink(path)
     return {"removed": removed, "complete": [os.path.basename(path) for path in complete if path in keep]}
