@@ -32,7 +32,7 @@ def executable(path: Path, text: str) -> None:
 
 
 def common_variables(inventory: Path) -> None:
-    """Adds inventories/common and secrets to an inventory in a temporary folder, like in the repository's inventories."""
+    """Adds inventories/common and secrets to an inventory in a temporary folder, as in the repository's inventories."""
     everybody = inventory / "group_vars" / "all"
     everybody.mkdir(parents=True)
     (everybody / "00-common").symlink_to(ROOT / "inventories" / "common")

@@ -26,6 +26,7 @@ def done(actual, found):
     return actual
 
 
+# These strategies generate definitions: WANTED from the variables, ACTUAL from a broker.
 NAMES = st.sampled_from(["a", "b", "c/d", "e f"])
 TEXT = st.text(max_size=5)
 SECRETS = st.builds("Secret-{}".format, TEXT)
@@ -33,7 +34,6 @@ TAGS = st.lists(st.sampled_from(["administrator", "monitoring", "management"]), 
 PATTERNS = st.sampled_from(["", ".*", "^a$"])
 LIMITS = st.dictionaries(st.sampled_from(["max-connections", "max-channels"]), st.integers(0, 3), max_size=2)
 VALUES = st.dictionaries(NAMES, st.integers() | TEXT, max_size=2)
-# Definitions, either from the variables or from a broker.
 TYPES = st.sampled_from(["classic", "quorum", "stream"])
 
 

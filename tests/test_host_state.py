@@ -312,7 +312,7 @@ def test_program_that_holds_the_lock_of_dpkg_is_named(dpkg, tmp_path, monkeypatc
         assert process.stdout.readline() == "held\n"
         (sentence,) = state(packages={"never": ""}).warnings
         assert f" (process {process.pid}) holds the lock of dpkg on {os.uname().nodename}. The installation waits" in sentence
-        # Nothing is installed: in check mode, or because the package is installed.
+        # No warning in check mode or if the package is already installed, because nothing will be installed.
         assert state(check=True, packages={"never": ""}).warnings == []
         assert state(packages={"erlang-base": "1:27"}).warnings == []
         process.communicate("\n")

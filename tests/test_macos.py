@@ -44,9 +44,9 @@ FORMULAE = {
     "refused": ("4.2.10", [], "29", "refused", "RabbitMQ 4.2.10 of Homebrew does not run on Erlang 29"),
     "another series": ("4.3.5", [], "27", "supported", "rabbitmq_version is '4.2', and Homebrew has only RabbitMQ 4.3.5"),
 }
-# Prefixes of the jobs of brew services, now and until September 2026: Homebrew/brew#23750.
+# Prefixes of the jobs of `brew services`, now and until September 2026: Homebrew/brew#23750.
 BREW_LABELS = ("sh.brew", "homebrew.mxcl")
-# For each case: whether Homebrew is installed, the jobs of brew services and the clients, then the expected error.
+# For each case: whether Homebrew is installed, the jobs of `brew services` and the clients, then the expected error.
 SERVERS = {
     "right": (True, [], ["127.0.0.1", "192.0.2.0/24"], ""),
     "no Homebrew": (False, [], [], "There is no /opt/homebrew/bin/brew. Install Homebrew as described on brew.sh"),
@@ -67,7 +67,7 @@ def services_of(role):
 
 
 def looked_for(found=None):
-    """What the role finds when it searches for a broker of brew services. `found` is the prefix of an existing job."""
+    """What the role finds when it looks for a RabbitMQ job of `brew services`. `found` is the prefix of an existing job."""
     labels = [f"/L/{label}.rabbitmq.plist" for label in BREW_LABELS]
     return {"results": [{"item": path, "stat": {"exists": f"/{found}." in path}} for path in labels]}
 
@@ -228,7 +228,7 @@ def test_web_service_opens_its_own_socket(plists):
 
 
 def test_a_job_reads_its_environment_and_becomes_its_command(plists, tmp_path):
-    """Runs the program arguments in the property list with a different environment and a different command."""
+    """Runs the job's ProgramArguments, but with a PID file, an environment file and a command from this test."""
     shell = plists["agents"]["mailroom-relay"]["ProgramArguments"]
     assert shell[3:5] == ["/Users/me/Library/Logs/mailroom/django/mailroom-relay.pid", f"{PREFIX}/opt/mailroom/current/environment"]
     assert shell[5:] == [f"{PREFIX}/opt/mailroom/current/venv/bin/python", "manage.py", "relay"]

@@ -180,7 +180,7 @@ def test_playbooks_and_tests_of_a_scenario_have_the_same_inventories(scenario):
 
 @pytest.mark.parametrize(("scenario", "broker"), [("celery", "el9"), ("django", "nowhere"), ("default", "site1")])
 def test_a_scenario_overrides_the_shared_variables(tmp_path, scenario, broker):
-    """Also without ansible.cfg, from another folder, and through the link molecule/default."""
+    """The override also works without ansible.cfg, from another folder, and through the link molecule/default."""
     words = ["-i", ROOT / "molecule/inventory", "-i", ROOT / f"molecule/{scenario}/inventory", "all[-1]"]
     show = ["-m", "ansible.builtin.debug", "-a", "msg={{ [wiring_repository, wiring_broker, host_platform] }}"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ANSIBLE_")}

@@ -147,7 +147,7 @@ class Process:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Also prints the output, which pytest shows if the test failed."""
+        """Kills the process and prints its output, which pytest shows if the test failed."""
         self.kill()
         print(f"--- {' '.join(self.command)}\n{self.log.read_text()}")
 

@@ -58,7 +58,8 @@ def main():
     clone = hashlib.sha256(str(Path(__file__).resolve()).encode()).hexdigest()[:8]
     folder = Path(tempfile.gettempdir()) / f"authorities-{clone}"
     if not folder.exists():
-        # Ansible runs this script for all hosts at the same time, and uses the first result.
+        # Ansible runs this script for all hosts at the same time. The first process that finishes creates the folder; the
+        # others use that folder.
         draft = Path(tempfile.mkdtemp(prefix=f"{folder.name}-"))
         for name in NAMES:
             key, server_key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))

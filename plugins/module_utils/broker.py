@@ -114,7 +114,7 @@ class Broker:
         return sorted(flag["name"] for flag in flags if flag["state"] == "disabled" and flag["stability"] in ("stable", "required"))
 
     def purge(self, actual: Object) -> tuple[Purge, list[str]]:
-        """Return the objects to delete, and a sentence for each unlisted virtual host that is kept.
+        """Return the objects to delete, and a message for each unlisted virtual host that is kept.
 
         An unlisted virtual host is deleted if it is empty or in `purge_vhosts`.
         """

@@ -60,7 +60,7 @@ class Kind:
     listed: Callable[[Mapping[str, Any]], Iterable[Object]]
     # Keys that are the same for all objects of the kind. The section may contain other kinds too.
     constant: Mapping[str, str] = field(default_factory=dict)
-    # Returns the values of a broker's object. Its second argument is the wanted values, to compare the password.
+    # Returns the values of an object in the broker. The second argument, the wanted values, is needed to compare passwords.
     read: Callable[[Object, Object], Object] = lambda actual, wanted: {name: actual.get(name) for name in wanted}
     # A missing object counts as an object with these values. None: a missing object must be created.
     absent: Optional[Object] = None
@@ -321,7 +321,7 @@ class Difference:
     to_import: definitions, a list of objects per section.
     to_delete: paths below /api to delete after the import.
     before, after: titles of objects, each with readable values without passwords. None means that the object does not exist.
-    conflicts: a sentence for each object that exists with other values and cannot be changed.
+    conflicts: an error message for each object that exists with other values and cannot be changed.
     """
 
     to_import: dict[str, list[Object]] = field(default_factory=dict)

@@ -26,7 +26,7 @@ def manage(command: str) -> None:
 
 
 def import_wsgi(name: str) -> None:
-    """Import a WSGI application, such as mailroom.wsgi:application. Exits with a sentence if it is none."""
+    """Import a WSGI application, such as mailroom.wsgi:application. Exits with an error message if it is not callable."""
     module, _, attribute = name.partition(":")
     application = getattr(importlib.import_module(module), attribute)
     if not callable(application):
@@ -45,7 +45,10 @@ def import_celery(name: str) -> None:
 
 
 def databases_outside_release(_: str) -> None:
-    """Exit with a sentence if a database is a file in the working directory, since the next release would start without it."""
+    """Exit with an error message if a database is a file in the working directory.
+
+    The next release has another directory, so it would start without this database.
+    """
     from django.conf import settings
 
     try:

@@ -16,7 +16,7 @@ SHELL = 'set -eu; set -a; . "$1"; set +a; cd "$2"; exec venv/bin/python -c "$3"'
 
 # A step in the module's option `steps`. One key is the step's action; the others are `stdin` and `unchanged`.
 Step = dict[str, Any]
-# The actions of a step, and the sentence for a failure.
+# The actions of a step, and the message if the action fails.
 ACTIONS = {
     "command": "`manage.py {argument}` failed in {directory}:",
     "wsgi": "The WSGI application {argument} does not work in {directory}:",

@@ -1,4 +1,4 @@
-"""Tests workers and beat from the role celery: their queues, and running tasks at a stop or a kill."""
+"""Tests workers and beat from the role celery: their queues, and what happens to running tasks if a worker is stopped or killed."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ def test_guest_does_not_exist(api, connect):
 
 
 def test_guest_was_never_created(host):
-    """At its first boot, the broker created only the administrator, so the package did not start it unconfigured."""
+    """The broker created only the administrator. This shows that the package did not start it before it was configured."""
     with host.sudo():
         log = host.check_output("cat /var/log/rabbitmq/rabbit@*.log").partition("Time to start RabbitMQ")[0]
     assert "Created user 'admin'" in log
