@@ -115,7 +115,7 @@ EXAMPLES = r"""
     directories:
       - {path: /etc/mailroom, owner: root, group: mailroom, mode: "0750"}
     files:
-      - {path: /etc/mailroom/environment, secret_content: "KEY=secret\n", owner: root, group: mailroom, mode: "0640"}
+      - {path: /etc/mailroom/flower.environment, secret_content: "KEY=secret\n", owner: root, group: mailroom, mode: "0640"}
     packages:
       python3-venv: "3[.]"
 """
