@@ -31,10 +31,17 @@ def host_variables(container: Container) -> dict[str, object]:
         "ansible_ssh_private_key_file": str(ssh.private_key(container.stack)),
         "ansible_ssh_common_args": ssh.common_arguments(container.stack),
         "testbed_address": container.host,
+        "testbed_ip": _ip(container),
         "testbed_platform": container.platform,
         "testbed_published": _published(container),
         **_said_by_the_host(container),
     }
+
+
+def _ip(container: Container) -> str:
+    """Return a host's IPv4 address in its network. It can change when the host restarts."""
+    template = "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}"
+    return machine.podman("inspect", "--format", template, container.name).stdout.strip()
 
 
 def _said_by_the_host(container: Container) -> dict[str, object]:

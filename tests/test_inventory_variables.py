@@ -75,16 +75,32 @@ def test_distance_counts_typing_errors(one, other, mistakes):
     assert distance(one, other) == distance(other, one) == mistakes
 
 
-@pytest.mark.parametrize(("group", "variable"), [("broker", "wiring_broker"), ("database", "wiring_database")])
-def test_second_host_is_refused_unless_each_is_a_separate_environment(group, variable):
-    groups = {"broker": ["a"], "database": ["a"], group: ["a", "b"]}
-    assert host_count_errors("b", groups, {variable: "b"}) == []
-    assert host_count_errors("c", groups, {variable: "a"}) == []
-    (sentence,) = host_count_errors("b", groups, {variable: "a"})
+def test_second_database_is_refused_unless_each_is_a_separate_environment():
+    groups = {"broker": ["a"], "database": ["a", "b"]}
+    assert host_count_errors("b", groups, {"wiring_database": "b"}) == []
+    assert host_count_errors("c", groups, {"wiring_database": "a"}) == []
+    (sentence,) = host_count_errors("b", groups, {"wiring_database": "a"})
     assert sentence == (
-        f"The group {group} has the hosts a, b; allowed is one, or several if each host is a separate environment, with "
-        f"{variable} set to the host's name."
+        "The group database has the hosts a, b; allowed is one, or several if each host is a separate environment, with "
+        "wiring_database set to the host's name."
     )
+
+
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_cluster_has_an_odd_number_of_brokers(count):
+    brokers = [f"mq{number}" for number in range(count)]
+    assert host_count_errors("mq0", {"broker": brokers}, {"wiring_brokers": brokers}) == []
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_even_number_of_brokers_is_refused_unless_each_is_a_separate_environment(count):
+    brokers = [f"mq{number}" for number in range(count)]
+    (sentence,) = host_count_errors("mq0", {"broker": brokers}, {"wiring_brokers": brokers})
+    assert sentence == (
+        f"The group broker has the hosts {', '.join(brokers)}; allowed is one, three, or a larger odd number. A cluster of two stops "
+        "if it loses either broker, and four can lose no more brokers than three can."
+    )
+    assert host_count_errors("mq0", {"broker": brokers}, {"wiring_brokers": ["mq0"]}) == []
 
 
 # Whole inventories
@@ -125,7 +141,7 @@ def test_misspelt_group_ends_the_run(tmp_path):
 def test_second_broker_ends_the_run(tmp_path):
     groups = groups_of("one.invalid", broker={"hosts": {"one.invalid": None, "two.invalid": None}})
     assert refusal(inventory(tmp_path, groups)).startswith(
-        "The group broker has the hosts one.invalid, two.invalid; allowed is one, or several"
+        "The group broker has the hosts one.invalid, two.invalid; allowed is one, three"
     )
 
 
@@ -541,8 +557,8 @@ def test_versions_are_compared_on_brokers_only(errors, broker_errors):
 
 
 def test_host_counts_and_versions_are_reported_together(broker_errors, folder):
-    (folder / "group_vars/all/00-common/broker.yml").write_text("wiring_broker:\n")
-    found = broker_errors(groups=without("broker", broker=["a", "b"]), wiring_broker="b", rabbitmq_version="4.2")
+    (folder / "group_vars/all/00-common/broker.yml").write_text("wiring_brokers:\n")
+    found = broker_errors(groups=without("broker", broker=["a", "b"]), wiring_brokers=["a", "b"], rabbitmq_version="4.2")
     assert [sentence.split(maxsplit=4)[:4] for sentence in found] == [
         ["The", "group", "broker", "has"],
         ["rabbitmq_version", "is", "4.2,", "and"],

@@ -29,6 +29,8 @@ LAYERS = {
 }
 
 USER = {"name": "worker", "password": f"{MARK}worker"}
+NODES = [{"name": f"mq{number}"} for number in (1, 2, 3)]
+CLUSTER = {"rabbitmq_nodes": NODES, "rabbitmq_node_name": "mq1", "rabbitmq_distribution_address": "0.0.0.0"}  # noqa: S104
 WORKER = {"name": "mail", "queues": ["mail.v1"]}
 PROCESS = {"name": "relay", "command": ["python", "manage.py", "relay"]}
 DATABASE_USER = {"name": "orders", "password": f"{MARK}orders"}
@@ -140,6 +142,33 @@ REFUSED = {
         ),
         ({"rabbitmq_erlang_cookie": MARK[:19]}, "rabbitmq_erlang_cookie must be 20 to 255 letters and digits."),
         ({"rabbitmq_administrator_password": MARK[:11]}, "rabbitmq_administrator_password must have at least 12 characters."),
+        (
+            {"rabbitmq_nodes": NODES[:2]},
+            "rabbitmq_nodes lists mq1, mq2; allowed is no node, three, or a larger odd number. With two nodes, the loss of either stops "
+            "the broker, and a fourth node does not let the cluster lose more nodes than three do.",
+        ),
+        (
+            CLUSTER | {"rabbitmq_nodes": [*NODES[:2], {"name": "mq 3"}]},
+            "rabbitmq_nodes lists mq1, mq2, mq 3; a name may have letters, digits, dots, hyphens and underscores.",
+        ),
+        (
+            CLUSTER | {"rabbitmq_nodes": [*NODES[:2], {"name": "mq1"}]},
+            "rabbitmq_nodes lists mq1, mq2, mq1; each node must have a name of its own.",
+        ),
+        (
+            CLUSTER | {"rabbitmq_nodes": [*NODES[:2], {"name": "mq3", "address": "mq3.example"}]},
+            "rabbitmq_nodes has the address mq3.example; allowed is an IPv4 address, or none.",
+        ),
+        (
+            CLUSTER | {"rabbitmq_node_name": "mq4"},
+            "rabbitmq_node_name is 'mq4'; allowed is one of rabbitmq_nodes, mq1, mq2, mq3.",
+        ),
+        (
+            CLUSTER | {"rabbitmq_distribution_address": "127.0.0.1"},
+            "rabbitmq_distribution_address is 127.0.0.1, where other nodes can't reach this node; allowed is an address of the host, or "
+            "0.0.0.0.",
+        ),
+        ({"rabbitmq_stop_wait": -1}, "rabbitmq_stop_wait is -1; allowed is 0 to 86400 seconds."),
         ({"rabbitmq_plugins": []}, "rabbitmq_plugins must list rabbitmq_management: the role uses its API."),
         ({"rabbitmq_memory_high_watermark": 2}, "rabbitmq_memory_high_watermark is 2; allowed is 0.1 to 0.9."),
         (
@@ -237,7 +266,7 @@ REFUSED = {
     "common names": [
         ({"app_nmae": "x"}, "app_nmae is not a variable of inventories/common; did you mean app_name?"),
         ({"service_adress": "x"}, "service_adress is not a variable of inventories/common; did you mean service_address?"),
-        ({"wiring_brokr": "x"}, "wiring_brokr is not a variable of inventories/common; did you mean wiring_broker?"),
+        ({"wiring_brokr": "x"}, "wiring_brokr is not a variable of inventories/common; did you mean wiring_brokers?"),
         ({"host_platfrom": "el9"}, "host_platfrom is not a variable of inventories/common; did you mean host_platform?"),
         ({"backup_directroy": "/b"}, "backup_directroy is not a variable of inventories/common; did you mean backup_directory?"),
         (
@@ -491,7 +520,9 @@ def write_inventory(folder, hosts):
             if group:
                 groups[group]["hosts"][host] = None
     everybody = {"first.invalid": None, **{host: {**own_environment(host), **variables} for host, variables, _ in hosts}}
-    inventory = {"all": {"hosts": everybody, "vars": {**ENVIRONMENT, **locks}, "children": groups}}
+    inventory = {
+        "all": {"hosts": everybody, "vars": {**ENVIRONMENT, **locks, "wiring_brokers": ["first.invalid"]}, "children": groups}
+    }
     (folder / "hosts.json").write_text(json.dumps(inventory))
     return folder
 
@@ -500,7 +531,9 @@ def own_environment(host):
     """Makes each host a separate environment, as in scenarios, so that there can be several brokers and databases."""
     layer = LAYERS.get(host.split("-")[0])
     # Resolving the other hosts' addresses would take most of the run.
-    return {f"wiring_{layer}": "{{ inventory_hostname }}", f"wiring_{layer}_clients": []} if layer in ("broker", "database") else {}
+    if layer == "broker":
+        return {"wiring_brokers": ["{{ inventory_hostname }}"], "wiring_broker_clients": []}
+    return {"wiring_database": "{{ inventory_hostname }}", "wiring_database_clients": []} if layer == "database" else {}
 
 
 @pytest.fixture(scope="module")

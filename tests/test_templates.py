@@ -16,6 +16,8 @@ from test_services import HARDENING, PER_SERVICE, sections
 WIRED = {
     "service_address": "localhost",
     "rabbitmq_listeners": ["127.0.0.1:5672"],
+    "rabbitmq_nodes": [],
+    "rabbitmq_distribution_address": "127.0.0.1",
     "wiring_broker_url": f"amqp://{MARK}",
     "flower_broker_url": f"amqp://{MARK}",
     "flower_broker_api": "",
@@ -56,6 +58,16 @@ HOSTS = {
         "flower_read_only": True,
         "flower_max_tasks": 123,
         "flower_memory_max": "99M",
+    },
+    "cluster": {
+        "rabbitmq_nodes": [
+            {"name": "mq1", "address": "192.0.2.1"},
+            {"name": "mq2.example", "address": "192.0.2.2"},
+            {"name": "mq3"},
+        ],
+        "rabbitmq_node_name": "mq2.example",
+        "rabbitmq_distribution_address": "0.0.0.0",  # noqa: S104 - a firewall closes the ports
+        "rabbitmq_stop_wait": 60,
     },
     "worker alone": {"django_web": False, "django_processes": [], "celery_beat": False},
 }
@@ -141,7 +153,7 @@ def test_broker_configuration_by_default(rendered):
     # The broker may have to write all of its memory to the disk.
     assert float(found["disk_free_limit.relative"]) >= float(found["vm_memory_high_watermark.relative"])
     # Settings without effect since RabbitMQ 4.3, and features that it denies.
-    assert not [name for name in found if name.startswith("cluster_partition_handling")]
+    assert not [name for name in found if name.startswith("cluster_")]
     assert "true" not in [value for name, value in found.items() if name.startswith("deprecated_features")]
 
 
@@ -173,6 +185,34 @@ def test_a_node_on_the_loopback_resolves_its_name_there(rendered):
     assert settings(other["rabbitmq-env.conf"]) == [("ERL_MAX_PORTS", "100000")]
     assert "host" not in other["erl_inetrc"].splitlines()[-1]
     assert other["epmd.socket"].endswith("ListenStream=\nListenStream=4369\n")
+
+
+def test_node_of_a_cluster_knows_the_other_nodes(rendered):
+    cluster = rendered["cluster"]
+    found = dict(settings(cluster["rabbitmq.conf"]))
+    assert [found[f"cluster_formation.classic_config.nodes.{number}"] for number in (1, 2, 3)] == [
+        "rabbit@mq1", "rabbit@mq2.example", "rabbit@mq3",
+    ]  # fmt: skip
+    assert found["cluster_formation.target_cluster_size_hint"] == "3"
+    assert found["cluster_partition_handling"] == "pause_minority"
+    environment = dict(settings(cluster["rabbitmq-env.conf"]))
+    assert environment["NODENAME"] == "rabbit@mq2.example"
+    assert environment["USE_LONGNAME"] == "true"
+    assert "ERL_EPMD_ADDRESS" not in environment
+    # The node mq3 has no address, so the operating system resolves its name.
+    assert cluster["erl_inetrc"].splitlines()[2:] == [
+        '{host, {192, 0, 2, 1}, ["mq1"]}.', '{host, {192, 0, 2, 2}, ["mq2.example"]}.', "{lookup, [file, native]}.",
+    ]  # fmt: skip
+
+
+def test_only_a_node_of_a_cluster_waits_before_it_stops(rendered):
+    unit = sections(rendered["cluster"]["rabbitmq-server.service"])["Service"]
+    wait, drain, stop = [value for name, value in unit if name == "ExecStop"][1:]
+    assert "await_online_quorum_plus_one --timeout 60 || logger" in wait
+    assert drain == "-/usr/sbin/rabbitmq-upgrade drain"
+    assert stop == "/usr/sbin/rabbitmqctl stop"
+    assert ("TimeoutStopSec", "180") in unit
+    assert "ExecStop" not in rendered["usual"]["rabbitmq-server.service"]
 
 
 def test_enabled_plugins_are_a_sorted_erlang_term(rendered):

@@ -19,7 +19,7 @@ MANY = {
 ONE = {name: ["host1"] for name in MANY}
 NAMES = (
     "postgresql_clients", "firewall_rules", "rabbitmq_listeners", "postgresql_listen_addresses", "wiring_broker_url",
-    "flower_broker_url", "celery_beat", "django_migrate", "django_environment", "django_commands",
+    "flower_broker_url", "rabbitmq_nodes", "rabbitmq_distribution_address", "flower_broker_api", "celery_beat", "django_migrate", "django_environment", "django_commands",
 )  # fmt: skip
 
 
@@ -69,6 +69,47 @@ def test_several_hosts_reach_broker_and_database(many):
     assert [rule["ports"] for rule in many["mq1"]["firewall_rules"]] == [[5672], [5432]]
     assert many["web1"]["firewall_rules"] == []
     assert many["worker3"]["wiring_broker_url"] == f"amqp://mailroom:{MARK}secretrabbitmqapppassword@mq1:5672/mailroom"
+
+
+def test_brokers_form_a_cluster_that_every_client_knows(tmp_path):
+    brokers = ["mq1", "mq2", "mq3.example"]
+    hosts = wired(tmp_path, MANY | {"broker": brokers, "flower": ["mq2"], "database": ["db1"]}, seed="1")
+    again = wired(tmp_path, MANY | {"broker": brokers, "flower": ["mq2"], "database": ["db1"]}, seed="2")
+    assert hosts == again
+    # Only IPv4 addresses are listed; the inventory's names are resolved by the hosts.
+    assert hosts["mq1"]["rabbitmq_nodes"] == [{"name": name, "address": ""} for name in brokers]
+    assert hosts["mq1"]["rabbitmq_distribution_address"] == "0.0.0.0"  # noqa: S104 - a firewall closes the ports
+    account = f"amqp://mailroom:{MARK}secretrabbitmqapppassword@"
+    first_choices = set()
+    for worker in WORKERS:
+        urls = hosts[worker]["wiring_broker_url"].split(";")
+        assert sorted(urls) == [f"{account}{broker}:5672/mailroom" for broker in brokers]
+        first_choices.add(urls[0])
+    assert len(first_choices) > 1
+    flower = hosts["mq2"]["flower_broker_url"].split(";")
+    assert flower[0].endswith("@127.0.0.1:5672/mailroom")
+    assert len(flower) == 3
+    assert "@127.0.0.1:15672" in hosts["mq2"]["flower_broker_api"]
+    rules = hosts["mq1"]["firewall_rules"]
+    assert {"ports": [4369, 25672], "sources": ["mq2", "mq3.example"]} in rules
+
+
+def test_cluster_lists_addresses(tmp_path):
+    folder = tmp_path / "inventory"
+    common_variables(folder)
+    for number in (1, 2, 3):
+        file = folder / f"host_vars/mq{number}.json"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps({"service_address": f"192.0.2.{number}"}))
+    hosts = wired(tmp_path, MANY | {"broker": ["mq1", "mq2", "mq3"]})
+    assert hosts["mq2"]["rabbitmq_nodes"] == [{"name": f"mq{number}", "address": f"192.0.2.{number}"} for number in (1, 2, 3)]
+    assert hosts["web1"]["rabbitmq_nodes"] == hosts["mq2"]["rabbitmq_nodes"]
+
+
+def test_one_broker_is_no_cluster(many, one):
+    for values in (many["mq1"], one):
+        assert values["rabbitmq_nodes"] == []
+        assert values["rabbitmq_distribution_address"] == "127.0.0.1"
 
 
 def test_only_web_hosts_open_ports_for_others(tmp_path):

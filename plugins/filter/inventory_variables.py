@@ -86,15 +86,20 @@ def group_errors(groups):
 
 
 def host_count_errors(host, groups, values):
-    """Return errors for groups with several hosts that may have only one host, unless each host is a separate environment."""
+    """Return errors for a number of hosts that a group can't have. Scenarios have environments of one host each."""
     sentences = []
-    for name, variable in (("broker", "wiring_broker"), ("database", "wiring_database")):
-        hosts = groups.get(name, [])
-        if host in hosts and len(hosts) > 1 and values.get(variable) != host:
-            sentences.append(
-                f"The group {name} has the hosts {', '.join(hosts)}; allowed is one, or several if each host is a separate "
-                f"environment, with {variable} set to the host's name."
-            )
+    brokers = groups["broker"]
+    if host in brokers and len(brokers) > 1 and values.get("wiring_brokers") != [host] and len(brokers) % 2 == 0:
+        sentences.append(
+            f"The group broker has the hosts {', '.join(brokers)}; allowed is one, three, or a larger odd number. A cluster of two stops "
+            "if it loses either broker, and four can lose no more brokers than three can."
+        )
+    databases = groups.get("database", [])
+    if host in databases and len(databases) > 1 and values.get("wiring_database") != host:
+        sentences.append(
+            f"The group database has the hosts {', '.join(databases)}; allowed is one, or several if each host is a separate "
+            "environment, with wiring_database set to the host's name."
+        )
     return sentences
 
 

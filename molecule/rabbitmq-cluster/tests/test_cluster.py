@@ -1,0 +1,164 @@
+"""Tests a cluster of three brokers: its queues, the loss of a node, and gated stops."""
+
+from __future__ import annotations
+
+import amqp
+import pytest
+import requests
+import testinfra
+from kombu import Connection, Exchange, Queue
+
+BROKERS = ("mq1", "mq2", "mq3")
+NODES = [f"rabbit@node-{name}.queues" for name in BROKERS]
+
+
+@pytest.fixture(scope="module")
+def hosts():
+    return {name: testinfra.get_host(f"ansible://{name}") for name in BROKERS}
+
+
+@pytest.fixture(scope="module")
+def port(hosts):
+    """Returns the loopback port on which a port of a broker is published."""
+    return lambda name, port: hosts[name].ansible.get_variables()["testbed_published"][str(port)]
+
+
+@pytest.fixture(scope="module")
+def ask(port, variables):
+    """Calls the management API of a broker."""
+
+    def get(name, path):
+        url = f"http://127.0.0.1:{port(name, 15672)}/api/{path}"
+        response = requests.get(url, auth=("admin", variables["secret_rabbitmq_administrator_password"]), timeout=30)
+        response.raise_for_status()
+        return response.json()
+
+    return get
+
+
+@pytest.fixture
+def connect(port, variables):
+    """Connects over AMQP to the first of the named brokers that responds, as the application does."""
+    connections = []
+
+    def connection(*names):
+        account = f"mailroom:{variables['secret_rabbitmq_app_password']}"
+        urls = ";".join(f"amqp://{account}@127.0.0.1:{port(name, 5672)}/mailroom" for name in names)
+        connections.append(Connection(urls, connect_timeout=4, transport_options={"max_retries": 4, "interval_start": 0}))
+        connections[-1].ensure_connection(max_retries=4)
+        return connections[-1]
+
+    yield connection
+    for connection in connections:
+        connection.release()
+
+
+@pytest.fixture
+def queue(connect):
+    """A quorum queue for one test."""
+    channel = connect(*BROKERS).channel()
+    made = Queue("mail.test", Exchange("emails", "topic"), "mail.test", channel=channel, queue_arguments={"x-queue-type": "quorum"})
+    made.declare()
+    yield made
+    Queue("mail.test", channel=connect(*BROKERS).channel()).delete()
+
+
+def publish(connection, text):
+    channel = connection.channel()
+    channel.confirm_select()
+    channel.basic_publish_confirm(amqp.Message(text), exchange="emails", routing_key="mail.test")
+
+
+def running(ask, name):
+    return sorted(node["name"] for node in ask(name, "nodes?columns=name,running") if node["running"])
+
+
+@pytest.fixture
+def whole(ask, eventually):
+    """Waits until all nodes run in the cluster."""
+    return lambda: eventually(lambda: all(running(ask, name) == NODES for name in BROKERS), seconds=120)
+
+
+def test_nodes_form_one_cluster(ask):
+    for name in BROKERS:
+        assert running(ask, name) == NODES
+    assert ask("mq1", "cluster-name") == ask("mq3", "cluster-name")
+
+
+def test_names_are_resolved_without_dns(hosts):
+    """The names exist only in the file that the role writes for Erlang."""
+    assert hosts["mq1"].run("getent ahosts node-mq2.queues").rc != 0
+
+
+def test_quorum_queue_has_a_member_on_each_node(ask, queue):
+    assert sorted(ask("mq2", f"queues/mailroom/{queue.name}")["members"]) == NODES
+
+
+def test_definitions_exist_once_for_all_nodes(ask):
+    for name in BROKERS:
+        assert sorted(user["name"] for user in ask(name, "users")) == ["admin", "mailroom", "mailroom-flower"]
+
+
+@pytest.mark.parametrize("lost", BROKERS)
+def test_clients_continue_without_a_killed_node(hosts, connect, queue, lost, whole, eventually, ask):
+    """Messages from before and during the loss of a node are delivered."""
+    publish(connect(*BROKERS), f"before {lost}")
+    broker = hosts[lost]
+    with broker.sudo():
+        broker.check_output("systemctl kill --signal=KILL rabbitmq-server && systemctl stop rabbitmq-server")
+        assert not broker.service("rabbitmq-server").is_running
+    try:
+        others = [name for name in BROKERS if name != lost]
+        eventually(lambda: len(running(ask, others[0])) == 2, seconds=60)
+        # The killed node is the first in the list.
+        connection = connect(lost, *others)
+        publish(connection, f"without {lost}")
+        channel = connection.channel()
+        got = []
+        while message := channel.basic_get(queue.name):
+            got.append(message.body)
+            channel.basic_ack(message.delivery_tag)
+        assert [each if isinstance(each, str) else each.decode() for each in got] == [f"before {lost}", f"without {lost}"]
+    finally:
+        with broker.sudo():
+            broker.check_output("systemctl start rabbitmq-server")
+    whole()
+
+
+def test_stop_waits_while_queues_need_the_node(hosts, queue, whole, ask, eventually):
+    """With one node down, another node stops only after rabbitmq_stop_wait, and says so."""
+    first, second = hosts["mq2"], hosts["mq3"]
+    with first.sudo():
+        first.check_output("systemctl stop rabbitmq-server")
+    try:
+        eventually(lambda: len(running(ask, "mq3")) == 2, seconds=60)
+        with second.sudo():
+            second.check_output("systemctl stop --no-block rabbitmq-server")
+            # Half of the wait.
+            assert second.run("timeout 10 sh -c 'while pidof beam.smp >/dev/null; do sleep 1; done'").rc == 124
+            with first.sudo():
+                first.check_output("systemctl start rabbitmq-server")
+            # The other node is back, so the stop ends before its limit.
+            eventually(lambda: not second.service("rabbitmq-server").is_running, seconds=15)
+            assert "may lose their majority" not in second.check_output("journalctl --boot --no-pager --identifier rabbitmq-server")
+    finally:
+        for host in (first, second):
+            with host.sudo():
+                host.check_output("systemctl start rabbitmq-server")
+    whole()
+
+
+def test_stop_ends_at_its_limit(hosts, queue, whole, ask, eventually):
+    first, second = hosts["mq2"], hosts["mq3"]
+    with first.sudo():
+        first.check_output("systemctl stop rabbitmq-server")
+    try:
+        eventually(lambda: len(running(ask, "mq3")) == 2, seconds=60)
+        with second.sudo():
+            second.check_output("timeout 60 systemctl stop rabbitmq-server")
+            assert "may lose their majority" in second.check_output("journalctl --boot --no-pager --identifier rabbitmq-server")
+    finally:
+        for host in (first, second):
+            with host.sudo():
+                host.check_output("systemctl start rabbitmq-server")
+    whole()
