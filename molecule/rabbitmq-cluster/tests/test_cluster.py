@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
 import amqp
 import pytest
 import requests
 import testinfra
 from kombu import Connection, Exchange, Queue
+from kombu.exceptions import OperationalError
+
+PROJECT = Path(__file__).resolve().parents[3]
 
 BROKERS = ("mq1", "mq2", "mq3")
 NODES = [f"rabbit@node-{name}.queues" for name in BROKERS]
@@ -34,6 +46,23 @@ def ask(port, variables):
         return response.json()
 
     return get
+
+
+@pytest.fixture(scope="module")
+def run():
+    """Runs a playbook on all brokers with extra variables; returns the finished process."""
+
+    def playbook(path, *arguments, **variables):
+        return subprocess.run(
+            [Path(sys.executable).parent / "ansible-playbook", path, "--extra-vars", json.dumps(variables), *arguments],
+            cwd=PROJECT,
+            env={**os.environ, "ANSIBLE_CONFIG": str(PROJECT / "ansible.cfg"), "ANSIBLE_FORCE_COLOR": "false"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    return playbook
 
 
 @pytest.fixture
@@ -82,7 +111,6 @@ def whole(ask, eventually):
 def test_nodes_form_one_cluster(ask):
     for name in BROKERS:
         assert running(ask, name) == NODES
-    assert ask("mq1", "cluster-name") == ask("mq3", "cluster-name")
 
 
 def test_names_are_resolved_without_dns(hosts):
@@ -162,3 +190,78 @@ def test_stop_ends_at_its_limit(hosts, queue, whole, ask, eventually):
             with host.sudo():
                 host.check_output("systemctl start rabbitmq-server")
     whole()
+
+
+def test_changed_cookie_and_settings_reach_all_nodes_without_an_outage(hosts, queue, connect, whole, run, variables):
+    """The playbook restarts the nodes one after another. Meanwhile, a client publishes without an error that it can't retry."""
+    published, stop = [], threading.Event()
+
+    def publish_all_the_time():
+        connection = None
+        while not stop.is_set():
+            text = f"message {len(published)}"
+            try:
+                connection = connection or connect(*BROKERS)
+                publish(connection, text)
+            except (OSError, amqp.exceptions.AMQPError, OperationalError):
+                connection = None
+                time.sleep(0.2)
+            else:
+                published.append((time.monotonic(), text))
+                time.sleep(0.1)
+
+    thread = threading.Thread(target=publish_all_the_time)
+    thread.start()
+    try:
+        done = run("playbooks/broker.yml", secret_rabbitmq_erlang_cookie="Changed" * 5, rabbitmq_settings={"channel_max": 100})
+    finally:
+        stop.set()
+        thread.join()
+    assert done.returncode == 0, done.stdout + done.stderr
+    whole()
+    for host in hosts.values():
+        with host.sudo():
+            assert host.check_output("cat /var/lib/rabbitmq/.erlang.cookie") == "Changed" * 5
+            assert "channel_max,100" in host.check_output("rabbitmqctl --quiet environment").replace(" ", "")
+    times = [moment for moment, _ in published]
+    assert max(later - earlier for earlier, later in itertools.pairwise(times)) < 30
+    channel = connect(*BROKERS).channel()
+    got = set()
+    while message := channel.basic_get(queue.name):
+        got.add(message.body if isinstance(message.body, str) else message.body.decode())
+        channel.basic_ack(message.delivery_tag)
+    assert {text for _, text in published} <= got
+
+
+def test_cookie_is_not_changed_on_a_part_of_the_cluster(run):
+    done = run("playbooks/broker.yml", "--limit", "mq1", secret_rabbitmq_erlang_cookie="Other" * 5)
+    assert done.returncode == 2
+    assert "All nodes of the cluster must change it in the same run" in done.stdout
+
+
+def test_lost_node_is_replaced_by_a_new_host(hosts, queue, connect, run, whole, ask, eventually):
+    publish(connect(*BROKERS), "kept")
+    lost = hosts["mq3"]
+    with lost.sudo():
+        refused = run("playbooks/ops/remove_broker_node.yml", node="node-mq3.queues")
+        assert "allowed is a node of the cluster that does not run" in refused.stdout
+        lost.check_output("systemctl kill --signal=KILL rabbitmq-server && systemctl stop rabbitmq-server")
+        # The new host has the same name and no data.
+        lost.check_output("rm -r /var/lib/rabbitmq/mnesia")
+    eventually(lambda: len(running(ask, "mq1")) == 2, seconds=60)
+    done = run("playbooks/ops/remove_broker_node.yml", node="node-mq3.queues")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(ask("mq1", f"queues/mailroom/{queue.name}")["members"]) == 2
+    done = run("playbooks/broker.yml")
+    assert done.returncode == 0, done.stdout + done.stderr
+    whole()
+    eventually(lambda: sorted(ask("mq1", f"queues/mailroom/{queue.name}")["members"]) == NODES, seconds=60)
+    message = connect("mq3").channel().basic_get(queue.name)
+    assert message is not None
+
+
+def test_data_of_a_node_with_another_name_is_refused(hosts, run):
+    """After a change of its name, a node would start without its queues."""
+    done = run("playbooks/broker.yml", "--limit", "mq1", rabbitmq_node_name="node-mq2.queues")
+    assert done.returncode == 2
+    assert "has the data of rabbit@node-mq1.queues, but its name in rabbitmq_nodes is node-mq2.queues" in done.stdout
