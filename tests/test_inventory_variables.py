@@ -97,8 +97,8 @@ def test_even_number_of_brokers_is_refused_unless_each_is_a_separate_environment
     brokers = [f"mq{number}" for number in range(count)]
     (sentence,) = host_count_errors("mq0", {"broker": brokers}, {"wiring_brokers": brokers})
     assert sentence == (
-        f"The group broker has the hosts {', '.join(brokers)}; allowed is one, three, or a larger odd number. A cluster of two stops "
-        "if it loses either broker, and four can lose no more brokers than three can."
+        f"The group broker has the hosts {', '.join(brokers)}; allowed is one, three, or a larger odd number. A cluster of two "
+        "stops if it loses either broker, and four can lose no more brokers than three can."
     )
     assert host_count_errors("mq0", {"broker": brokers}, {"wiring_brokers": ["mq0"]}) == []
 

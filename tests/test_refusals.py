@@ -144,8 +144,8 @@ REFUSED = {
         ({"rabbitmq_administrator_password": MARK[:11]}, "rabbitmq_administrator_password must have at least 12 characters."),
         (
             {"rabbitmq_nodes": NODES[:2]},
-            "rabbitmq_nodes lists mq1, mq2; allowed is no node, three, or a larger odd number. With two nodes, the loss of either stops "
-            "the broker, and a fourth node does not let the cluster lose more nodes than three do.",
+            "rabbitmq_nodes lists mq1, mq2; allowed is no node, three, or a larger odd number. With two nodes, the loss of either "
+            "stops the broker, and a fourth node does not let the cluster lose more nodes than three do.",
         ),
         (
             CLUSTER | {"rabbitmq_nodes": [*NODES[:2], {"name": "mq 3"}]},
@@ -165,8 +165,8 @@ REFUSED = {
         ),
         (
             CLUSTER | {"rabbitmq_distribution_address": "127.0.0.1"},
-            "rabbitmq_distribution_address is 127.0.0.1, where other nodes can't reach this node; allowed is an address of the host, or "
-            "0.0.0.0.",
+            "rabbitmq_distribution_address is 127.0.0.1, where other nodes can't reach this node; allowed is an address of the "
+            "host, or 0.0.0.0.",
         ),
         ({"rabbitmq_stop_wait": -1}, "rabbitmq_stop_wait is -1; allowed is 0 to 86400 seconds."),
         ({"rabbitmq_plugins": []}, "rabbitmq_plugins must list rabbitmq_management: the role uses its API."),

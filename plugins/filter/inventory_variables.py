@@ -91,8 +91,8 @@ def host_count_errors(host, groups, values):
     brokers = groups["broker"]
     if host in brokers and len(brokers) > 1 and values.get("wiring_brokers") != [host] and len(brokers) % 2 == 0:
         sentences.append(
-            f"The group broker has the hosts {', '.join(brokers)}; allowed is one, three, or a larger odd number. A cluster of two stops "
-            "if it loses either broker, and four can lose no more brokers than three can."
+            f"The group broker has the hosts {', '.join(brokers)}; allowed is one, three, or a larger odd number. A cluster of two "
+            "stops if it loses either broker, and four can lose no more brokers than three can."
         )
     databases = groups.get("database", [])
     if host in databases and len(databases) > 1 and values.get("wiring_database") != host:
