@@ -19,7 +19,8 @@ MANY = {
 ONE = {name: ["host1"] for name in MANY}
 NAMES = (
     "postgresql_clients", "firewall_rules", "rabbitmq_listeners", "postgresql_listen_addresses", "wiring_broker_url",
-    "flower_broker_url", "rabbitmq_nodes", "rabbitmq_distribution_address", "flower_broker_api", "celery_beat", "django_migrate", "django_environment", "django_commands",
+    "flower_broker_url", "flower_broker_api", "rabbitmq_nodes", "rabbitmq_distribution_address", "celery_beat", "django_migrate",
+    "django_environment", "django_commands",
 )  # fmt: skip
 
 
