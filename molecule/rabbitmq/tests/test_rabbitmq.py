@@ -275,3 +275,18 @@ def test_run_with_changed_secrets_prints_no_secret(host, api, run_playbook, vari
     output = "".join(run.stdout + run.stderr for run in (checked, done, again))
     for secret in [*changed.values(), *(variables[name] for name in SECRETS), *kept]:
         assert secret not in output
+
+
+@pytest.mark.parametrize("series", ["4.3", "3.13"])
+def test_upgrade_that_the_data_would_not_survive_is_refused(host, run_playbook, series):
+    """RabbitMQ 4.3 can't read the data of 4.0, and an older series can't read it either."""
+    pin = "/etc/apt/preferences.d/rabbitmq-server" if not host.exists("dnf") else "/etc/rabbitmq/rabbitmq.conf"
+    with host.sudo():
+        before = host.check_output(f"stat --format=%Y {pin}; pidof beam.smp")
+        wanted = {"rabbitmq_version": series, "rabbitmq_source": "team_rabbitmq"}
+        # The first play refuses 3.13, since the role does not support it.
+        done = run_playbook("playbooks/broker.yml", "--tags", "rabbitmq", **wanted)
+        assert done.returncode == 2
+        sentence = "which can read the data of 4.2, 4.3 only" if series == "4.3" else "rabbitmq_version 3.13 does not run on Erlang"
+        assert sentence in done.stdout
+        assert host.check_output(f"stat --format=%Y {pin}; pidof beam.smp") == before
