@@ -30,7 +30,7 @@ LAYERS = {
 
 USER = {"name": "worker", "password": f"{MARK}worker"}
 NODES = [{"name": f"mq{number}"} for number in (1, 2, 3)]
-CLUSTER = {"rabbitmq_nodes": NODES, "rabbitmq_node_name": "mq1", "rabbitmq_distribution_address": "0.0.0.0"}  # noqa: S104
+CLUSTER = {"rabbitmq_nodes": NODES, "rabbitmq_node_name": "mq1", "rabbitmq_distribution_address": "192.0.2.1"}
 WORKER = {"name": "mail", "queues": ["mail.v1"]}
 PROCESS = {"name": "relay", "command": ["python", "manage.py", "relay"]}
 DATABASE_USER = {"name": "orders", "password": f"{MARK}orders"}

@@ -250,13 +250,13 @@ def test_lost_node_is_replaced_by_a_new_host(hosts, queue, connect, run, whole, 
     publish(connect(*BROKERS), "kept")
     lost = hosts["mq3"]
     with lost.sudo():
-        refused = run("playbooks/ops/remove_broker_node.yml", node="node-mq3.queues")
+        refused = run("playbooks/ops/remove_broker_node.yml", rabbitmq_removed_node="node-mq3.queues")
         assert "allowed is a node of the cluster that does not run" in refused.stdout
         lost.check_output("systemctl kill --signal=KILL rabbitmq-server && systemctl stop rabbitmq-server")
         # The new host has the same name and no data.
         lost.check_output("rm -r /var/lib/rabbitmq/mnesia")
     eventually(lambda: len(running(ask, "mq1")) == 2, seconds=60)
-    done = run("playbooks/ops/remove_broker_node.yml", node="node-mq3.queues")
+    done = run("playbooks/ops/remove_broker_node.yml", rabbitmq_removed_node="node-mq3.queues")
     assert done.returncode == 0, done.stdout + done.stderr
     eventually(lambda: len(ask("mq1", f"queues/mailroom/{queue.name}")["members"]) == 2, seconds=15)
     done = run("playbooks/broker.yml")
