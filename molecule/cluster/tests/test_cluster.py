@@ -1,0 +1,102 @@
+"""Tests the whole environment with a cluster of brokers that was one broker before."""
+
+from __future__ import annotations
+
+import json
+import uuid
+
+import pytest
+import requests
+
+BROKERS = ("mq1", "mq2", "mq3")
+
+
+@pytest.fixture
+def send(site, variables):
+    """Posts an email; returns its subject and a function that returns its state."""
+    headers = {"Authorization": f"Bearer {variables['secret_app_api_key']}"}
+
+    def post():
+        subject = f"test {uuid.uuid4()}"
+        email = {"subject": subject, "text": "Hello.", "to": ["one@example.net"]}
+        answer = requests.post(f"{site}/api/emails", json=email, headers=headers, timeout=10)
+        assert answer.status_code == 202, answer.text
+        status = f"{site}/api/emails/{answer.json()['id']}"
+        return subject, lambda: requests.get(status, headers=headers, timeout=10).json()["state"]
+
+    return post
+
+
+@pytest.fixture
+def on(host):
+    """Runs a command as root on the host with this name; returns its output."""
+
+    def run(name, command):
+        other = host.get_host(f"ansible://{name}")
+        with other.sudo():
+            return other.check_output(command)
+
+    return run
+
+
+@pytest.fixture
+def members(on):
+    """Returns the online members of the queue mail.v1."""
+
+    def ask(name):
+        found = json.loads(on(name, "rabbitmqctl --quiet list_queues -p mailroom name online --formatter json"))
+        return sorted(member for queue in found if queue["name"] == "mail.v1" for member in queue["online"])
+
+    return ask
+
+
+def test_queues_of_one_broker_have_members_on_the_new_nodes(members, eventually):
+    eventually(lambda: members("mq1") == [f"rabbit@{name}" for name in BROKERS], seconds=60)
+
+
+def test_email_arrives(send, inbox, eventually):
+    subject, state = send()
+    eventually(lambda: state() == "sent")
+    assert inbox().count(subject) == 1
+
+
+@pytest.mark.parametrize("lost", BROKERS)
+def test_emails_arrive_while_a_broker_is_lost(send, inbox, eventually, on, members, lost):
+    """Relay, workers and Flower connect to another broker."""
+    before, state_before = send()
+    on(lost, "systemctl kill --signal=KILL rabbitmq-server && systemctl stop rabbitmq-server")
+    try:
+        sent = [(before, state_before), *(send() for _ in range(5))]
+        eventually(lambda: all(state() == "sent" for _, state in sent), seconds=60)
+    finally:
+        on(lost, "systemctl start rabbitmq-server")
+    # A worker that lost its connection can send an email twice, but not lose it.
+    assert all(inbox().count(subject) >= 1 for subject, _ in sent)
+    eventually(lambda: len(members(lost)) == 3, seconds=120)
+
+
+def test_worker_starts_while_a_broker_is_down(send, eventually, on, members):
+    on("mq2", "systemctl stop rabbitmq-server")
+    try:
+        on("app1", "systemctl restart mailroom-worker@mail mailroom-relay")
+        _, state = send()
+        eventually(lambda: state() == "sent", seconds=60)
+    finally:
+        on("mq2", "systemctl start rabbitmq-server")
+    eventually(lambda: len(members("mq2")) == 3, seconds=120)
+
+
+def test_ports_between_nodes_are_closed_to_clients(on):
+    connect = "import socket, sys; socket.create_connection(sys.argv[1:], timeout=3)"
+    for port, is_open in ((5672, True), (4369, False), (25672, False)):
+        done = on("app1", f"python3 -c '{connect}' mq2 {port} 2>&1 || true")
+        assert (done == "") is is_open, done
+
+
+def test_flower_sees_the_workers(on, url, variables, eventually):
+    account = ("admin", variables["secret_flower_password"])
+
+    def names():
+        return requests.get(f"{url(5555)}/api/workers", auth=account, timeout=10).json()
+
+    eventually(lambda: {name.partition("@")[0] for name in names()} == {"mail", "maintenance"}, seconds=60)
