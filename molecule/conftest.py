@@ -100,6 +100,31 @@ def run_playbook(host):
 
 
 @pytest.fixture(scope="module")
+def exposure(host):
+    """Returns systemd's rating of a running unit: 0 (confined) to 10 (unsafe)."""
+
+    def rate(unit):
+        with host.sudo():
+            assert host.service(unit).is_running
+            table = host.check_output(f"systemd-analyze security --no-pager {unit}")
+        return float(table.split("Overall exposure level for ")[1].split()[1])
+
+    return rate
+
+
+@pytest.fixture(scope="module")
+def inside(host):
+    """Runs a command as a user in the mount namespace of a unit's main process; returns testinfra's result."""
+
+    def run(unit, user, command):
+        with host.sudo():
+            pid = host.check_output(f"systemctl show --property=MainPID --value {unit}")
+            return host.run(f"nsenter --mount --target {pid} runuser -u {user} -- {command}")
+
+    return run
+
+
+@pytest.fixture(scope="module")
 def is_el(host):
     """Whether the host belongs to the Red Hat family."""
     return host.exists("dnf")

@@ -86,6 +86,8 @@ EXPRESSIONS = {
     "flower.environment": "{{ __flower_environment | django_celery.stack.environment_file }}",
     "release steps": "{{ __django_release_steps }}",
 }
+# Directives of HARDENING that a packaged unit keeps as its package set them.
+OWN_UNITS = {"Restart", "RestartSec", "KillMode", "OOMPolicy", "UMask"}
 NO_UNITS = {*TEMPLATES, *EXPRESSIONS}
 
 # Facts, since the play contacts no host.
@@ -256,7 +258,7 @@ def test_units_of_a_host(rendered):
     app["worker alone"] = {"worker@mail.service", "worker@maintenance.service"}
     for host, names in app.items():
         wanted = {f"mailroom-{name}" for name in names} | {"mailroom.target", "mailroom-flower.service", "rabbitmq-server.service"}
-        wanted.add("epmd.socket")
+        wanted |= {"epmd.socket", "epmd.service"}
         assert set(rendered[host]) - NO_UNITS == wanted
 
 
@@ -305,8 +307,18 @@ def test_every_application_service_has_the_sandbox_and_no_start_limit(rendered):
                 assert dict(unit["Service"])["User"] in ("mailroom", "mailroom-flower", "tasks")
 
 
-def test_the_packaged_broker_gets_only_a_drop_in(rendered):
-    assert rendered["other"]["rabbitmq-server.service"] == "[Service]\nLimitNOFILE=100000\n"
+def test_the_packaged_broker_gets_the_sandbox_and_its_exceptions(rendered):
+    unit = sections(rendered["other"]["rabbitmq-server.service"])
+    assert set(unit) == {"Service"}
+    sandbox = [directive for directive in HARDENING if directive[0] not in OWN_UNITS]
+    assert unit["Service"] == [
+        *sandbox,
+        ("ReadWritePaths", "/var/lib/rabbitmq /var/log/rabbitmq"),
+        ("LimitNOFILE", "100000"),
+        ("ProcSubset", "all"),
+        ("RestrictAddressFamilies", "AF_NETLINK"),
+    ]
+    assert sections(rendered["other"]["epmd.service"]) == {"Service": sandbox}
 
 
 def test_systemd_analyze_accepts_the_units(rendered, tmp_path):
@@ -315,7 +327,7 @@ def test_systemd_analyze_accepts_the_units(rendered, tmp_path):
     for host, files in rendered.items():
         folder = tmp_path / host.replace(" ", "-")
         folder.mkdir()
-        for name in files.keys() - NO_UNITS - {"rabbitmq-server.service", "epmd.socket"}:
+        for name in files.keys() - NO_UNITS - {"rabbitmq-server.service", "epmd.socket", "epmd.service"}:
             # The programs are not installed on this machine.
             (folder / name).write_text(re.sub(r"^ExecStart=/(opt|srv)/\S+", "ExecStart=/bin/true", files[name], flags=re.MULTILINE))
         command = ["systemd-analyze", "verify", "--man=no", *sorted(folder.iterdir())]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-# Directives that remove privileges that a Python network service does not need: systemd.exec(5).
+# Directives that remove privileges that a network service does not need: systemd.exec(5).
 SANDBOX = [
     ("NoNewPrivileges", "yes"),
     ("CapabilityBoundingSet", ""),
@@ -126,7 +126,8 @@ def _packaged_unit(service):
         listeners = _lines(("ListenStream", address) for address in service["listen"])
         content = _file({"Socket": ["# The empty value removes the package's addresses.", "ListenStream=", *listeners]})
         return {"name": f"{service['name']}.socket", "content": content, "packaged": True}
-    content = _file({"Service": service["directives"]})
+    hardening = [*_lines(SANDBOX), *_lines([("ReadWritePaths", " ".join(service["writable"]) or None)])]
+    content = _file({"Service": [*(hardening if service["sandbox"] else []), *service["directives"]]})
     return {"name": f"{service['name']}.service", "content": content, "packaged": True, "restart_on": service["restart_on"]}
 
 

@@ -94,9 +94,10 @@ def test_ports_between_nodes_are_closed_to_clients(on):
 
 
 def test_flower_sees_the_workers(on, url, variables, eventually):
-    account = ("admin", variables["secret_flower_password"])
+    account = ("flower", variables["secret_flower_password"])
 
     def names():
+        requests.get(f"{url(5555)}/api/workers?refresh=1", auth=account, timeout=10).raise_for_status()
         return requests.get(f"{url(5555)}/api/workers", auth=account, timeout=10).json()
 
     eventually(lambda: {name.partition("@")[0] for name in names()} == {"mail", "maintenance"}, seconds=60)

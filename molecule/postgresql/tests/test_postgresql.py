@@ -190,3 +190,15 @@ def test_killed_server_restarts_with_committed_data(host, connect, eventually):
             raise AssertionError(error) from error
 
     assert eventually(answers, seconds=60) == [(1, "committed")]
+
+
+def test_server_is_confined_and_stops_in_order(host, exposure, inside, is_el, eventually):
+    unit = "postgresql" if is_el else host.check_output("basename /etc/postgresql/*").join(["postgresql@", "-main"])
+    assert exposure(unit) <= 2.0
+    assert "Read-only file system" in inside(unit, "postgres", "touch /etc/probe").stderr
+    with host.sudo():
+        # A stop that fails would leave the server to be killed.
+        host.check_output(f"systemctl restart {unit}")
+        assert host.check_output(f"systemctl show --property=Result --value {unit}") == "success"
+        said = host.check_output(f"journalctl --no-pager --lines=30 --unit={unit}")
+    assert "pid file is invalid" not in said

@@ -290,3 +290,13 @@ def test_upgrade_that_the_data_would_not_survive_is_refused(host, run_playbook, 
         sentence = "which can read the data of 4.2, 4.3 only" if series == "4.3" else "rabbitmq_version 3.13 does not run on Erlang"
         assert sentence in done.stdout
         assert host.check_output(f"stat --format=%Y {pin}; pidof beam.smp") == before
+
+
+def test_broker_is_confined(host, exposure, inside, is_el):
+    assert exposure("rabbitmq-server") <= 1.5
+    if not is_el:
+        host.run("epmd -names")  # the socket starts the service
+        assert exposure("epmd") <= 1.5
+    refused = inside("rabbitmq-server", "rabbitmq", "touch /etc/rabbitmq/probe")
+    assert "Read-only file system" in refused.stderr
+    assert inside("rabbitmq-server", "rabbitmq", "touch /var/lib/rabbitmq/probe").rc == 0
