@@ -107,6 +107,7 @@ test-app: $(VENV)/.complete $(APP_VENV)/.complete ## Run the application's tests
 bench-quick: $(VENV)/.complete $(APP_VENV)/.complete ## Run each benchmark with --quick
 	@$(MAKE) --no-print-directory broker-up
 	@for name in $(BENCHMARKS); do echo "== bench/$$name --quick"; bench/$$name --quick || exit 1; done
+	@echo "== bench/broker_faults --nodes 3 --quick"; bench/broker_faults --nodes 3 --quick
 	@$(MAKE) --no-print-directory broker-down
 
 broker-up: $(VENV)/.complete $(APP_VENV)/.complete ## Start the broker of the application's tests and of bench/mail_*
