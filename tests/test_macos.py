@@ -32,6 +32,8 @@ WIRED = {
     "erlang_version": "27",
     "host_homebrew_user": "brewer",
     "postgresql_listen_addresses": ["localhost"],
+    "rabbitmq_nodes": [],
+    "rabbitmq_distribution_address": "127.0.0.1",
     "host_prefix": "{{ (ansible_facts['effective_user_id'] == 0) | ternary('', '/Users/me/.local') }}",
 }
 ROLES = ("rabbitmq", "postgresql", "django", "celery", "flower")

@@ -128,12 +128,12 @@ def test_workers_consume_only_their_queues(host, eventually):
 def test_beat_runs_once_and_keeps_its_schedule(host):
     with host.sudo():
         assert host.check_output("pgrep --count --full '[c]elery.* beat '") == "1"
-        assert host.file("/var/lib/mailroom/beat-schedule").user == "mailroom"
+        assert host.file("/var/lib/mailroom-beat/schedule").user == "mailroom"
 
 
-def test_worker_cannot_write_its_code(host):
-    with host.sudo():
-        pid = shown(host, "mailroom-worker@mail", "MainPID")
-        result = host.run(f"nsenter --mount --target {pid} runuser -u mailroom -- touch /opt/mailroom/current/probe")
+# beat would run code in its schedule.
+@pytest.mark.parametrize("path", ["/opt/mailroom/current/probe", "/var/lib/mailroom-beat/schedule"])
+def test_worker_cannot_write_its_code_or_beats_schedule(inside, path):
+    result = inside("mailroom-worker@mail", "mailroom", f"touch {path}")
     assert result.rc != 0
     assert "Read-only file system" in result.stderr
