@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from email.utils import parseaddr
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -65,6 +66,14 @@ def address(name: str, value: str) -> str:
     except ValidationError:
         raise wrong(name, "email addresses") from None
     return value
+
+
+def networks(name: str) -> list[IPv4Network | IPv6Network]:
+    """Reads a list of addresses and networks, and adds the loopback addresses."""
+    try:
+        return [ip_network(entry) for entry in ["127.0.0.0/8", "::1", *env.list(name, default=[])]]
+    except ValueError:
+        raise wrong(name, "a list of IP addresses or networks") from None
 
 
 def limits(name: str) -> dict[str, dict[str, float]]:

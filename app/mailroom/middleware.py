@@ -1,7 +1,9 @@
 import re
 import uuid
 from collections.abc import Callable
+from ipaddress import ip_address
 
+from django.conf import settings
 from django.http import HttpRequest
 from django.http.response import HttpResponseBase
 
@@ -28,6 +30,32 @@ def content_security_policy(get_response: Handler) -> Handler:
         return response
 
     return middleware
+
+
+def no_store(get_response: Handler) -> Handler:
+    """No cache keeps an answer of the API, which can contain addresses and texts of emails."""
+
+    def middleware(request: HttpRequest) -> HttpResponseBase:
+        response = get_response(request)
+        if request.path.startswith("/api/"):
+            response.headers.setdefault("Cache-Control", "no-store")
+        return response
+
+    return middleware
+
+
+def client_address(request: HttpRequest) -> str:
+    """Returns the client's address. Only a proxy may tell the address in X-Forwarded-For."""
+    # Django's test client sends no address to a signal of a sign-in without a request.
+    address: str = request.META.get("REMOTE_ADDR", "")
+    # gunicorn leaves the address empty if the proxy connects to a Unix socket.
+    if address and not any(ip_address(address) in network for network in settings.PROXIES):
+        return address
+    told = request.headers.get("X-Forwarded-For", "").rpartition(",")[2].strip()
+    try:
+        return str(ip_address(told))
+    except ValueError:
+        return address
 
 
 def request_id(get_response: Handler) -> Handler:

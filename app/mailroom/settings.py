@@ -1,6 +1,7 @@
 """Settings from environment variables, which README.md lists."""
 
 import logging
+from datetime import timedelta
 from pathlib import Path
 
 from celery.schedules import crontab
@@ -15,6 +16,7 @@ from mailroom.environment import (
     choice,
     env,
     limits,
+    networks,
     number,
     url,
     wrong,
@@ -42,6 +44,7 @@ INSTALLED_APPS = [
     "django.contrib.messages",
     "django.contrib.staticfiles",
     "ninja",  # serves the API documentation's scripts, which otherwise come from a CDN
+    "axes",
     "emails",
 ]
 
@@ -50,12 +53,15 @@ MIDDLEWARE = [
     "django.middleware.security.SecurityMiddleware",
     "whitenoise.middleware.WhiteNoiseMiddleware",
     "mailroom.middleware.content_security_policy",
+    "mailroom.middleware.no_store",
     "django.contrib.sessions.middleware.SessionMiddleware",
     "django.middleware.common.CommonMiddleware",
     "django.middleware.csrf.CsrfViewMiddleware",
     "django.contrib.auth.middleware.AuthenticationMiddleware",
     "django.contrib.messages.middleware.MessageMiddleware",
     "django.middleware.clickjacking.XFrameOptionsMiddleware",
+    # Must be the last: it replaces the response to a refused sign-in.
+    "axes.middleware.AxesMiddleware",
 ]
 
 ROOT_URLCONF = "mailroom.urls"
@@ -86,9 +92,37 @@ LANGUAGE_CODE = "en-gb"
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 
 AUTH_PASSWORD_VALIDATORS = [
-    {"NAME": f"django.contrib.auth.password_validation.{name}"}
-    for name in ("MinimumLengthValidator", "CommonPasswordValidator", "NumericPasswordValidator")
+    {
+        "NAME": "django.contrib.auth.password_validation.MinimumLengthValidator",
+        "OPTIONS": {"min_length": 12},
+    },
+    *(
+        {"NAME": f"django.contrib.auth.password_validation.{name}"}
+        for name in ("CommonPasswordValidator", "NumericPasswordValidator")
+    ),
 ]
+SESSION_COOKIE_AGE = number("SESSION_SECONDS", 12 * 3600)
+
+# django-axes counts and logs failed sign-ins, on the page and in the admin. It locks the pair of
+# user and address, so that a stranger can't lock a user out.
+AUTHENTICATION_BACKENDS = [
+    "axes.backends.AxesStandaloneBackend",
+    "django.contrib.auth.backends.ModelBackend",
+]
+AXES_FAILURE_LIMIT = number("SIGN_IN_ATTEMPTS", 10)
+AXES_COOLOFF_TIME = timedelta(seconds=number("SIGN_IN_LOCK_SECONDS", 900))
+AXES_LOCKOUT_PARAMETERS = [["username", "ip_address"]]
+AXES_LOCKOUT_TEMPLATE = "locked.html"
+AXES_RESET_ON_SUCCESS = True
+AXES_CLIENT_IP_CALLABLE = "mailroom.middleware.client_address"
+# Operators and programs such as fail2ban need the user's name and the address. axes never logs the
+# password.
+AXES_SENSITIVE_PARAMETERS: list[str] = []
+# Successful sign-ins are not stored; Django stores the last one of each user.
+AXES_DISABLE_ACCESS_LOG = True
+# Proxies on other hosts. A request from them, or from this host, comes from the address that its
+# X-Forwarded-For header ends with.
+PROXIES = networks("PROXIES")
 
 STATIC_URL = "/static/"
 STATIC_ROOT = Path(env.str("STATIC_ROOT", str(BASE_DIR / "staticfiles")))
