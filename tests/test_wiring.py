@@ -92,7 +92,7 @@ def test_brokers_form_a_cluster_that_every_client_knows(tmp_path):
     assert len(flower) == 3
     assert "@127.0.0.1:15672" in hosts["mq2"]["flower_broker_api"]
     rules = hosts["mq1"]["firewall_rules"]
-    assert {"ports": [4369, 25672], "sources": ["mq2", "mq3.example"]} in rules
+    assert {"ports": [4369, 25672, *range(35672, 35683)], "sources": ["mq2", "mq3.example"]} in rules
 
 
 def test_cluster_lists_addresses(tmp_path):

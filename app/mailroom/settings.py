@@ -276,6 +276,7 @@ LOGGING = {
     "loggers": {
         "django": {"handlers": [], "propagate": True},
         "django.server": {"handlers": [], "propagate": True},
+        "axes.apps": {"level": "WARNING"},  # without the line with its version at each start
         "django.security.DisallowedHost": {"filters": ["no_traceback"]},
     },
 }
