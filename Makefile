@@ -62,6 +62,15 @@ sandbox-down: $(VENV)/.complete ## Remove the sandbox
 	@$(TESTBED) down --inventory inventories/sandbox
 	@rm -f inventories/sandbox/group_vars/all/91-secrets.yml
 
+# ---- Environments ----
+
+# The origin excludes variables of the shell, such as MAIL.
+OPTION = $(if $(filter command,$(origin $(1))),--$(2) '$($(1))')
+.PHONY: environment
+environment: $(VENV)/.complete ## Create inventories/NAME with encrypted secrets. At a terminal, it asks for HOST or HOSTS, DOMAIN, MAIL and PLATFORM
+	@$(VENV)/bin/python inventories/create_environment.py $(call OPTION,NAME,name) $(call OPTION,HOST,host) $(call OPTION,HOSTS,hosts) \
+		$(call OPTION,TOPOLOGY,topology) $(call OPTION,DOMAIN,domain) $(call OPTION,MAIL,mail) $(call OPTION,PLATFORM,platform)
+
 # ---- The application without Ansible ----
 
 .PHONY: app
