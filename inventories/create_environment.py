@@ -287,8 +287,8 @@ Keep a copy of {environment.password}: without it, nobody can read the secrets.
 Next:
 
   .venv/bin/ansible -i {folder} all -m ansible.builtin.ping
-  .venv/bin/ansible-playbook -i {folder} site.yml --check --diff
   .venv/bin/ansible-playbook -i {folder} site.yml
+  .venv/bin/ansible-playbook -i {folder} playbooks/smoke.yml -e smoke_recipient=you@example.com
 
 Logins, each with the name of its secret:
 

@@ -104,6 +104,22 @@ def test_email_accepted_while_the_broker_is_down_arrives(send, inbox, systemctl,
     assert inbox().count(subject) == 2
 
 
+def test_smoke_playbook_sends_one_email_and_finds_failures(host, run_playbook, inbox, systemctl):
+    before = len(inbox())
+    done = run_playbook("playbooks/smoke.yml", smoke_recipient="one@example.net")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "changed=1 " in done.stdout
+    assert len(inbox()) == before + 1
+    for unit, sentence in (
+        ("mailroom-beat", "Services that do not run: mailroom-beat.service."),
+        ("mailroom-worker@maintenance", "do not answer a ping through the broker: maintenance@"),
+    ):
+        systemctl(f"stop {unit}")
+        done = run_playbook("playbooks/smoke.yml")
+        systemctl(f"start {unit}")
+        assert done.returncode == 2 and sentence in done.stdout, done.stdout + done.stderr
+
+
 def test_killed_worker_comes_back(send, inbox, systemctl, eventually):
     systemctl("kill --signal=KILL mailroom-worker@mail")
     subject, state = send()
