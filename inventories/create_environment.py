@@ -286,7 +286,7 @@ Keep a copy of {environment.password}: without it, nobody can read the secrets.
 {first if login else ""}
 Next:
 
-  .venv/bin/ansible -i {folder} all -m ansible.builtin.ping
+  .venv/bin/ansible-playbook -i {folder} playbooks/preflight.yml
   .venv/bin/ansible-playbook -i {folder} site.yml
   .venv/bin/ansible-playbook -i {folder} playbooks/smoke.yml -e smoke_recipient=you@example.com
 

@@ -120,6 +120,32 @@ def test_smoke_playbook_sends_one_email_and_finds_failures(host, run_playbook, i
         assert done.returncode == 2 and sentence in done.stdout, done.stdout + done.stderr
 
 
+def test_preflight_accepts_the_host_and_finds_provoked_problems(host, run_playbook, systemctl):
+    done = run_playbook("playbooks/preflight.yml")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "changed=0 " in done.stdout
+    limits = {"preflight_disk": {"/srv/not/there": 10**6}, "preflight_clock": 0}
+    systemctl("stop mailroom-flower")
+    with host.sudo():
+        host.check_output("systemd-run --unit=stranger python3 -m http.server --bind 127.0.0.1 5555")
+    done = run_playbook(
+        "playbooks/preflight.yml", **limits, app_email_url="smtp://127.0.0.1:9", host_package_index_url="http://127.0.0.1:9/"
+    )
+    systemctl("stop stranger")
+    systemctl("start mailroom-flower")
+    assert done.returncode == 2
+    name = host.backend.get_hostname()
+    for sentence in (
+        "/srv/not/there has ",
+        "The clock differs from the controller's by ",
+        "Port 5555 is used by stranger.service. Stop it, or choose another port for one of them.",
+        "http://127.0.0.1:9/ does not answer (",
+        "The mail server 127.0.0.1:9 does not answer (",
+    ):
+        assert f"  {name}: {sentence}" in done.stderr + done.stdout, done.stderr
+    assert "5 problems:\n" in done.stderr + done.stdout
+
+
 def test_killed_worker_comes_back(send, inbox, systemctl, eventually):
     systemctl("kill --signal=KILL mailroom-worker@mail")
     subject, state = send()
