@@ -87,7 +87,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 def package_source_problems() -> Iterator[str]:
     """Query the package sources with the package manager's own configuration, such as its proxy. Its cache does not change."""
     with tempfile.TemporaryDirectory() as folder:
-        if os.path.exists(APT_HELPER):
+        if shutil.which("apt-get"):
             for url in sorted(set(run(*APT_TARGETS).stdout.split())):
                 done = run(APT_HELPER, "download-file", url, f"{folder}/InRelease")
                 if done.returncode:
