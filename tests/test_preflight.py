@@ -90,7 +90,8 @@ def test_url_without_a_response_is_found(closed_port):
 
 def test_url_with_a_response_is_accepted(tmp_path):
     (tmp_path / "page").touch()
-    assert list(preflight.url_problems([f"file://{tmp_path}/page"])) == []
+    assert list(preflight.url_problems([f"file://{tmp_path}/page", f"file://{tmp_path}"])) == []
+    assert only(preflight.url_problems([f"file://{tmp_path}/nothing"])).startswith(f"file://{tmp_path}/nothing does not answer (")
 
 
 # Package sources
@@ -110,7 +111,10 @@ def test_apt_source_without_a_response_is_found(programs):
 
 @pytest.mark.parametrize(("code", "reason"), [(0, None), (1, "code 1")])
 def test_dnf_repository_without_a_response_is_found(programs, code, reason):
-    programs("dnf", f"import sys; assert sys.argv[2].startswith('--setopt=cachedir=/'); sys.exit({code})")
+    programs(
+        "dnf",
+        f"import sys; assert sys.argv[2] == '--assumeyes' and sys.argv[3].startswith('--setopt=cachedir=/'); sys.exit({code})",
+    )
     found = list(preflight.package_source_problems())
     assert found == (
         [f"dnf can't read its repositories ({reason}). Correct /etc/yum.repos.d, or allow the connection."] if reason else []

@@ -71,6 +71,9 @@ def url_problems(urls: list[str]) -> Iterator[str]:
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
     for url in urls:
+        # A repository can be a directory of the host.
+        if url.startswith("file://") and os.path.isdir(url[len("file://") :]):
+            continue
         try:
             with urllib.request.urlopen(url, timeout=TIMEOUT, context=context):  # noqa: S310 - an inventory sets the URL
                 pass
@@ -93,7 +96,8 @@ def package_source_problems() -> Iterator[str]:
                 if done.returncode:
                     yield f"apt can't read {url} ({last_line(done)}). Correct /etc/apt/sources.list.d, or allow the connection."
         elif shutil.which("dnf"):
-            done = run("dnf", "--quiet", f"--setopt=cachedir={folder}", "makecache")
+            # dnf keeps the keys that it accepts for metadata in its cache, so the answer changes nothing on the host.
+            done = run("dnf", "--quiet", "--assumeyes", f"--setopt=cachedir={folder}", "makecache")
             if done.returncode:
                 yield f"dnf can't read its repositories ({last_line(done)}). Correct /etc/yum.repos.d, or allow the connection."
 
