@@ -64,10 +64,23 @@ def test_email_arrives_and_flower_has_counted_its_tasks(send, inbox, url, eventu
     eventually(lambda: flower_counted(url) >= before + 2)
 
 
+@pytest.mark.verify_web
+def test_api_and_metrics_refuse_anonymous_users(host, site):
+    name = host.ansible("ansible.builtin.debug", "msg={{ django_health_host }}", check=False)["msg"]
+    for path in ("api/emails", "metrics"):
+        # As a proxy that terminates TLS.
+        answer = requests.get(
+            f"{site}/{path}", headers={"Host": name, "X-Forwarded-Proto": "https"}, timeout=10, allow_redirects=False
+        )
+        assert answer.status_code == 401, path
+
+
+@pytest.mark.verify_flower
 def test_flower_refuses_anonymous_users(url):
     assert requests.get(f"{url(5555)}/workers", timeout=10).status_code == 401
 
 
+@pytest.mark.verify_flower
 def test_flower_shows_no_secret(url, variables, eventually):
     login = ("flower", variables["secret_flower_password"])
 
@@ -81,6 +94,7 @@ def test_flower_shows_no_secret(url, variables, eventually):
         assert variables[name] not in str(found) + "".join(pages), name
 
 
+@pytest.mark.verify_flower
 def test_flower_shows_queues(url, variables, eventually):
     """Flower gets the queues from the workers, so this also tests that workers reply to Flower."""
 
