@@ -62,6 +62,22 @@ sandbox-down: $(VENV)/.complete ## Remove the sandbox
 	@$(TESTBED) down --inventory inventories/sandbox
 	@rm -f inventories/sandbox/group_vars/all/91-secrets.yml
 
+# ---- Environments ----
+
+# The origin excludes variables of the shell, such as MAIL.
+OPTION = $(if $(filter command,$(origin $(1))),--$(2) '$($(1))')
+.PHONY: environment
+environment: $(VENV)/.complete ## Create inventories/NAME with encrypted secrets. At a terminal, it asks for HOST or HOSTS, DOMAIN, MAIL and PLATFORM
+	@$(VENV)/bin/python inventories/create_environment.py $(call OPTION,NAME,name) $(call OPTION,HOST,host) $(call OPTION,HOSTS,hosts) \
+		$(call OPTION,TOPOLOGY,topology) $(call OPTION,DOMAIN,domain) $(call OPTION,MAIL,mail) $(call OPTION,PLATFORM,platform)
+
+.PHONY: verify
+verify: export ANSIBLE_INVENTORY = $(CURDIR)/inventories/$(ENV)
+verify: $(VENV)/.complete ## Run the tests of the scenario `site` that only read, on inventories/ENV with the project in app/
+	@test -n '$(ENV)' || { echo 'ENV is missing: make verify ENV=staging'; exit 1; }
+	@pytest --hosts=ansible://web -m verify_web molecule/site/tests
+	@pytest --hosts=ansible://flower -m verify_flower molecule/site/tests
+
 # ---- The application without Ansible ----
 
 .PHONY: app

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shlex
+import socket
 import subprocess
 import sys
 import time
@@ -23,9 +26,36 @@ def variables(host):
 
 
 @pytest.fixture(scope="module")
-def published(variables):
-    """Returns the loopback port on which a port of the host is published."""
-    return lambda port: variables["testbed_published"][str(port)]
+def published(host, variables):
+    """Returns the loopback port on which a port of the host is published. If it is not published, opens an SSH tunnel to it."""
+    with contextlib.ExitStack() as stack:
+
+        def port_here(port):
+            ports = variables.get("testbed_published", {})
+            return ports[str(port)] if str(port) in ports else stack.enter_context(tunnel(host, variables, port))
+
+        yield port_here
+
+
+@contextlib.contextmanager
+def tunnel(host, variables, port):
+    """Forwards a free port of this machine to a port on the host's loopback address, with Ansible's connection variables."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        free = server.getsockname()[1]
+    words = shlex.split(variables.get("ansible_ssh_common_args", ""))
+    for option, name in (("-p", "ansible_port"), ("-l", "ansible_user"), ("-i", "ansible_ssh_private_key_file")):
+        words += [option, str(variables[name])] if name in variables else []
+    words += ["-o", "ExitOnForwardFailure=yes", "-N", "-L", f"127.0.0.1:{free}:127.0.0.1:{port}"]
+    with subprocess.Popen(["ssh", *words, variables.get("ansible_host", host.backend.get_hostname())]) as process:
+        try:
+            for _ in range(100):
+                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", free)):
+                    break
+                assert process.poll() is None, "ssh ended"
+                time.sleep(0.1)
+            yield free
+        finally:
+            process.terminate()
 
 
 @pytest.fixture(scope="module")

@@ -73,6 +73,19 @@ def test_second_run_changes_nothing(file):
     assert (file.read_bytes(), file.stat().st_ino, file.stat().st_mtime_ns) == before
 
 
+def test_new_file_is_encrypted_if_ansible_has_a_vault_password(file):
+    vault = VaultLib([("default", SECRET)])
+    assert secrets_file.add_secrets(file, ["secret_one"], vault) == (["secret_one"], True)
+    assert list(yaml.safe_load(vault.decrypt(file.read_bytes()))) == ["secret_one"]
+    assert secrets_file.add_secrets(file, ["secret_one"], vault) == ([], False)
+
+
+def test_file_without_encryption_stays_so(file):
+    write(file, OWN)
+    secrets_file.add_secrets(file, ["secret_two"], VAULT)
+    assert file.read_text().startswith(OWN)
+
+
 @pytest.mark.parametrize("vault_id", [None, "prod"])
 def test_encrypted_file_stays_encrypted_with_the_same_password_and_id(file, vault_id):
     write(file, VAULT.encrypt(OWN, secret=SECRET, vault_id=vault_id))

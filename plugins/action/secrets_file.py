@@ -115,10 +115,9 @@ def add_secrets(path: Path, names: list[str], vault: VaultLib, check: bool = Fal
         path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path.parent) if path.parent.is_dir() else contextlib.nullcontext():
         content = path.read_bytes() if path.exists() else b""
-        if encrypted := is_encrypted(content):
-            text, secret, vault_id = decrypted(content, vault)
-        else:
-            text = content.decode()
+        # Without a secret, the vault encrypts a new file with Ansible's first vault password.
+        text, secret, vault_id = decrypted(content, vault) if is_encrypted(content) else (content.decode(), None, None)
+        encrypted = is_encrypted(content) or (not path.exists() and bool(vault.secrets))
         known = {name for name, _ in entries(text)}
         new = {name: "".join(secrets.choice(CHARACTERS) for _ in range(LENGTH)) for name in names if name not in known}
         open_to_others = path.exists() and path.stat().st_mode & 0o777 != 0o600

@@ -6,6 +6,7 @@ short_description: Adds generated secrets to a variables file
 description:
   - Adds each of I(names) that is not in the file, with 40 random letters and digits. Nothing else in the file is changed.
   - An encrypted file is encrypted again with the same vault password and vault ID.
+  - A new file is encrypted if Ansible has a vault password.
   - The file is replaced atomically by a file with mode 0600, so a killed run leaves either the old or the new file.
   - The plugin runs on the controller. The result contains no secret.
 options:

@@ -64,10 +64,23 @@ def test_email_arrives_and_flower_has_counted_its_tasks(send, inbox, url, eventu
     eventually(lambda: flower_counted(url) >= before + 2)
 
 
+@pytest.mark.verify_web
+def test_api_and_metrics_refuse_anonymous_users(host, site):
+    name = host.ansible("ansible.builtin.debug", "msg={{ django_health_host }}", check=False)["msg"]
+    for path in ("api/emails", "metrics"):
+        # As a proxy that terminates TLS.
+        answer = requests.get(
+            f"{site}/{path}", headers={"Host": name, "X-Forwarded-Proto": "https"}, timeout=10, allow_redirects=False
+        )
+        assert answer.status_code == 401, path
+
+
+@pytest.mark.verify_flower
 def test_flower_refuses_anonymous_users(url):
     assert requests.get(f"{url(5555)}/workers", timeout=10).status_code == 401
 
 
+@pytest.mark.verify_flower
 def test_flower_shows_no_secret(url, variables, eventually):
     login = ("flower", variables["secret_flower_password"])
 
@@ -81,6 +94,7 @@ def test_flower_shows_no_secret(url, variables, eventually):
         assert variables[name] not in str(found) + "".join(pages), name
 
 
+@pytest.mark.verify_flower
 def test_flower_shows_queues(url, variables, eventually):
     """Flower gets the queues from the workers, so this also tests that workers reply to Flower."""
 
@@ -102,6 +116,48 @@ def test_email_accepted_while_the_broker_is_down_arrives(send, inbox, systemctl,
     # A worker waits up to half a minute between two attempts to reconnect.
     eventually(lambda: state() == "sent", seconds=90)
     assert inbox().count(subject) == 2
+
+
+def test_smoke_playbook_sends_one_email_and_finds_failures(host, run_playbook, inbox, systemctl):
+    before = len(inbox())
+    done = run_playbook("playbooks/smoke.yml", smoke_recipient="one@example.net")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "changed=1 " in done.stdout
+    assert len(inbox()) == before + 1
+    for unit, sentence in (
+        ("mailroom-beat", "Services that do not run: mailroom-beat.service."),
+        ("mailroom-worker@maintenance", "do not answer a ping through the broker: maintenance@"),
+    ):
+        systemctl(f"stop {unit}")
+        done = run_playbook("playbooks/smoke.yml")
+        systemctl(f"start {unit}")
+        assert done.returncode == 2 and sentence in done.stdout, done.stdout + done.stderr
+
+
+def test_preflight_accepts_the_host_and_finds_provoked_problems(host, run_playbook, systemctl):
+    done = run_playbook("playbooks/preflight.yml")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "changed=0 " in done.stdout
+    limits = {"preflight_disk": {"/srv/not/there": 10**6}, "preflight_clock": 0}
+    systemctl("stop mailroom-flower")
+    with host.sudo():
+        host.check_output("systemd-run --unit=stranger python3 -m http.server --bind 127.0.0.1 5555")
+    done = run_playbook(
+        "playbooks/preflight.yml", **limits, app_email_url="smtp://127.0.0.1:9", host_package_index_url="http://127.0.0.1:9/"
+    )
+    systemctl("stop stranger")
+    systemctl("start mailroom-flower")
+    assert done.returncode == 2
+    name = host.backend.get_hostname()
+    for sentence in (
+        "/srv/not/there has ",
+        "The clock differs from the controller's by ",
+        "Port 5555 is used by stranger.service. Stop it, or choose another port for one of them.",
+        "http://127.0.0.1:9/ does not answer (",
+        "The mail server 127.0.0.1:9 does not answer (",
+    ):
+        assert f"  {name}: {sentence}" in done.stderr + done.stdout, done.stderr
+    assert "5 problems:\n" in done.stderr + done.stdout
 
 
 def test_killed_worker_comes_back(send, inbox, systemctl, eventually):
