@@ -78,18 +78,18 @@ def hosts(text: str) -> tuple[Hosts, Connections]:
             groups[group].append(name)
     if missing := [group for group in GROUPS if group not in groups and group != "flower"]:
         raise Wrong(f"HOSTS lacks {', '.join(missing)}. Only flower is optional.")
-    for group in ("broker", "database"):
-        if len(groups[group]) > 1:
-            raise Wrong(f"HOSTS has several hosts for {group}; allowed is one, because the roles don't support clusters yet.")
+    if len(groups["broker"]) % 2 == 0:
+        raise Wrong(f"HOSTS has {len(groups['broker'])} hosts for broker; allowed is one, three, or a larger odd number.")
+    if len(groups["database"]) > 1:
+        raise Wrong("HOSTS has several hosts for database; allowed is one.")
     return groups, connections
 
 
-def topology(text: str) -> str:
-    if text == "cluster":
-        raise Wrong("TOPOLOGY is 'cluster', which the roles don't support yet: broker and database have one host each. Use single.")
-    if text != "single":
-        raise Wrong(f"TOPOLOGY is {text!r}; allowed is single.")
-    return text
+def check_topology(text: str, brokers: int) -> None:
+    if text not in ("single", "cluster"):
+        raise Wrong(f"TOPOLOGY is {text!r}; allowed are single and cluster.")
+    if (text == "cluster") != (brokers > 1):
+        raise Wrong(f"TOPOLOGY is {text!r}, but HOSTS has {brokers} for broker; a cluster has three, or a larger odd number.")
 
 
 def domain(text: str) -> str:
@@ -321,7 +321,6 @@ def run(options: argparse.Namespace, terminal: bool) -> None:
     ):
         if file.exists() and (given := [each.upper() for each in names if getattr(options, each) is not None]):
             raise Wrong(f"{shown(file)} exists, so {', '.join(given)} would have no effect. Edit the file instead.")
-    topology(options.topology or "single")
     if options.host is not None and options.hosts is not None:
         raise Wrong("HOST and HOSTS are both set; allowed is one.")
     if options.host is not None and "=" in options.host:
@@ -331,6 +330,8 @@ def run(options: argparse.Namespace, terminal: bool) -> None:
     if not environment.hosts.exists():
         options.host = options.hosts if options.host is None else options.host
         groups, connections = hosts(value("host", "Host for everything, or GROUP=HOST[,HOST] per group", hosts))
+        if options.topology is not None:
+            check_topology(options.topology, len(groups["broker"]))
         texts[environment.hosts] = hosts_file(groups, connections)
         web = groups["web"][0]
     if not environment.variables.exists():

@@ -157,8 +157,11 @@ def test_git_tracks_the_encrypted_secrets_only(create, tmp_path):
         (("--name", "a", "--host", "192.0.2.7"), "DOMAIN is '192.0.2.7'; allowed is a domain name, such as mail.example.com."),
         (("--name", "a", "--host", "b", "--hosts", SPLIT), "HOST and HOSTS are both set; allowed is one."),
         (("--name", "a", "--host", SPLIT), "allowed is one host. For several, use HOSTS."),
-        (("--name", "a", "--host", "b.c", "--topology", "cluster"), "which the roles don't support yet"),
-        (("--name", "a", "--host", "b.c", "--topology", "mesh"), "TOPOLOGY is 'mesh'; allowed is single."),
+        (
+            ("--name", "a", "--host", "b.c", "--topology", "cluster"),
+            "TOPOLOGY is 'cluster', but HOSTS has 1 for broker; a cluster has three, or a larger odd number.",
+        ),
+        (("--name", "a", "--host", "b.c", "--topology", "mesh"), "TOPOLOGY is 'mesh'; allowed are single and cluster."),
         (
             ("--name", "a", "--host", "b.example.com", "--platform", "el8"),
             "PLATFORM is 'el8'; allowed are debian13, ubuntu2404, el9, el10.",
@@ -169,6 +172,14 @@ def test_wrong_values_are_refused_and_nothing_is_created(create, tmp_path, argum
     code, output = create(*arguments)
     assert code == 1 and sentence in output, output
     assert contents(tmp_path) == {}
+
+
+def test_cluster_has_its_brokers(create, tmp_path):
+    three = SPLIT.replace("broker=mq1.example.com", "broker=mq1.example.com,mq2.example.com,mq3.example.com")
+    code, output = create("--name", "a", "--hosts", three, "--topology", "cluster")
+    assert code == 0, output
+    written = yaml.safe_load((tmp_path / "inventories/a/hosts.yml").read_text())
+    assert list(written["all"]["children"]["broker"]["hosts"]) == ["mq1.example.com", "mq2.example.com", "mq3.example.com"]
 
 
 # Values
@@ -186,6 +197,10 @@ def test_wrong_hosts_are_refused(text):
         (SPLIT.replace("flower", "flowers"), "HOSTS has 'flowers=mq1.example.com'; allowed is one entry per group"),
         (f"{SPLIT} web=w3", "HOSTS has 'web=w3'; allowed is one entry per group"),
         ("broker=a web=a", "HOSTS lacks database, workers. Only flower is optional."),
+        (
+            SPLIT.replace("broker=mq1.example.com", "broker=a,b"),
+            "HOSTS has 2 hosts for broker; allowed is one, three, or a larger odd",
+        ),
         (SPLIT.replace("db1.example.com", "db1,db2"), "HOSTS has several hosts for database; allowed is one"),
         (
             f"{SPLIT.replace('flower=mq1.example.com', 'flower=root@k1')}",
