@@ -127,7 +127,8 @@ def _packaged_unit(service):
         content = _file({"Socket": ["# The empty value removes the package's addresses.", "ListenStream=", *listeners]})
         return {"name": f"{service['name']}.socket", "content": content, "packaged": True}
     content = _file({"Service": service["directives"]})
-    return {"name": f"{service['name']}.service", "content": content, "packaged": True, "restart_on": service["restart_on"]}
+    files = {name: service[name] for name in ("restart_on", "reload_on")}
+    return {"name": f"{service['name']}.service", "content": content, "packaged": True, **files}
 
 
 def systemd_units(services, app, user, after):

@@ -50,6 +50,13 @@ options:
         type: list
         elements: path
         default: []
+      reload_on:
+        description:
+          - Files and symbolic links. A unit whose state last changed, such as by a reload, before one of them changed is reloaded. A
+            unit whose last reload failed is reloaded too.
+        type: list
+        elements: path
+        default: []
       settle:
         description: Seconds for which the unit must stay active after a start.
         type: float
@@ -108,6 +115,12 @@ restarted:
   elements: str
   returned: always
   sample: []
+reloaded:
+  description: Units that were reloaded.
+  type: list
+  elements: str
+  returned: always
+  sample: []
 removed:
   description: Units that were no longer listed.
   type: list
@@ -132,6 +145,7 @@ def main() -> None:
                     "packaged": {"type": "bool", "default": False},
                     "shared": {"type": "bool", "default": False},
                     "restart_on": {"type": "list", "elements": "path", "default": []},
+                    "reload_on": {"type": "list", "elements": "path", "default": []},
                     "settle": {"type": "float", "default": 0},
                 },
             },
