@@ -368,11 +368,12 @@ def test_a_socket_comes_before_its_service_which_requires_it():
 
 def test_packaged_units_are_drop_ins_without_a_target():
     broker, mapper = units(
-        {"name": "broker", "packaged": True, "directives": ["LimitNOFILE=5"], "restart_on": ["/a"]},
+        {"name": "broker", "packaged": True, "directives": ["LimitNOFILE=5"], "restart_on": ["/a"], "reload_on": ["/b"]},
         {"name": "epmd", "packaged": True, "listen": ["4369"]},
         app="",
     )
-    assert broker == {"name": "broker.service", "content": "[Service]\nLimitNOFILE=5\n", "packaged": True, "restart_on": ["/a"]}
+    files = {"restart_on": ["/a"], "reload_on": ["/b"]}
+    assert broker == {"name": "broker.service", "content": "[Service]\nLimitNOFILE=5\n", "packaged": True, **files}
     assert (mapper["name"], mapper["packaged"]) == ("epmd.socket", True)
     # The empty value removes the package's addresses.
     assert mapper["content"].splitlines()[-2:] == ["ListenStream=", "ListenStream=4369"]
