@@ -389,12 +389,18 @@ REFUSED |= {
         ({"nginx_upstream": []}, "nginx_upstream is not a variable of the role nginx, did you mean nginx_upstreams?"),
     ],
     "nginx": [
-        ({"nginx_name": "My Shop"}, "nginx_name is 'My Shop'; allowed is a lower-case word of at most 24 letters, digits and hyphens."),
-        ({"nginx_upstreams": []}, "nginx_upstreams is empty; allowed are one or more addresses with ports, or paths of Unix sockets."),
+        (
+            {"nginx_name": "My Shop"},
+            "nginx_name is 'My Shop'; allowed is a lower-case word of at most 24 letters, digits and hyphens.",
+        ),
+        (
+            {"nginx_upstreams": []},
+            "nginx_upstreams is empty; allowed are one or more addresses with ports, or paths of Unix sockets.",
+        ),
         (
             {"nginx_upstreams": ["http://web1:8000", "web2", "/run/web.sock", "[::1]:8000", "127.0.0.1:8000"]},
-            "nginx_upstreams or nginx_locations has the upstreams http://web1:8000, web2; allowed are addresses with ports, such as "
-            "127.0.0.1:8000, and paths of Unix sockets.",
+            "nginx_upstreams or nginx_locations has the upstreams http://web1:8000, web2; allowed are addresses with ports, such "
+            "as 127.0.0.1:8000, and paths of Unix sockets.",
         ),
         (
             {"nginx_server_names": ["a.example.org", ".example.org", "*.example.org", "a; b"]},
@@ -411,8 +417,8 @@ REFUSED |= {
         ),
         (
             {"nginx_closed_paths": ["metrics", "/"], "nginx_static_directories": []},
-            "nginx_closed_paths, nginx_rate_limits, nginx_locations or nginx_static_directories has the paths metrics, /; allowed are "
-            "paths that begin with / and are longer than that.",
+            "nginx_closed_paths, nginx_rate_limits, nginx_locations or nginx_static_directories has the paths metrics, /; "
+            "allowed are paths that begin with / and are longer than that.",
         ),
         (
             {"nginx_locations": [{"path": "/flower", "upstreams": ["127.0.0.1:5555"]}]},
@@ -420,12 +426,13 @@ REFUSED |= {
         ),
         (
             {"nginx_closed_paths": ["/a", "/b", "/a"], "nginx_rate_limits": []},
-            "nginx_closed_paths, nginx_rate_limits, nginx_locations and nginx_static_directories have the paths /a, /b, /a; each path must "
-            "be unique.",
+            "nginx_closed_paths, nginx_rate_limits, nginx_locations and nginx_static_directories have the paths /a, /b, /a; each "
+            "path must be unique.",
         ),
         (
             {"nginx_static_directories": [{"path": "/static/", "directory": "/srv/my files"}]},
-            "nginx_static_directories has the directories /srv/my files; allowed are absolute paths without spaces, quotes and braces.",
+            "nginx_static_directories has the directories /srv/my files; allowed are absolute paths without spaces, quotes and "
+            "braces.",
         ),
         (
             {"nginx_rate_limits": [{"path": "/a", "rate": "10/m"}, {"path": "/b", "rate": "5r/s"}]},
@@ -555,7 +562,9 @@ def write_inventory(folder, hosts):
     (project / "requirements.txt").write_text("celery==5.7.0\n")
     locks["project_without_hashes"] = str(project)
     # The variables in wiring.yml need a host in these groups.
-    groups = {name: {"hosts": {"first.invalid": None}} for name in ("broker", "app", "web", "workers", "flower", "database", "proxy")}
+    groups = {
+        name: {"hosts": {"first.invalid": None}} for name in ("broker", "app", "web", "workers", "flower", "database", "proxy")
+    }
     for host, _, _ in hosts:
         layer = LAYERS.get(host.split("-")[0])
         # Workers use the application's release.

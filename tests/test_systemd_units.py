@@ -99,7 +99,16 @@ class Host:
     def __init__(self, folder, capsys):
         self.directory, self.state_file, self.capsys = folder / "units", folder / "state.json", capsys
         self.directory.mkdir()
-        self.state = {"units": {}, "calls": [], "mortal": [], "revived": [], "limited": [], "packages": [], "reloaded": 0, "refusing": []}
+        self.state = {
+            "units": {},
+            "calls": [],
+            "mortal": [],
+            "revived": [],
+            "limited": [],
+            "packages": [],
+            "reloaded": 0,
+            "refusing": [],
+        }
 
     @property
     def state(self):

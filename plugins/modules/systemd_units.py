@@ -52,8 +52,8 @@ options:
         default: []
       reload_on:
         description:
-          - Files and symbolic links. A unit whose state last changed, such as by a reload, before one of them changed is reloaded. A
-            unit whose last reload failed is reloaded too.
+          - Files and symbolic links. A unit is reloaded if one of them changed after the unit's last start or reload, or if its
+            last reload failed.
         type: list
         elements: path
         default: []

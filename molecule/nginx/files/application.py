@@ -1,4 +1,4 @@
-"""An application that responds with the request that it received. It handles one request at a time, except WebSocket connections."""
+"""An application that responds with the request that it received. It handles one request at a time."""
 
 import json
 import os
@@ -14,7 +14,7 @@ class Handler(BaseHTTPRequestHandler):
             self.echo()
             return
         if self.path.startswith("/slow"):
-            time.sleep(12)
+            time.sleep(25)
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         seen = {"path": self.path, "headers": dict(self.headers), "length": len(body), "server": self.server.name}
         self.send_response(200)
@@ -26,7 +26,8 @@ class Handler(BaseHTTPRequestHandler):
     do_POST = do_GET
 
     def echo(self):
-        self.wfile.write(b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: " + self.headers["Upgrade"].encode() + b"\r\n\r\n")
+        head = "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+        self.wfile.write(head.encode())
         self.wfile.write(self.rfile.read(5))
 
 
@@ -43,7 +44,7 @@ if __name__ == "__main__":
     if os.path.exists(path):
         os.unlink(path)
     other = UnixServer(path, Handler)
-    os.chmod(path, 0o666)
+    os.chmod(path, 0o666)  # noqa: S103 - nginx has another user
     threading.Thread(target=other.serve_forever, daemon=True).start()
     server = HTTPServer(("127.0.0.1", 8000), Handler)
     server.name = "application"

@@ -110,7 +110,7 @@ def test_other_host_names_get_no_response(ask, connect):
 
 
 def test_client_address_and_scheme_arrive(ask):
-    false = {"X-Forwarded-For": "192.0.2.66", "X-Forwarded-Proto": "http", "X-Forwarded-Host": "evil", "Forwarded": "for=192.0.2.66"}
+    false = {"X-Forwarded-For": "192.0.2.66", "X-Forwarded-Proto": "http", "X-Forwarded-Host": "a", "Forwarded": "for=192.0.2.66"}
     seen = json.loads(ask("/", headers=false)[2])["headers"]
     assert seen["X-Forwarded-Proto"] == "https"
     assert ipaddress.ip_address(seen["X-Forwarded-For"]) != ipaddress.ip_address("192.0.2.66")
@@ -147,7 +147,10 @@ def test_body_is_limited(ask):
     assert ask("/", "POST", headers={"Content-Length": str(3 * 1024**2)})[0] == 413
 
 
-@pytest.mark.parametrize("path", ["/metrics", "//metrics", "/%6detrics", "/x/../metrics", "/metrics?a=1", "/private/", "/private/x"])
+CLOSED = ["/metrics", "//metrics", "/%6detrics", "/x/../metrics", "/metrics?a=1", "/private/", "/private/x"]
+
+
+@pytest.mark.parametrize("path", CLOSED)
 def test_closed_path_does_not_reach_the_application(ask, path):
     status, headers, _ = ask(path)
     assert status == 404
@@ -176,12 +179,12 @@ def test_missing_static_file_comes_from_the_application(ask):
     assert json.loads(ask("/static/missing.css")[2])["path"] == "/static/missing.css"
 
 
-PATHS = ["/static/../secret.txt", "/static/%2e%2e/secret.txt", "/static../secret.txt", "/static/..%2fsecret.txt", "/static/link.txt", "/static/"]
+PARENTS = ["/static/../secret.txt", "/static/%2e%2e/secret.txt", "/static../secret.txt", "/static/..%2fsecret.txt"]
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", [*PARENTS, "/static/link.txt", "/static/"])
 def test_other_files_are_not_served(ask, path):
-    _, headers, body = ask(path)
+    _, _, body = ask(path)
     assert "not-for-clients" not in body
     assert "site.css" not in body
 
@@ -226,7 +229,7 @@ def test_configuration_with_an_error_is_refused(host, run_playbook, ask):
     assert (done.returncode, "changed=0" in done.stdout) == (0, True), done.stdout
 
 
-def test_change_reloads_nginx_and_ends_no_request(host, run_playbook, ask):
+def test_change_reloads_nginx_and_ends_no_request(host, run_playbook, ask, eventually):
     main = "systemctl show --property MainPID --value nginx"
     before = host.check_output(main)
     slow = []
@@ -239,19 +242,19 @@ def test_change_reloads_nginx_and_ends_no_request(host, run_playbook, ask):
     client.join()
     assert slow == [200]
     assert host.check_output(main) == before
-    assert ask("/")[1]["Strict-Transport-Security"] == "max-age=60"
+    eventually(lambda: ask("/")[1]["Strict-Transport-Security"] == "max-age=60")
     done = run_playbook("playbooks/proxy.yml")
     assert done.returncode == 0, done.stdout
-    assert "Strict-Transport-Security" not in ask("/")[1]
+    eventually(lambda: "Strict-Transport-Security" not in ask("/")[1])
 
 
-def test_certificate_from_a_variable(host, run_playbook, ask, certificate):
+def test_certificate_from_a_variable(host, run_playbook, ask, certificate, eventually):
     with host.sudo():
         texts = {name: host.check_output(f"cat /etc/ssl/another.{name}") for name in ("crt", "key")}
     done = run_playbook("playbooks/proxy.yml", "-vvv", "--diff", nginx_certificate=texts["crt"], nginx_certificate_key=texts["key"])
     assert done.returncode == 0, done.stdout
     assert texts["key"].splitlines()[1] not in done.stdout + done.stderr
-    assert ask("/", trusted=texts["crt"])[0] == 200
+    eventually(lambda: ask("/", trusted=texts["crt"])[0] == 200)
     with pytest.raises(ssl.SSLCertVerificationError):
         ask("/", trusted=certificate)
     with host.sudo():
@@ -265,7 +268,7 @@ def test_certificate_from_a_variable(host, run_playbook, ask, certificate):
     assert ask("/", trusted=texts["crt"])[0] == 200
     done = run_playbook("playbooks/proxy.yml")
     assert done.returncode == 0, done.stdout
-    assert ask("/")[0] == 200
+    eventually(lambda: ask("/")[0] == 200)
     with host.sudo():
         assert host.check_output("ls /etc/nginx/tls") == ""
 
@@ -278,13 +281,14 @@ def test_proxy_of_another_application_is_kept(host, run_playbook):
     assert state(host) == before
 
 
-def test_changed_configuration_is_repaired(host, run_playbook, ask):
+def test_changed_configuration_is_repaired(host, run_playbook, ask, eventually):
     with host.sudo():
         host.check_output("sed -i 's/return 404/return 200/' /etc/nginx/nginx.conf && systemctl reload nginx")
-    assert ask("/metrics")[0] == 200
+    # A reload returns before the new workers accept connections.
+    eventually(lambda: ask("/metrics")[0] == 200)
     done = run_playbook("playbooks/proxy.yml")
     assert done.returncode == 0, done.stdout
-    assert ask("/metrics")[0] == 404
+    eventually(lambda: ask("/metrics")[0] == 404)
 
 
 # The service
