@@ -333,7 +333,7 @@ REFUSED = {
         ),
         (
             {"django_processes": [{**PROCESS, "name": "web"}]},
-            "django_processes has the names web; web, worker, beat and flower are reserved for other services.",
+            "django_processes has the names web; web, web-standby, worker, beat and flower are reserved for other services.",
         ),
         ({"django_processes": [PROCESS, PROCESS]}, "django_processes has the names relay, relay; each name must be unique."),
         (

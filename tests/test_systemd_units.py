@@ -315,6 +315,60 @@ def test_newer_file_in_restart_on_causes_a_restart(host, tmp_path):
     assert host.run(service("a", restart_on=[str(release)]), service("b"))["restarted"] == ["a.service"]
 
 
+def web(text="[Service]\n"):
+    standby = {"name": "web-standby.service", "content": text, "standby_of": "web.service"}
+    return {"name": "web.socket", "content": "[Socket]\n"}, service("web", text), standby
+
+
+def test_standby_runs_only_while_its_unit_restarts(host):
+    first = host.run(*web())
+    assert first["started"] == ["web.socket", "web.service"]
+    assert host.calls("start", "restart") == ["start web.socket web.service"]
+    result = host.run(*web("[Service]\nNice=1\n"))
+    assert result["restarted"] == ["web.service"]
+    assert host.calls() == ["restart web-standby.service", "restart web.service", "stop web-standby.service"]
+    assert not host.run(*web("[Service]\nNice=1\n"))["changed"]
+
+
+def test_unit_keeps_running_if_its_standby_does_not_start(host):
+    host.run(*web())
+    host.state = {**host.state, "limited": ["web-standby.service"]}
+    result = host.run(*web("[Service]\nNice=1\n"))
+    assert result["failed"]
+    assert "last words of web-standby.service" in result["msg"]
+    assert host.calls("restart") == ["restart web-standby.service"]
+    assert host.state["units"]["web.service"]["active"] == "active"
+
+
+def test_standby_stops_if_its_unit_does_not_restart(host):
+    host.run(*web())
+    host.state = {**host.state, "revived": ["web.service"]}
+    listed = list(web("[Service]\nNice=1\n"))
+    listed[1]["settle"] = 0.2
+    assert host.run(*listed)["failed"]
+    assert host.calls()[-1] == "stop web-standby.service"
+
+
+def test_standby_of_a_killed_run_is_stopped(host):
+    host.run(*web())
+    state = host.state
+    state["units"]["web-standby.service"]["active"] = "active"
+    host.state = state
+    assert host.run(*web(), check=True)["changed"]
+    assert host.calls() == []
+    assert host.run(*web())["changed"]
+    assert host.calls() == ["stop web-standby.service"]
+    assert not host.run(*web())["changed"]
+
+
+def test_socket_that_restarts_needs_no_standby(host):
+    socket, *others = web()
+    host.run(socket, *others)
+    result = host.run({**socket, "content": "[Socket]\nListenStream=1\n"}, *others)
+    assert not result.get("failed"), result
+    assert host.calls() == ["stop web.service", "restart web.socket web.service"]
+
+
 def proxy(settings):
     return {"name": "proxy.service", "content": "[Service]\n", "packaged": True, "reload_on": [str(settings)]}
 

@@ -188,6 +188,8 @@ class Units:
         of_sockets: list[str] = []
         for unit in self.units:
             name = unit["name"]
+            if unit["standby_of"]:
+                continue
             state = states.get(name, {})
             if state.get("ActiveState") not in ("active", "reloading"):
                 self.started.append(name)
@@ -199,11 +201,29 @@ class Units:
             acted.append(unit)
             if name.endswith(".socket"):
                 of_sockets.append(name[: -len("socket")] + "service")
-        if not acted:
+        standbys = [
+            unit["name"] for unit in self.units if unit["standby_of"] in self.restarted and unit["standby_of"] not in of_sockets
+        ]
+        # A killed run did not stop them.
+        all_standbys = [unit["name"] for unit in self.units if unit["standby_of"]]
+        left = [name for name in all_standbys if states.get(name, {}).get("ActiveState") == "active"]
+        if not acted and not left:
             return
         self.result["changed"] = True
         if self.check:
             return
+        try:
+            if standbys:
+                self.act([("restart", standbys)], standbys)
+            if acted:
+                self.start_together(acted, states, of_sockets)
+        finally:
+            if standbys or left:
+                self.systemctl("stop", "--", *dict.fromkeys(standbys + left))
+                # A standby that did not start must not stay in the list of failed units.
+                self.systemctl("reset-failed", "--", *standbys, fail=False)
+
+    def start_together(self, acted: list[Unit], states: dict[str, Properties], of_sockets: list[str]) -> None:
         names = [unit["name"] for unit in acted]
         if of_sockets:
             self.systemctl("stop", "--", *of_sockets, fail=False)
@@ -212,16 +232,20 @@ class Units:
         # If systemd is already about to restart a unit, a start of the unit counts as a restart.
         activating = [name for name in self.started if states.get(name, {}).get("ActiveState") == "activating"]
         restart = self.restarted + activating
+        # One call per verb lets systemd stop and start the units in parallel, in the order that the units require.
+        self.act([("restart", restart), ("start", [name for name in names if name not in restart])], names)
+        self.settle(acted)
+
+    def act(self, calls: Iterable[tuple[str, list[str]]], names: list[str]) -> None:
+        """Call systemctl for each verb and its units. Raises Failure with the journals of the units that are not active then."""
         try:
-            # One call per verb lets systemd stop and start the units in parallel, in the order that the units require.
-            for verb, chosen in (("restart", restart), ("start", [name for name in names if name not in restart])):
+            for verb, chosen in calls:
                 if chosen:
                     self.systemctl(verb, "--", *chosen)
         except Failure as failure:
             states = self.show()
             down = [name for name in names if states.get(name, {}).get("ActiveState") != "active"]
             raise Failure("\n".join([str(failure), *map(self.journal, down)])) from None
-        self.settle(acted)
 
     def reload(self, states: dict[str, Properties]) -> None:
         """Reload units that are stale and were not started."""

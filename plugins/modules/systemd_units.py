@@ -57,6 +57,13 @@ options:
         type: list
         elements: path
         default: []
+      standby_of:
+        description:
+          - The unit that this unit replaces while that unit restarts. The module starts this unit before the restart, and stops it
+            after the restarted unit is active again. Both use the same socket.
+          - If this unit does not start, the other unit keeps running, and the module fails.
+          - If the socket restarts too, this unit is not used.
+        type: str
       settle:
         description: Seconds for which the unit must stay active after a start.
         type: float
@@ -146,6 +153,7 @@ def main() -> None:
                     "shared": {"type": "bool", "default": False},
                     "restart_on": {"type": "list", "elements": "path", "default": []},
                     "reload_on": {"type": "list", "elements": "path", "default": []},
+                    "standby_of": {"type": "str"},
                     "settle": {"type": "float", "default": 0},
                 },
             },
