@@ -444,7 +444,8 @@ REFUSED |= {
         ),
         (
             {"nginx_client_header_timeout": 0},
-            "nginx_client_header_timeout, nginx_client_body_timeout and nginx_proxy_read_timeout are 0, 30, 60; allowed is 1 or more.",
+            "nginx_client_header_timeout, nginx_client_body_timeout and nginx_proxy_read_timeout are 0, 30, 60; allowed is 1 or "
+            "more.",
         ),
         ({"nginx_hsts_max_age": -1}, "nginx_hsts_max_age is -1; allowed is 0 or more."),
     ],
