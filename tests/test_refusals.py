@@ -343,7 +343,7 @@ REFUSED = {
         ({"django_releases_kept": 0}, "django_releases_kept is 0; allowed is 1 or more."),
         (
             {"django_public_directories": ["static", "../other"]},
-            "django_public_directories is static, ../other; allowed are directories in the project, relative to django_source.",
+            "django_public_directories is static, ../other; allowed are names of directories in django_source, not paths.",
         ),
         (
             {"django_web_proxies": ["proxy1", "192.0.2.0/33"]},
