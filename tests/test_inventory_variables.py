@@ -20,8 +20,8 @@ from ansible_collections.django_celery.stack.plugins.filter.inventory_variables 
 from helpers import MARK, ROOT, common_variables, playbook, wiring
 from jinja2 import UndefinedError
 
-GROUPS = {name: ["a"] for name in ("all", "ungrouped", "broker", "app", "web", "workers", "flower", "database")}
-EXPECTED = "Required are broker, and app with web and workers in it. Optional are database and flower."
+GROUPS = {name: ["a"] for name in ("all", "ungrouped", "broker", "app", "web", "workers", "flower", "database", "proxy")}
+EXPECTED = "Required are broker, and app with web and workers in it. Optional are database, flower and proxy."
 
 
 def without(*names, **more):
@@ -33,7 +33,7 @@ def without(*names, **more):
 
 def test_all_groups_and_required_groups_are_accepted():
     assert group_errors(GROUPS) == []
-    assert group_errors(without("flower", "database", all_hosts=["a"], databases_of_others=["b"])) == []
+    assert group_errors(without("flower", "database", "proxy", all_hosts=["a"], databases_of_others=["b"])) == []
     # An environment without hosts in a required group declares an empty group.
     assert group_errors(without("workers", workers=[])) == []
 

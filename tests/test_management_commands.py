@@ -335,3 +335,33 @@ def test_runner_names_migrations_that_the_release_does_not_know(modules, applied
     result = django_runner.run("migrations", "known", None)
     assert result["code"] == bool(error)
     assert error in result["stderr"]
+
+
+CLIENT = """
+class Client:
+    def __init__(self, raise_request_exception, HTTP_HOST):
+        assert not raise_request_exception
+        self.host = HTTP_HOST
+
+    def get(self, path):
+        self.status_code = {"/healthz": 200, "/broken": 503, "/missing": 404}[path] if self.host == "shop.test" else 400
+        self.streaming, self.content = path == "/broken", b"the body"
+        return self
+"""
+
+
+@pytest.mark.parametrize(
+    ("path", "host", "statuses", "error"),
+    [
+        ("/healthz", "shop.test", [200], ""),
+        ("/healthz", "shop.test", [], ""),
+        ("/missing", "shop.test", [], ""),
+        ("/missing", "shop.test", [200, 204], "/missing with the Host shop.test returns 404, the body"),
+        ("/broken", "shop.test", [], "/broken with the Host shop.test returns 503, "),
+        ("/healthz", "other.test", [200], "/healthz with the Host other.test returns 400, the body"),
+    ],
+)
+def test_runner_requests_the_health_path(modules, path, host, statuses, error):
+    modules({"django/__init__": "def setup():\n    pass\n", "django/test": CLIENT})
+    result = django_runner.run("health", json.dumps({"path": path, "host": host, "statuses": statuses}), None)
+    assert (result["code"], result["stderr"].strip()) == (int(bool(error)), error.strip())

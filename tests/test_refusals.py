@@ -26,6 +26,7 @@ LAYERS = {
     "django": "app",
     "celery": "workers",
     "flower": "flower",
+    "nginx": "proxy",
 }
 
 USER = {"name": "worker", "password": f"{MARK}worker"}
@@ -361,7 +362,7 @@ REFUSED = {
         ),
         (
             {"django_processes": [{**PROCESS, "name": "web"}]},
-            "django_processes has the names web; web, worker, beat and flower are reserved for other services.",
+            "django_processes has the names web; web, web-standby, worker, beat and flower are reserved for other services.",
         ),
         ({"django_processes": [PROCESS, PROCESS]}, "django_processes has the names relay, relay; each name must be unique."),
         (
@@ -369,6 +370,14 @@ REFUSED = {
             "django_processes has a watchdog for relay; a watchdog requires readiness notify.",
         ),
         ({"django_releases_kept": 0}, "django_releases_kept is 0; allowed is 1 or more."),
+        (
+            {"django_public_directories": ["static", "../other"]},
+            "django_public_directories is static, ../other; allowed are names of directories in django_source, not paths.",
+        ),
+        (
+            {"django_web_proxies": ["proxy1", "192.0.2.0/33"]},
+            "django_web_proxies has 192.0.2.0/33; allowed are addresses, networks and host names.",
+        ),
     ],
     "celery": [
         (
@@ -403,6 +412,73 @@ REFUSED = {
         ({"flower_username": "a:b"}, "flower_username is 'a:b'; allowed is a name without a colon."),
     ],
 }
+REFUSED |= {
+    "nginx types": [
+        ({"nginx_hsts_max_age": "60"}, "nginx_hsts_max_age is '60', not a whole number."),
+        ({"nginx_upstream": []}, "nginx_upstream is not a variable of the role nginx, did you mean nginx_upstreams?"),
+    ],
+    "nginx": [
+        (
+            {"nginx_name": "My Shop"},
+            "nginx_name is 'My Shop'; allowed is a lower-case word of at most 24 letters, digits and hyphens.",
+        ),
+        (
+            {"nginx_upstreams": []},
+            "nginx_upstreams is empty; allowed are one or more addresses with ports, or paths of Unix sockets.",
+        ),
+        (
+            {"nginx_upstreams": ["http://web1:8000", "web2", "/run/web.sock", "[::1]:8000", "127.0.0.1:8000"]},
+            "nginx_upstreams or nginx_locations has the upstreams http://web1:8000, web2; allowed are addresses with ports, such "
+            "as 127.0.0.1:8000, and paths of Unix sockets.",
+        ),
+        (
+            {"nginx_server_names": ["a.example.org", ".example.org", "*.example.org", "a; b"]},
+            "nginx_server_names has *.example.org, a; b; allowed are host names, addresses, and domains such as .example.org.",
+        ),
+        (
+            {"nginx_listen_addresses": ["eth0", "*"]},
+            "nginx_listen_addresses is eth0, *; allowed are *, IPv4 addresses, and IPv6 addresses in brackets.",
+        ),
+        ({"nginx_certificate": "/c.pem"}, "nginx_certificate and nginx_certificate_key must both be set, or both be empty."),
+        (
+            {"nginx_certificate": "-----BEGIN CERTIFICATE-----", "nginx_certificate_key": f"/{MARK}"},
+            "nginx_certificate and nginx_certificate_key must both be texts in PEM format, or both be absolute paths on the host.",
+        ),
+        (
+            {"nginx_closed_paths": ["metrics", "/"], "nginx_static_directories": []},
+            "nginx_closed_paths, nginx_rate_limits, nginx_locations or nginx_static_directories has the paths metrics, /; "
+            "allowed are paths that begin with / and are longer than that.",
+        ),
+        (
+            {"nginx_locations": [{"path": "/flower", "upstreams": ["127.0.0.1:5555"]}]},
+            "nginx_locations or nginx_static_directories has the paths /flower; allowed are paths that end with /.",
+        ),
+        (
+            {"nginx_closed_paths": ["/a", "/b", "/a"], "nginx_rate_limits": []},
+            "nginx_closed_paths, nginx_rate_limits, nginx_locations and nginx_static_directories have the paths /a, /b, /a; each "
+            "path must be unique.",
+        ),
+        (
+            {"nginx_static_directories": [{"path": "/static/", "directory": "/srv/my files"}]},
+            "nginx_static_directories has the directories /srv/my files; allowed are absolute paths without spaces, quotes and "
+            "braces.",
+        ),
+        (
+            {"nginx_rate_limits": [{"path": "/a", "rate": "10/m"}, {"path": "/b", "rate": "5r/s"}]},
+            "nginx_rate_limits has the rates 10/m; allowed are requests per second or minute, such as 5r/s or 10r/m.",
+        ),
+        (
+            {"nginx_client_max_body_size": "20 MB"},
+            "nginx_client_max_body_size or a zone_size of nginx_rate_limits is one of 20 MB; allowed are sizes such as 20m.",
+        ),
+        (
+            {"nginx_client_header_timeout": 0},
+            "nginx_client_header_timeout, nginx_client_body_timeout and nginx_proxy_read_timeout are 0, 30, 60; allowed is 1 or "
+            "more.",
+        ),
+        ({"nginx_hsts_max_age": -1}, "nginx_hsts_max_age is -1; allowed is 0 or more."),
+    ],
+}
 # The cases by host group: the variables of each case, and its warning.
 ACCEPTED = {
     "rabbitmq accepted": [
@@ -431,6 +507,10 @@ ACCEPTED = {
         ),
     ],
     "flower accepted": [({}, "")],
+    "nginx accepted": [
+        ({}, ""),
+        ({"nginx_certificate": "/c.pem", "nginx_certificate_key": "/k.pem", "nginx_upstreams": ["/run/web.sock"]}, ""),
+    ],
 }
 # The variables of an environment other than its secrets.
 ENVIRONMENT = {"service_address": "localhost", "app_allowed_senders": ["@example.org"]}
@@ -512,7 +592,9 @@ def write_inventory(folder, hosts):
     (project / "requirements.txt").write_text("celery==5.7.0\n")
     locks["project_without_hashes"] = str(project)
     # The variables in wiring.yml need a host in these groups.
-    groups = {name: {"hosts": {"first.invalid": None}} for name in ("broker", "app", "web", "workers", "flower", "database")}
+    groups = {
+        name: {"hosts": {"first.invalid": None}} for name in ("broker", "app", "web", "workers", "flower", "database", "proxy")
+    }
     for host, _, _ in hosts:
         layer = LAYERS.get(host.split("-")[0])
         # Workers use the application's release.

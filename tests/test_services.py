@@ -49,7 +49,7 @@ HARDENING = [
 ]
 PER_SERVICE = {
     "Type", "User", "Group", "WorkingDirectory", "EnvironmentFile", "Environment", "ExecStart", "TimeoutStopSec", "WatchdogSec",
-    "MemoryMax", "LimitNOFILE", "StateDirectory", "StateDirectoryMode", "ReadWritePaths",
+    "MemoryMax", "LimitNOFILE", "StateDirectory", "StateDirectoryMode", "ReadWritePaths", "NotifyAccess", "Sockets",
 }  # fmt: skip
 
 
@@ -366,13 +366,27 @@ def test_a_socket_comes_before_its_service_which_requires_it():
     assert {("Requires", "web.socket"), ("After", "web.socket")} <= set(unit)
 
 
+def test_a_standby_differs_from_its_service_in_socket_restart_and_installation():
+    _, _, web, standby = units({"listen": ["8000"], "handover": True, "restart_on": ["/a"]})
+    assert {name: value for name, value in standby.items() if name != "content"} == {
+        "name": "web-standby.service",
+        "standby_of": "web.service",
+    }
+    own, other = sections(web["content"]), sections(standby["content"])
+    assert other["Unit"] == [("Description", "Web, during a restart"), *own["Unit"][1:]]
+    assert set(other["Service"]) ^ set(own["Service"]) == {("Sockets", "web.socket"), ("Restart", "always"), ("Restart", "no")}
+    # Without an installation, systemd does not start it at boot.
+    assert "Install" not in other
+
+
 def test_packaged_units_are_drop_ins_without_a_target():
     broker, mapper = units(
-        {"name": "broker", "packaged": True, "directives": ["LimitNOFILE=5"], "restart_on": ["/a"]},
+        {"name": "broker", "packaged": True, "directives": ["LimitNOFILE=5"], "restart_on": ["/a"], "reload_on": ["/b"]},
         {"name": "epmd", "packaged": True, "listen": ["4369"]},
         app="",
     )
-    assert broker == {"name": "broker.service", "content": "[Service]\nLimitNOFILE=5\n", "packaged": True, "restart_on": ["/a"]}
+    files = {"restart_on": ["/a"], "reload_on": ["/b"]}
+    assert broker == {"name": "broker.service", "content": "[Service]\nLimitNOFILE=5\n", "packaged": True, **files}
     assert (mapper["name"], mapper["packaged"]) == ("epmd.socket", True)
     # The empty value removes the package's addresses.
     assert mapper["content"].splitlines()[-2:] == ["ListenStream=", "ListenStream=4369"]

@@ -46,7 +46,17 @@ if verb == "show":
         stale = os.path.exists(path(name)) and os.stat(path(name)).st_mtime > state["reloaded"]
         print("NeedDaemonReload=" + ("yes" if stale else "no"))
         print("NRestarts=%d" % unit(name)["restarts"])
+        print("ReloadResult=" + unit(name).get("reload", "success"))
+        print("StateChangeTimestampMonotonic=%d" % unit(name).get("changed", unit(name)["since"]))
         print("ExecMainStartTimestampMonotonic=%d\n" % unit(name)["since"])
+elif verb == "reload":
+    for name in names:
+        failed = name in state["refusing"]
+        unit(name).update(changed=int(time.clock_gettime(time.CLOCK_MONOTONIC) * 1e6), reload="exit-code" if failed else "success")
+        if failed:
+            with open(state_file, "w") as file:
+                json.dump(state, file)
+            sys.exit("Job for %s failed." % name)
 elif verb == "daemon-reload":
     state["reloaded"] = time.time()
 elif verb in ("enable", "disable"):
@@ -80,7 +90,7 @@ with open(state_file, "w") as file:
     json.dump(state, file)
 """
 
-ACTS = ("start", "restart", "stop", "enable", "disable")
+ACTS = ("start", "restart", "reload", "stop", "enable", "disable")
 
 
 class Host:
@@ -89,7 +99,16 @@ class Host:
     def __init__(self, folder, capsys):
         self.directory, self.state_file, self.capsys = folder / "units", folder / "state.json", capsys
         self.directory.mkdir()
-        self.state = {"units": {}, "calls": [], "mortal": [], "revived": [], "limited": [], "packages": [], "reloaded": 0}
+        self.state = {
+            "units": {},
+            "calls": [],
+            "mortal": [],
+            "revived": [],
+            "limited": [],
+            "packages": [],
+            "reloaded": 0,
+            "refusing": [],
+        }
 
     @property
     def state(self):
@@ -294,6 +313,108 @@ def test_newer_file_in_restart_on_causes_a_restart(host, tmp_path):
     host.age("a.service", 60)
     host.age("b.service", 60)
     assert host.run(service("a", restart_on=[str(release)]), service("b"))["restarted"] == ["a.service"]
+
+
+def web(text="[Service]\n"):
+    standby = {"name": "web-standby.service", "content": text, "standby_of": "web.service"}
+    return {"name": "web.socket", "content": "[Socket]\n"}, service("web", text), standby
+
+
+def test_standby_runs_only_while_its_unit_restarts(host):
+    first = host.run(*web())
+    assert first["started"] == ["web.socket", "web.service"]
+    assert host.calls("start", "restart") == ["start web.socket web.service"]
+    result = host.run(*web("[Service]\nNice=1\n"))
+    assert result["restarted"] == ["web.service"]
+    assert host.calls() == ["restart web-standby.service", "restart web.service", "stop web-standby.service"]
+    assert not host.run(*web("[Service]\nNice=1\n"))["changed"]
+
+
+def test_unit_keeps_running_if_its_standby_does_not_start(host):
+    host.run(*web())
+    host.state = {**host.state, "limited": ["web-standby.service"]}
+    result = host.run(*web("[Service]\nNice=1\n"))
+    assert result["failed"]
+    assert "last words of web-standby.service" in result["msg"]
+    assert host.calls("restart") == ["restart web-standby.service"]
+    assert host.state["units"]["web.service"]["active"] == "active"
+
+
+def test_standby_stops_if_its_unit_does_not_restart(host):
+    host.run(*web())
+    host.state = {**host.state, "revived": ["web.service"]}
+    listed = list(web("[Service]\nNice=1\n"))
+    listed[1]["settle"] = 0.2
+    assert host.run(*listed)["failed"]
+    assert host.calls()[-1] == "stop web-standby.service"
+
+
+def test_standby_of_a_killed_run_is_stopped(host):
+    host.run(*web())
+    state = host.state
+    state["units"]["web-standby.service"]["active"] = "active"
+    host.state = state
+    assert host.run(*web(), check=True)["changed"]
+    assert host.calls() == []
+    assert host.run(*web())["changed"]
+    assert host.calls() == ["stop web-standby.service"]
+    assert not host.run(*web())["changed"]
+
+
+def test_socket_that_restarts_needs_no_standby(host):
+    socket, *others = web()
+    host.run(socket, *others)
+    result = host.run({**socket, "content": "[Socket]\nListenStream=1\n"}, *others)
+    assert not result.get("failed"), result
+    assert host.calls() == ["stop web.service", "restart web.socket web.service"]
+
+
+def proxy(settings):
+    return {"name": "proxy.service", "content": "[Service]\n", "packaged": True, "reload_on": [str(settings)]}
+
+
+@pytest.fixture
+def settings(host, tmp_path):
+    """The settings file of a proxy that has run for a minute."""
+    file = tmp_path / "settings"
+    file.write_text("")
+    host.state = {**host.state, "packages": ["proxy.service"]}
+    host.run(proxy(file))
+    state = host.state
+    state["units"]["proxy.service"]["since"] -= int(60e6)
+    host.state = state
+    for path in (file, host.directory / "proxy.service.d/50-ansible.conf"):
+        os.utime(path, (time.time() - 90,) * 2)
+    return file
+
+
+def test_newer_file_in_reload_on_causes_a_reload(host, settings):
+    assert not host.run(proxy(settings))["changed"]
+    os.utime(settings)
+    result = host.run(proxy(settings), check=True)
+    assert (result["changed"], result["reloaded"], host.calls()) == (True, ["proxy.service"], [])
+    result = host.run(proxy(settings))
+    assert (result["changed"], result["reloaded"], result["restarted"]) == (True, ["proxy.service"], [])
+    assert host.calls() == ["reload proxy.service"]
+    assert not host.run(proxy(settings))["changed"]
+
+
+def test_failed_reload_is_repeated_by_the_next_run(host, settings):
+    os.utime(settings)
+    host.state = {**host.state, "refusing": ["proxy.service"]}
+    result = host.run(proxy(settings))
+    assert result["failed"]
+    assert "last words of proxy.service" in result["msg"]
+    host.state = {**host.state, "refusing": []}
+    assert host.run(proxy(settings))["reloaded"] == ["proxy.service"]
+    assert not host.run(proxy(settings))["changed"]
+
+
+def test_started_or_restarted_unit_is_not_reloaded(host, settings):
+    os.utime(settings)
+    result = host.run({**proxy(settings), "content": "[Service]\nNice=1\n"})
+    assert (result["restarted"], result["reloaded"]) == (["proxy.service"], [])
+    assert host.calls() == ["restart proxy.service"]
 
 
 def test_manually_stopped_or_disabled_units_are_repaired(host):

@@ -255,6 +255,8 @@ def test_units_of_a_host(rendered):
     app = {"usual": {"web.socket", "web.service", "relay.service", "beat.service"}, "other": {"web.socket", "web.service"}}
     app["usual"] |= {"worker@mail.service", "worker@maintenance.service"}
     app["other"] |= {"say.service", "worker@slow.service"}
+    app["usual"].add("web-standby.service")
+    app["other"].add("web-standby.service")
     app["worker alone"] = {"worker@mail.service", "worker@maintenance.service"}
     for host, names in app.items():
         wanted = {f"mailroom-{name}" for name in names} | {"mailroom.target", "mailroom-flower.service", "rabbitmq-server.service"}
@@ -302,6 +304,8 @@ def test_every_application_service_has_the_sandbox_and_no_start_limit(rendered):
         for name, text in files.items():
             if name.startswith("mailroom-") and name.endswith(".service"):
                 unit = sections(text)
+                if name.endswith("-standby.service"):
+                    unit["Service"] = [("Restart", "always") if each == ("Restart", "no") else each for each in unit["Service"]]
                 assert [directive for directive in unit["Service"] if directive[0] not in PER_SERVICE] == HARDENING, name
                 assert [directive for directive in unit["Unit"] if "StartLimit" in directive[0]] == [("StartLimitIntervalSec", "0")]
                 assert dict(unit["Service"])["User"] in ("mailroom", "mailroom-flower", "tasks")

@@ -20,7 +20,8 @@ ONE = {name: ["host1"] for name in MANY}
 NAMES = (
     "postgresql_clients", "firewall_rules", "rabbitmq_listeners", "postgresql_listen_addresses", "wiring_broker_url",
     "flower_broker_url", "flower_broker_api", "rabbitmq_nodes", "rabbitmq_distribution_address", "celery_beat", "django_migrate",
-    "django_environment", "django_commands",
+    "django_environment", "django_commands", "django_web_listen", "django_web_proxies", "nginx_upstreams",
+    "nginx_static_directories", "nginx_server_names",
 )  # fmt: skip
 
 
@@ -145,3 +146,44 @@ def test_application_uses_an_external_database(tmp_path):
     elsewhere = "postgresql://shop@db.example.org/shop"
     groups = {name: hosts for name, hosts in MANY.items() if name != "database"}
     assert wired(tmp_path, groups, app_database_url=elsewhere)["web1"]["django_environment"]["DATABASE_URL"] == elsewhere
+
+
+# The proxy
+
+STATIC = [{"path": "/static/", "directory": "/opt/mailroom/current/staticfiles"}]
+PROXY = [{"ports": [80, 443]}]
+
+
+def test_without_a_proxy_the_web_service_is_on_the_loopback(many, one):
+    for host in (many["web1"], one):
+        assert (host["django_web_listen"], host["django_web_proxies"]) == (["127.0.0.1:8000"], [])
+    assert one["firewall_rules"] == []
+
+
+def test_proxy_on_the_only_web_host_uses_the_loopback(tmp_path):
+    (host,) = wired(tmp_path, {**ONE, "proxy": ["host1"]}).values()
+    assert (host["django_web_listen"], host["nginx_upstreams"]) == (["127.0.0.1:8000"], ["127.0.0.1:8000"])
+    assert host["nginx_static_directories"] == STATIC
+    assert host["nginx_server_names"] == ["host1", "localhost", "127.0.0.1"]
+    assert host["firewall_rules"] == PROXY
+
+
+def test_proxy_on_another_host_reaches_all_web_hosts(tmp_path):
+    groups = {**MANY, "web": ["web1", "web2"], "app": ["web1", "web2", *WORKERS], "proxy": ["proxy1"]}
+    hosts = wired(tmp_path, groups, app_allowed_hosts=["*"])
+    proxy = hosts["proxy1"]
+    assert proxy["nginx_upstreams"] == ["web1:8000", "web2:8000"]
+    assert (proxy["nginx_static_directories"], proxy["nginx_server_names"]) == ([], [])
+    assert proxy["firewall_rules"] == PROXY
+    for name in ("web1", "web2"):
+        assert (hosts[name]["django_web_listen"], hosts[name]["django_web_proxies"]) == (["0.0.0.0:8000"], ["proxy1"])
+        assert hosts[name]["firewall_rules"] == [{"ports": [8000], "sources": ["proxy1"]}]
+    assert hosts["worker1"]["firewall_rules"] == []
+
+
+def test_proxy_on_one_of_several_web_hosts_uses_its_loopback_and_the_other_host(tmp_path):
+    groups = {**MANY, "web": ["web1", "web2"], "app": ["web1", "web2", *WORKERS], "proxy": ["web1"]}
+    hosts = wired(tmp_path, groups)
+    assert hosts["web1"]["nginx_upstreams"] == ["127.0.0.1:8000", "web2:8000"]
+    assert (hosts["web1"]["django_web_listen"], hosts["web2"]["django_web_listen"]) == (["127.0.0.1:8000"], ["0.0.0.0:8000"])
+    assert hosts["web2"]["firewall_rules"] == [{"ports": [8000], "sources": ["web1"]}]

@@ -19,7 +19,7 @@ from jinja2 import UndefinedError, pass_context
 
 COLLECTION = Path(__file__).resolve().parents[2]
 REQUIRED_GROUPS = ("broker", "app", "web", "workers")
-OPTIONAL_GROUPS = ("database", "flower")
+OPTIONAL_GROUPS = ("database", "flower", "proxy")
 # The roles that validate.yml checks, by the inventory group on whose hosts they run.
 ROLES = {
     "all": ("ca_certificates", "firewall"),
@@ -28,6 +28,7 @@ ROLES = {
     "app": ("django",),
     "workers": ("celery",),
     "flower": ("flower",),
+    "proxy": ("nginx",),
 }
 # Prefixes of variables in inventories/common, in addition to the prefixes of the roles' variables.
 PREFIXES = ("app_", "backup_", "host_", "service_", "wiring_")
@@ -76,7 +77,7 @@ def group_errors(groups):
     if sentences:
         sentences.append(
             f"Its groups are {', '.join(own) or 'none'}. Required are broker, and app with web and workers in it. "
-            "Optional are database and flower."
+            "Optional are database, flower and proxy."
         )
         return sentences
     for name in ("web", "workers"):

@@ -78,11 +78,12 @@ def _socket(service, app):
     return _file({"Unit": _lines(unit), "Socket": _lines(listeners), "Install": [f"WantedBy={app}.target"]})
 
 
-def _service(service, app, user, after):
+def _service(service, app, user, after, standby=False):
+    """Return the unit of a service, or of its second instance, which uses the service's socket."""
     socket = f"{service['name']}.socket" if "listen" in service else None
     state_directory = service.get("state_directory")
     unit = [
-        ("Description", service["description"]),
+        ("Description", f"{service['description']}, during a restart" if standby else service["description"]),
         ("PartOf", f"{app}.target"),
         # After= sets only the order. It does not require these units, since they can run on other hosts.
         ("After", " ".join(["network-online.target", *after])),
@@ -97,11 +98,12 @@ def _service(service, app, user, after):
         ("Type", service["type"]),
         ("User", user),
         ("Group", user),
+        ("Sockets", socket if standby else None),
         ("WorkingDirectory", service["directory"]),
         ("EnvironmentFile", service.get("environment_file")),
         *(("Environment", quote(f"{name}={value}")) for name, value in service["environment"].items()),
         ("ExecStart", command_line(service["command"])),
-        ("Restart", "always"),
+        ("Restart", "no" if standby else "always"),
         ("RestartSec", 2),
         # Only the main process gets TERM, so its children finish their work. At the timeout, systemd kills all remaining processes.
         ("KillMode", "mixed"),
@@ -117,7 +119,8 @@ def _service(service, app, user, after):
         ("ReadWritePaths", " ".join(service["writable"]) or None),
     ]
     lines = [*_lines(process), "", *_lines(SANDBOX), *service["directives"]]
-    return _file({"Unit": _lines(unit), "Service": lines, "Install": [f"WantedBy={app}.target"]})
+    install = {} if standby else {"Install": [f"WantedBy={app}.target"]}
+    return _file({"Unit": _lines(unit), "Service": lines, **install})
 
 
 def _packaged_unit(service):
@@ -128,7 +131,8 @@ def _packaged_unit(service):
         return {"name": f"{service['name']}.socket", "content": content, "packaged": True}
     hardening = [*_lines(SANDBOX), *_lines([("ReadWritePaths", " ".join(service["writable"]) or None)])]
     content = _file({"Service": [*(hardening if service["sandbox"] else []), *service["directives"]]})
-    return {"name": f"{service['name']}.service", "content": content, "packaged": True, "restart_on": service["restart_on"]}
+    files = {name: service[name] for name in ("restart_on", "reload_on")}
+    return {"name": f"{service['name']}.service", "content": content, "packaged": True, **files}
 
 
 def systemd_units(services, app, user, after):
@@ -146,6 +150,11 @@ def systemd_units(services, app, user, after):
             units.append({"name": f"{service['name']}.socket", "content": _socket(service, app)})
         content = _service(service, app, user, after)
         units.append({"name": f"{service['name']}.service", "content": content, "restart_on": service["restart_on"], "settle": 3})
+        if service["handover"]:
+            standby = _service(service, app, user, after, standby=True)
+            units.append(
+                {"name": f"{service['name']}-standby.service", "content": standby, "standby_of": f"{service['name']}.service"}
+            )
     return units
 
 

@@ -82,12 +82,31 @@ def unknown_migrations(_: str) -> None:
         sys.exit("The database has migrations that this release does not know: " + ", ".join(sorted(set(unknown))) + ".")
 
 
+def healthy_response(request: str) -> None:
+    """Exit with an error message if the application's response has a status that does not show a working application.
+
+    `request` is JSON: {path, host, statuses}. Without statuses, each status below 500 is accepted.
+    """
+    import django
+
+    django.setup()
+    from django.test import Client
+
+    wanted = json.loads(request)
+    client = Client(raise_request_exception=False, HTTP_HOST=wanted["host"])
+    response = client.get(wanted["path"])
+    if response.status_code not in (wanted["statuses"] or range(100, 500)):
+        text = "" if response.streaming else response.content.decode(errors="replace")
+        sys.exit(f"{wanted['path']} with the Host {wanted['host']} returns {response.status_code}, {text}")
+
+
 ACTIONS: dict[str, Callable[[str], None]] = {
     "command": manage,
     "wsgi": import_wsgi,
     "celery": import_celery,
     "databases": databases_outside_release,
     "migrations": unknown_migrations,
+    "health": healthy_response,
 }
 
 

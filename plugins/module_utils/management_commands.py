@@ -22,6 +22,7 @@ ACTIONS = {
     "wsgi": "The WSGI application {argument} does not work in {directory}:",
     "celery": "The Celery application {argument} does not work in {directory}:",
     "databases": "The project's databases are refused:",
+    "health": "The release in {directory} is not healthy:",
     "migrations": "The release in {directory} does not fit the database:",
 }
 

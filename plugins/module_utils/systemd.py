@@ -25,7 +25,7 @@ Properties = dict[str, str]
 
 PROPERTIES = (
     "Id,ActiveState,SubState,Result,LoadState,UnitFileState,NeedDaemonReload,NRestarts,"
-    "ExecMainStartTimestampMonotonic,ActiveEnterTimestampMonotonic"
+    "ExecMainStartTimestampMonotonic,ActiveEnterTimestampMonotonic,StateChangeTimestampMonotonic,ReloadResult"
 )
 # Packages install files here.
 PACKAGES = ("/usr/",)
@@ -48,12 +48,9 @@ def unit_files(directory: str) -> list[str]:
     return glob.glob(os.path.join(directory, "*")) + glob.glob(os.path.join(directory, "*.d", "*.conf"))
 
 
-def started_at(properties: Properties) -> Optional[float]:
-    """Return the start time of the unit's process, or of the unit, in seconds since the epoch by the current clock.
-
-    Return None if it has not started.
-    """
-    for name in ("ExecMainStartTimestampMonotonic", "ActiveEnterTimestampMonotonic"):
+def time_of(properties: Properties, *names: str) -> Optional[float]:
+    """Return the first of these times that is set, in seconds since the epoch by the current clock, or None."""
+    for name in names:
         stamp = properties.get(name) or "0"
         if stamp != "0":
             return time.time() - (time.clock_gettime(time.CLOCK_MONOTONIC) - int(stamp) / 1e6)
@@ -61,9 +58,18 @@ def started_at(properties: Properties) -> Optional[float]:
 
 
 def is_stale(properties: Properties, paths: Iterable[str]) -> bool:
-    """Return whether the unit started before one of the files changed."""
-    start = started_at(properties)
+    """Return whether the unit's process, or the unit, started before one of the files changed."""
+    start = time_of(properties, "ExecMainStartTimestampMonotonic", "ActiveEnterTimestampMonotonic")
     return start is not None and newest(paths, PACKAGES) > start
+
+
+def needs_reload(properties: Properties, paths: Iterable[str]) -> bool:
+    """Return whether the last start or reload was before one of the files changed, or the last reload failed.
+
+    A reload changes the unit's state to `reloading` and back.
+    """
+    changed = time_of(properties, "StateChangeTimestampMonotonic")
+    return changed is not None and (newest(paths, PACKAGES) > changed or properties.get("ReloadResult", "success") != "success")
 
 
 def parse_show(text: str) -> dict[str, Properties]:
@@ -87,11 +93,13 @@ class Units:
         self.files = ManagedFiles(module)
         self.started: list[str] = []
         self.restarted: list[str] = []
+        self.reloaded: list[str] = []
         self.removed: list[str] = []
         self.result: dict[str, Any] = {
             "changed": False,
             "started": self.started,
             "restarted": self.restarted,
+            "reloaded": self.reloaded,
             "removed": self.removed,
             "diff": self.files.diff,
         }
@@ -116,6 +124,7 @@ class Units:
             self.result["changed"] = True
         self.enable(states)
         self.start(states)
+        self.reload(states)
 
     def systemctl(self, *arguments: str, fail: bool = True) -> str:
         """Return the output of systemctl.
@@ -179,6 +188,8 @@ class Units:
         of_sockets: list[str] = []
         for unit in self.units:
             name = unit["name"]
+            if unit["standby_of"]:
+                continue
             state = states.get(name, {})
             if state.get("ActiveState") not in ("active", "reloading"):
                 self.started.append(name)
@@ -190,11 +201,29 @@ class Units:
             acted.append(unit)
             if name.endswith(".socket"):
                 of_sockets.append(name[: -len("socket")] + "service")
-        if not acted:
+        standbys = [
+            unit["name"] for unit in self.units if unit["standby_of"] in self.restarted and unit["standby_of"] not in of_sockets
+        ]
+        # A killed run did not stop them.
+        all_standbys = [unit["name"] for unit in self.units if unit["standby_of"]]
+        left = [name for name in all_standbys if states.get(name, {}).get("ActiveState") == "active"]
+        if not acted and not left:
             return
         self.result["changed"] = True
         if self.check:
             return
+        try:
+            if standbys:
+                self.act([("restart", standbys)], standbys)
+            if acted:
+                self.start_together(acted, states, of_sockets)
+        finally:
+            if standbys or left:
+                self.systemctl("stop", "--", *dict.fromkeys(standbys + left))
+                # A standby that did not start must not stay in the list of failed units.
+                self.systemctl("reset-failed", "--", *standbys, fail=False)
+
+    def start_together(self, acted: list[Unit], states: dict[str, Properties], of_sockets: list[str]) -> None:
         names = [unit["name"] for unit in acted]
         if of_sockets:
             self.systemctl("stop", "--", *of_sockets, fail=False)
@@ -203,16 +232,37 @@ class Units:
         # If systemd is already about to restart a unit, a start of the unit counts as a restart.
         activating = [name for name in self.started if states.get(name, {}).get("ActiveState") == "activating"]
         restart = self.restarted + activating
+        # One call per verb lets systemd stop and start the units in parallel, in the order that the units require.
+        self.act([("restart", restart), ("start", [name for name in names if name not in restart])], names)
+        self.settle(acted)
+
+    def act(self, calls: Iterable[tuple[str, list[str]]], names: list[str]) -> None:
+        """Call systemctl for each verb and its units. Raises Failure with the journals of the units that are not active then."""
         try:
-            # One call per verb lets systemd stop and start the units in parallel, in the order that the units require.
-            for verb, chosen in (("restart", restart), ("start", [name for name in names if name not in restart])):
+            for verb, chosen in calls:
                 if chosen:
                     self.systemctl(verb, "--", *chosen)
         except Failure as failure:
             states = self.show()
             down = [name for name in names if states.get(name, {}).get("ActiveState") != "active"]
             raise Failure("\n".join([str(failure), *map(self.journal, down)])) from None
-        self.settle(acted)
+
+    def reload(self, states: dict[str, Properties]) -> None:
+        """Reload units that are stale and were not started."""
+        for unit in self.units:
+            name = unit["name"]
+            # A unit without such files may have no reload.
+            if not unit["reload_on"] or name in (*self.started, *self.restarted):
+                continue
+            if needs_reload(states.get(name, {}), unit["reload_on"]):
+                self.reloaded.append(name)
+        if self.reloaded:
+            self.result["changed"] = True
+        for name in [] if self.check else self.reloaded:
+            try:
+                self.systemctl("reload", "--", name)
+            except Failure as failure:
+                raise Failure(f"{failure}\n{self.journal(name)}") from None
 
     def files_of(self, unit: Unit) -> list[str]:
         return [target_path(self.directory, unit), *unit["restart_on"]]

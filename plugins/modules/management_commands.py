@@ -27,7 +27,7 @@ options:
     required: true
   steps:
     description: The steps, in order. Each has exactly one of O(steps[].command), O(steps[].wsgi), O(steps[].celery),
-      O(steps[].databases) and O(steps[].migrations).
+      O(steps[].databases), O(steps[].migrations) and O(steps[].health).
     type: list
     elements: dict
     required: true
@@ -49,6 +49,11 @@ options:
         description: With V(known), a migration that the database has and the release does not contain is an error.
         type: str
         choices: [known]
+      health:
+        description: >-
+          A request for the project, as JSON, such as V({"path": "/healthz", "host": "localhost", "statuses": [200]}). A response
+          with another status is an error. An empty list of statuses accepts each status below 500. No server runs for this request.
+        type: str
       stdin:
         description: The command's standard input. Pass secrets here, not in the arguments.
         type: str
@@ -89,6 +94,7 @@ def main() -> None:
         "celery": {"type": "str"},
         "databases": {"type": "str", "choices": ["outside"]},
         "migrations": {"type": "str", "choices": ["known"]},
+        "health": {"type": "str"},
         "stdin": {"type": "str", "no_log": True},
         "unchanged": {"type": "str"},
     }

@@ -50,6 +50,20 @@ options:
         type: list
         elements: path
         default: []
+      reload_on:
+        description:
+          - Files and symbolic links. A unit is reloaded if one of them changed after the unit's last start or reload, or if its
+            last reload failed.
+        type: list
+        elements: path
+        default: []
+      standby_of:
+        description:
+          - The unit that this unit replaces while that unit restarts. The module starts this unit before the restart, and stops it
+            after the restarted unit is active again. Both use the same socket.
+          - If this unit does not start, the other unit keeps running, and the module fails.
+          - If the socket restarts too, this unit is not used.
+        type: str
       settle:
         description: Seconds for which the unit must stay active after a start.
         type: float
@@ -108,6 +122,12 @@ restarted:
   elements: str
   returned: always
   sample: []
+reloaded:
+  description: Units that were reloaded.
+  type: list
+  elements: str
+  returned: always
+  sample: []
 removed:
   description: Units that were no longer listed.
   type: list
@@ -132,6 +152,8 @@ def main() -> None:
                     "packaged": {"type": "bool", "default": False},
                     "shared": {"type": "bool", "default": False},
                     "restart_on": {"type": "list", "elements": "path", "default": []},
+                    "reload_on": {"type": "list", "elements": "path", "default": []},
+                    "standby_of": {"type": "str"},
                     "settle": {"type": "float", "default": 0},
                 },
             },

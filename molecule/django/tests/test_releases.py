@@ -5,7 +5,11 @@ The tests run on one host, since each builds a release and runs a playbook.
 
 from __future__ import annotations
 
+import http.client
 import shutil
+import threading
+import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -86,10 +90,37 @@ def test_release_that_does_not_work_is_refused_before_the_switch(host, run_playb
     assert running(host) == before
 
 
-def test_unhealthy_release_is_switched_back(host, run_playbook, project, site):
+MIDDLEWARE = """
+import sys
+
+MIDDLEWARE.insert(0, "mailroom.settings.broken")
+
+
+def broken(get_response):
+    return lambda request: 1 / 0 if CONDITION else get_response(request)
+"""
+
+
+def test_unhealthy_release_is_refused_before_the_switch(host, run_playbook, project):
     """The application imports, passes its checks, and answers each request with an error."""
+    before = running(host)
+    done = run_playbook("playbooks/app.yml", django_source=project("mailroom/settings.py", MIDDLEWARE.replace("CONDITION", "True")))
+    assert done.returncode != 0
+    assert "returns 500" in done.stdout
+    assert running(host) == before
+
+
+def test_environment_without_health_is_refused_before_the_switch(host, run_playbook):
+    before = running(host)
+    done = run_playbook("playbooks/app.yml", app_allowed_hosts=["other.example.org"], django_health_host="localhost")
+    assert done.returncode != 0
+    assert "/healthz with the Host localhost returns 400" in done.stdout
+    assert running(host) == before
+
+
+def test_release_that_is_unhealthy_only_as_a_service_is_switched_back(host, run_playbook, project, site):
     before = web_state(host)
-    text = "\nMIDDLEWARE.insert(0, 'mailroom.settings.broken')\ndef broken(get_response):\n    return lambda request: 1 / 0\n"
+    text = MIDDLEWARE.replace("CONDITION", "'gunicorn' in sys.modules")
     done = run_playbook("playbooks/app.yml", django_source=project("mailroom/settings.py", text))
     assert done.returncode != 0
     assert "/healthz at 127.0.0.1:8000 returns 500" in done.stdout
@@ -98,13 +129,74 @@ def test_unhealthy_release_is_switched_back(host, run_playbook, project, site):
     assert requests.get(f"{site}/healthz", timeout=10).status_code == 200
 
 
-def test_environment_without_health_is_switched_back(host, run_playbook, site):
+@pytest.fixture
+def traffic(published):
+    """About 20 requests per second during a with block, half of them on connections that the clients keep.
+
+    Returns the durations of the requests, and the errors.
+    """
+
+    @contextmanager
+    def send():
+        durations, errors, ended = [], [], threading.Event()
+
+        def client(keep):
+            connection = http.client.HTTPConnection("127.0.0.1", published(8000), timeout=20)
+            while not ended.wait(0.4):
+                begin = time.monotonic()
+                try:
+                    connection.request("GET", "/healthz")
+                    answer = connection.getresponse()
+                    answer.read()
+                    if answer.status != 200:
+                        errors.append(answer.status)
+                except (OSError, http.client.HTTPException) as error:
+                    errors.append(repr(error))
+                    connection.close()
+                durations.append(time.monotonic() - begin)
+                if not keep:
+                    connection.close()
+
+        threads = [threading.Thread(target=client, args=(number % 2 == 0,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        try:
+            yield durations, errors
+        finally:
+            ended.set()
+            for thread in threads:
+                thread.join()
+
+    return send
+
+
+def test_deployment_and_rollback_drop_no_request(host, run_playbook, project, traffic):
+    with host.sudo():
+        units = "systemctl show --property MainPID --value mailroom-web.service"
+        before = host.check_output(units)
+        with traffic() as (durations, errors):
+            done = run_playbook("playbooks/app.yml", django_source=project("mailroom/other.py", "# A release under load.\n"))
+            assert done.returncode == 0, done.stdout
+            done = run_playbook("playbooks/ops/rollback.yml")
+            assert done.returncode == 0, done.stdout
+        assert host.check_output(units) != before
+        assert host.run("systemctl is-active mailroom-web-standby.service").stdout.strip() == "inactive"
+    assert len(durations) > 100
+    # Without a second instance, requests wait for seconds, until the new process has loaded the application.
+    assert (errors, max(durations) < 2) == ([], True), sorted(durations)[-10:]
+
+
+def test_release_whose_service_does_not_start_gets_no_request(host, run_playbook, traffic):
+    """The environment works for commands, and stops gunicorn. The old process keeps running until the new one works."""
     before = web_state(host)
-    done = run_playbook("playbooks/app.yml", app_allowed_hosts=["other.example.org"], django_health_host="localhost")
+    broken = {"app_environment": {"GUNICORN_CMD_ARGS": "--no-such-option"}, "app_environment_names": []}
+    with traffic() as (durations, errors):
+        done = run_playbook("playbooks/app.yml", **broken)
     assert done.returncode != 0
-    assert "/healthz at 127.0.0.1:8000 returns 400" in done.stdout
+    assert "unrecognized arguments: --no-such-option" in done.stdout
+    assert f"Release {before[1].rsplit('/', 1)[1]} is active again" in done.stdout.replace("\n", " ")
     assert web_state(host) == before
-    assert requests.get(f"{site}/healthz", timeout=10).status_code == 200
+    assert (errors, max(durations) < 2) == ([], True), sorted(durations)[-10:]
     done = run_playbook("playbooks/app.yml")
     assert (done.returncode, "changed=0" in done.stdout) == (0, True), done.stdout
 

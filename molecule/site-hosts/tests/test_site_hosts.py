@@ -67,12 +67,21 @@ def test_email_arrives_across_hosts(send, inbox, eventually):
         ("db1", "mq1 5672", False),
         ("worker1", "db1 5432", True),
         ("mq1", "db1 5432", False),
+        ("worker1", "mq1 80", True),
     ],
 )
 def test_port_of_a_layer_is_open_only_to_layers_that_need_it(on, source, port, is_open):
     connect = "import socket, sys; socket.create_connection(sys.argv[1:], timeout=3)"
     done = on(source, f"python3 -c '{connect}' {port} 2>&1 || true")
     assert (done == "") is is_open, done
+
+
+def test_proxy_on_another_host_forwards_requests(host, on):
+    published = host.get_host("ansible://mq1").ansible.get_variables()["testbed_published"]["80"]
+    answer = requests.get(f"http://127.0.0.1:{published}/healthz", timeout=10)
+    assert (answer.status_code, answer.json()) == (200, {"database": "ok"})
+    address = on("web1", "getent ahosts mq1 | awk '{print $1; exit}'")
+    assert f"--forwarded-allow-ips=127.0.0.1,::1,{address}" in on("web1", "systemctl cat mailroom-web.service")
 
 
 @pytest.mark.parametrize(
