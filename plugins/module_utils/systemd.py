@@ -179,6 +179,8 @@ class Units:
         of_sockets: list[str] = []
         for unit in self.units:
             name = unit["name"]
+            if unit["on_demand"]:
+                continue
             state = states.get(name, {})
             if state.get("ActiveState") not in ("active", "reloading"):
                 self.started.append(name)

@@ -50,6 +50,10 @@ options:
         type: list
         elements: path
         default: []
+      on_demand:
+        description: Whether another unit, such as a timer, starts this unit. The module then neither starts nor restarts it.
+        type: bool
+        default: false
       settle:
         description: Seconds for which the unit must stay active after a start.
         type: float
@@ -132,6 +136,7 @@ def main() -> None:
                     "packaged": {"type": "bool", "default": False},
                     "shared": {"type": "bool", "default": False},
                     "restart_on": {"type": "list", "elements": "path", "default": []},
+                    "on_demand": {"type": "bool", "default": False},
                     "settle": {"type": "float", "default": 0},
                 },
             },
