@@ -23,7 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PASSWORDS = Path("~/.config/django_celery.stack")
 PLATFORMS = ("debian13", "ubuntu2404", "el9", "el10")
 LABEL = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
-GROUPS = ("broker", "database", "web", "workers", "flower")
+GROUPS = ("broker", "database", "web", "workers", "flower", "proxy")
+OPTIONAL_GROUPS = ("flower", "proxy")
 SCHEMES = ("smtp", "smtp+tls", "smtp+ssl")
 
 Hosts = dict[str, list[str]]
@@ -63,7 +64,7 @@ def hosts(text: str) -> tuple[Hosts, Connections]:
     """Return the hosts of each group, and the connection of each host. The text names one host, or hosts per group."""
     groups: Hosts = {}
     connections: Connections = {}
-    words = text.split() if "=" in text else [f"{group}={text.strip()}" for group in GROUPS]
+    words = text.split() if "=" in text else [f"{group}={text.strip()}" for group in GROUPS if group != "proxy"]
     for word in words:
         group, equals, names = word.partition("=")
         if not equals or group not in GROUPS or group in groups:
@@ -76,8 +77,8 @@ def hosts(text: str) -> tuple[Hosts, Connections]:
                 raise Wrong(f"HOSTS has different users or ports for {name}; allowed is one.")
             connections[name] = connection or connections.get(name, {})
             groups[group].append(name)
-    if missing := [group for group in GROUPS if group not in groups and group != "flower"]:
-        raise Wrong(f"HOSTS lacks {', '.join(missing)}. Only flower is optional.")
+    if missing := [group for group in GROUPS if group not in groups and group not in OPTIONAL_GROUPS]:
+        raise Wrong(f"HOSTS lacks {', '.join(missing)}. Only flower and proxy are optional.")
     if len(groups["broker"]) % 2 == 0:
         raise Wrong(f"HOSTS has {len(groups['broker'])} hosts for broker; allowed is one, three, or a larger odd number.")
     if len(groups["database"]) > 1:
@@ -130,7 +131,7 @@ def hosts_file(groups: Hosts, connections: Connections) -> str:
                 "broker": members["broker"],
                 "database": members["database"],
                 "app": {"children": {"web": members["web"], "workers": members["workers"]}},
-                **({"flower": members["flower"]} if "flower" in members else {}),
+                **{group: members[group] for group in OPTIONAL_GROUPS if group in members},
             },
         }
     }
@@ -147,7 +148,8 @@ def variables_file(name: str, domain: str, mail: str, platform: str) -> str:
 # The platform of the hosts: {", ".join(PLATFORMS)}. It selects the versions of RabbitMQ and Erlang.
 host_platform: {platform}
 
-# The names by which clients reach the web service. It listens on 127.0.0.1:8000, and needs a proxy that terminates TLS.
+# The names by which clients reach the web service. It needs a proxy that terminates TLS: a host in the group proxy with nginx_certificate
+# and nginx_certificate_key, or your own proxy, which connects to 127.0.0.1:8000 on the hosts of the group web.
 app_allowed_hosts: [{domain}]
 # Addresses and domains that emails may be sent from.
 app_allowed_senders: ["@{domain}"]
@@ -160,7 +162,7 @@ app_email_url: "{mail}"
 
 # Closes all ports of all hosts, except SSH and the ports that the layers need.
 firewall_enabled: true
-# The ports of the proxy on the hosts of the group web.
+# The ports of your own proxy on the hosts of the group web.
 app_firewall_rules:
   - {{ports: [80, 443]}}
 """

@@ -16,7 +16,7 @@ import pytest
 import requests
 
 PROJECT = Path(__file__).resolve().parents[1]
-UNITS = "--unit='rabbitmq-server*' --unit='postgresql*' --unit='mailroom*' --unit='example*'"
+UNITS = "--unit='rabbitmq-server*' --unit='postgresql*' --unit='mailroom*' --unit='shop*' --unit='example*'"
 
 
 @pytest.fixture(scope="module")

@@ -196,7 +196,7 @@ def test_wrong_hosts_are_refused(text):
     [
         (SPLIT.replace("flower", "flowers"), "HOSTS has 'flowers=mq1.example.com'; allowed is one entry per group"),
         (f"{SPLIT} web=w3", "HOSTS has 'web=w3'; allowed is one entry per group"),
-        ("broker=a web=a", "HOSTS lacks database, workers. Only flower is optional."),
+        ("broker=a web=a", "HOSTS lacks database, workers. Only flower and proxy are optional."),
         (
             SPLIT.replace("broker=mq1.example.com", "broker=a,b"),
             "HOSTS has 2 hosts for broker; allowed is one, three, or a larger odd",

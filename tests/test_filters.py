@@ -13,7 +13,7 @@ import pytest
 import yaml
 from ansible.errors import AnsibleFilterError
 from ansible.plugins.loader import filter_loader
-from ansible_collections.django_celery.stack.plugins.filter import celery_lock, environment_file, rabbitmq, role_variables
+from ansible_collections.django_celery.stack.plugins.filter import environment_file, lock_files, rabbitmq, role_variables
 from helpers import ROOT, load
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -154,6 +154,16 @@ def test_environment_files_refuse_unsupported_values(variables):
         environment_file.environment_file(variables)
 
 
+def test_errors_of_an_environment_name_the_variable():
+    variables = {"JSON": {"a": 1}, "LISTS": [["a"]], "KEY": "Secret\nline", "RIGHT": ["a", 1, True], "a-b": ""}
+    assert environment_file.environment_errors(variables) == [
+        "JSON is a mapping or a nested list. For JSON, use to_json.",
+        "The value of the environment variable KEY contains a line break or a NUL byte.",
+        "LISTS is a mapping or a nested list. For JSON, use to_json.",
+        "'a-b' is not a valid name of an environment variable.",
+    ]
+
+
 def test_refused_value_is_not_shown():
     with pytest.raises(AnsibleFilterError) as caught:
         environment_file.environment_file({"KEY": "Secret\nline"})
@@ -227,8 +237,88 @@ Django==5.2.8 --hash=sha256:cc
     ("package", "version"), [("celery", "5.7.0"), ("django", "5.2.8"), ("celery-types", "1.0"), ("kombu", ""), ("c.lery", "")]
 )
 def test_versions_of_a_lock(package, version):
-    assert celery_lock.locked_version(LOCK, package) == version
+    assert lock_files.locked_version(LOCK, package) == version
+
+
+# The formats of uv.lock and pylock.toml. The hosts of their URLs don't exist.
+UV_LOCK = """version = 1
+requires-python = ">=3.12"
+
+[[package]]
+name = "shop"
+version = "1.0"
+source = { virtual = "." }
+dependencies = [{ name = "celery" }, { name = "uvicorn-worker" }]
+
+[[package]]
+name = "celery"
+version = "5.7.0"
+source = { registry = "https://index.invalid/simple" }
+wheels = [{ url = "https://index.invalid/celery-5.7.0-py3-none-any.whl", hash = "sha256:aa", size = 1 }]
+"""
+PYLOCK = """lock-version = "1.0"
+created-by = "uv"
+
+[[packages]]
+name = "celery"
+version = "5.7.0"
+index = "https://index.invalid/simple"
+sdist = { url = "https://index.invalid/celery-5.7.0.tar.gz", hashes = { sha256 = "bb" } }
+wheels = [{ url = "https://index.invalid/celery-5.7.0-py3-none-any.whl", hashes = { sha256 = "aa" } }]
+
+[[packages]]
+name = "tzdata"
+version = "2026.1"
+marker = "sys_platform == 'win32'"
+wheels = [{ url = "https://index.invalid/tzdata-2026.1-py2.py3-none-any.whl", hashes = { sha256 = "cc" } }]
+"""
+FROM_GIT = """
+[[packages]]
+name = "fork"
+vcs = { type = "git", url = "https://git.invalid/fork", commit-id = "0123456789" }
+"""
+
+
+@pytest.mark.parametrize("lock", [UV_LOCK, PYLOCK], ids=["uv.lock", "pylock.toml"])
+def test_versions_of_a_toml_lock(lock):
+    assert lock_files.locked_version(lock, "celery") == "5.7.0"
+    assert lock_files.locked_version(lock, "kombu") == ""
+    assert lock_files.packages_without_hashes(lock) == []
+    assert lock_files.has_packages(lock)
+
+
+def test_names_of_packages_are_normalized():
+    assert lock_files.locked_version("uvicorn_worker==0.4.0 --hash=sha256:aa\n", "uvicorn-worker") == "0.4.0"
+
+
+def test_pylock_becomes_requirements_without_urls():
+    assert lock_files.pylock_requirements(PYLOCK) == (
+        "celery==5.7.0 \\\n    --hash=sha256:aa \\\n    --hash=sha256:bb\n"
+        "tzdata==2026.1 ; sys_platform == 'win32' \\\n    --hash=sha256:cc\n"
+    )
+    with pytest.raises(AnsibleFilterError, match=r"tzdata in pylock\.toml depends on an extra or a group"):
+        lock_files.pylock_requirements(PYLOCK.replace("sys_platform == 'win32'", "'dev' in dependency_groups"))
+
+
+@pytest.mark.parametrize(
+    ("lock", "names"),
+    [
+        (LOCK, []),
+        (LOCK + "kombu==5.7.0\n", ["kombu==5.7.0"]),
+        ("# celery==5.7.0\n-r base.txt\n--index-url https://index.invalid\n", []),
+        ("-e ./fork\nshop @ git+https://git.invalid/shop ; python_version > '3'\n", ["./fork", "shop"]),
+        (PYLOCK + FROM_GIT, ["fork"]),
+    ],
+    ids=["hashes", "one without", "options", "paths", "pylock from git"],
+)
+def test_packages_without_hashes_are_named(lock, names):
+    assert lock_files.packages_without_hashes(lock) == names
+
+
+@pytest.mark.parametrize(("lock", "packages"), [(LOCK, True), ("", False), ("# nothing\n--index-url x\n", False)])
+def test_lock_without_packages_is_found(lock, packages):
+    assert lock_files.has_packages(lock) is packages
 
 
 def test_version_in_the_applications_lock():
-    assert celery_lock.locked_version((ROOT / "app/requirements.txt").read_text(), "celery").startswith("5.")
+    assert lock_files.locked_version((ROOT / "app/requirements.txt").read_text(), "celery").startswith("5.")

@@ -197,7 +197,9 @@ def test_link_to_common_may_be_in_another_inventory(tmp_path):
 
 def test_own_project_has_its_own_variables(tmp_path):
     """Uses the file of docs/own-project.md instead of application.yml, with an additional variable."""
-    (own,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/own-project.md").read_text(), re.DOTALL)
+    (own,) = re.findall(
+        r"```yaml\n(# inventories/common/application.yml\n.*?)```", (ROOT / "docs/own-project.md").read_text(), re.DOTALL
+    )
     folder = inventory(tmp_path, groups_of("host.invalid"), app_colour="blue", secret_payment_key=f"{MARK}payment")
     common = folder / "group_vars/all/00-common"
     common.unlink()
@@ -206,8 +208,10 @@ def test_own_project_has_its_own_variables(tmp_path):
     project = tmp_path / "shop"
     project.mkdir()
     (project / "manage.py").touch()
-    (project / "requirements.txt").write_text("celery==5.7.0 --hash=sha256:00\n")
-    text = own.replace("/path/to/shop # on the controller", str(project))
+    packages = ({"name": "celery", "version": "5.7.0"}, {"name": "gunicorn", "version": "27.0.1"})
+    lines = ["version = 1", *(f"[[package]]\nname = '{each['name']}'\nversion = '{each['version']}'" for each in packages)]
+    (project / "uv.lock").write_text("\n".join(lines))
+    text = own.replace("{{ wiring_repository }}/../shop", str(project))
     (common / "application.yml").write_text(text + "app_colour: green\napp_token: !vault |\n  $ANSIBLE_VAULT;1.1;AES256\n  3030\n")
     code, _, output = playbook("-i", folder, "playbooks/validate.yml")
     assert code == 0, output

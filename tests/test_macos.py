@@ -24,6 +24,7 @@ WIRED = {
     "wiring_broker_url": f"amqp://{MARK}",
     "flower_broker_url": f"amqp://{MARK}",
     "flower_broker_api": "",
+    "django_migrate": True,
     "django_web": True,
     "celery_beat": True,
     "celery_workers": [{"name": "slow", "queues": ["a", "b"], "time_limit": 900}],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import os
@@ -51,9 +52,9 @@ def project(tmp_path):
     executable(tmp_path / "release" / "venv" / "bin" / "python", python)
     (tmp_path / "environment").write_text("KEY='it'\\''s $HOME'\n")
 
-    def commands(*asked):
+    def commands(*asked, manage="manage.py", environment=None):
         full = [{"stdin": None, "unchanged": None, **each} for each in asked]
-        return run(str(tmp_path / "environment"), str(tmp_path / "release"), full)
+        return run(str(tmp_path / "environment"), str(tmp_path / "release"), manage, environment or {}, full)
 
     return commands
 
@@ -68,6 +69,25 @@ def test_commands_share_a_process_and_its_modules(project):
 def test_arguments_are_split_as_a_shell_does(project):
     (result,) = project({"command": "arguments --name 'two words'"})
     assert "['--name', 'two words']" in result["stdout"]
+
+
+@pytest.mark.parametrize("program", ["source/manage.py", "shop", "shop.manage"])
+def test_commands_run_with_a_script_elsewhere_or_a_module(project, tmp_path, program):
+    release = tmp_path / "release"
+    for name in ("source/manage.py", "shop/__main__.py", "shop/manage.py"):
+        (release / name).parent.mkdir(exist_ok=True)
+        (release / name).write_text(f"import sys\nprint({name!r}, sys.argv[1:])\n")
+    wanted = {"source/manage.py": "source/manage.py", "shop": "shop/__main__.py", "shop.manage": "shop/manage.py"}[program]
+    for command in ("check --deploy", "migrate"):
+        (result,) = project({"command": command}, manage=program)
+        assert result["stdout"] == f"{wanted} {command.split()}\n"
+    with pytest.raises(Failure, match="`no_such_module migrate` failed in "):
+        project({"command": "migrate"}, manage="no_such_module")
+
+
+def test_variables_override_those_of_the_file(project):
+    (result,) = project({"command": "one"}, environment={"KEY": "another"})
+    assert result["stdout"].rstrip().endswith("key another")
 
 
 def test_standard_input_reaches_its_command_only(project):
@@ -155,14 +175,14 @@ def here(project, tmp_path, monkeypatch):
     [("one", 0, "one process"), ("fail", 3, "the reason"), ("say", 1, "the message"), ("ask", 1, "EOFError")],
 )
 def test_runner_returns_what_a_command_did(here, command, code, output):
-    result = django_runner.run("command", command, None)
+    result = django_runner.run(functools.partial(django_runner.manage, "manage.py"), command, None)
     assert result["code"] == code
     assert output in result["stdout"] + result["stderr"]
 
 
 def test_runner_stops_at_the_first_failure(here, tmp_path, monkeypatch):
     asked = [{"action": "command", "argument": name, "stdin": None} for name in ("one", "fail", "write")]
-    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(asked)))
+    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps({"manage": "manage.py", "environment": {}, "steps": asked})))
     with (tmp_path / "results").open("w") as file:
         kept = os.dup(1)
         os.dup2(file.fileno(), 1)
@@ -214,6 +234,34 @@ def test_import_of_a_wsgi_application(project, tmp_path, name, problem):
     with pytest.raises(Failure, match=problem) as failure:
         project({"wsgi": f"served:{name}"})
     assert str(failure.value).startswith(f"The WSGI application served:{name} does not work in ")
+
+
+HANDLER = "class WSGIHandler:\n    def __call__(self, environ, start_response):\n        pass\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("asgi", ""),
+        ("asgi_instance", ""),
+        # A wrapper around an ASGI application need not be a coroutine function.
+        ("application", ""),
+        ("django_wsgi", "is a WSGI application"),
+        ("number", "can't be called"),
+    ],
+)
+def test_import_of_an_asgi_application(project, tmp_path, name, problem):
+    handlers = tmp_path / "release" / "django" / "core" / "handlers"
+    handlers.mkdir(parents=True)
+    (handlers / "wsgi.py").write_text(HANDLER)
+    text = WSGI + "\nfrom django.core.handlers.wsgi import WSGIHandler\ndjango_wsgi = WSGIHandler()\n"
+    (tmp_path / "release" / "served.py").write_text(text)
+    if not problem:
+        assert project({"asgi": f"served:{name}"})[0]["changed"] is False
+        return
+    with pytest.raises(Failure, match=problem) as failure:
+        project({"asgi": f"served:{name}"})
+    assert str(failure.value).startswith(f"The ASGI application served:{name} does not work in ")
 
 
 def test_wsgi_module_that_raises_shows_its_error(project, tmp_path):
@@ -269,12 +317,56 @@ def modules(here, tmp_path):
 @pytest.mark.parametrize(("name", "code"), [("application", 0), ("asgi", 1), ("asgi_instance", 1), ("number", 1), ("missing", 1)])
 def test_runner_imports_a_wsgi_application(modules, name, code):
     modules({"served": WSGI})
-    assert django_runner.run("wsgi", f"served:{name}", None)["code"] == code
+    assert django_runner.run(django_runner.import_wsgi, f"served:{name}", None)["code"] == code
+
+
+# Stand-ins for Django's storages. The scenario projects uses the real ones.
+STATIC = {
+    "django/__init__": "def setup():\n    pass\n",
+    "django/apps": "class apps:\n    is_installed = staticmethod(lambda name: {installed})\n",
+    "django/conf": "class settings:\n    STATIC_ROOT = {root!r}\n",
+    "django/contrib/staticfiles/storage": "from django.core.files.storage import {storage}\nstaticfiles_storage = {storage}()\n",
+    "django/core/files/storage": "class FileSystemStorage:\n    pass\nclass Bucket:\n    pass\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("installed", "root", "storage", "code", "output"),
+    [
+        (True, "staticfiles", "FileSystemStorage", 0, "collected ['--noinput', '--verbosity', '0']"),
+        (True, None, "FileSystemStorage", 0, "the project has no STATIC_ROOT"),
+        (True, None, "Bucket", 0, "collected"),
+        (False, None, "FileSystemStorage", 0, "INSTALLED_APPS of the project lacks django.contrib.staticfiles"),
+        (True, "/srv/static", "FileSystemStorage", 1, "STATIC_ROOT is /srv/static, which is not in the release"),
+    ],
+)
+def test_runner_collects_static_files_into_the_release(modules, tmp_path, installed, root, storage, code, output):
+    modules({name: text.format(installed=installed, root=root, storage=storage) for name, text in STATIC.items()})
+    (tmp_path / "release" / "manage.py").write_text("import sys\nprint('collected', sys.argv[2:])\n")
+    result = django_runner.run(functools.partial(django_runner.collect_static, "manage.py"), "collect", None)
+    assert result["code"] == code
+    assert output in result["note" if result["note"] else "stderr" if code else "stdout"]
+
+
+def test_reason_for_no_static_files_is_returned(project, tmp_path):
+    for name, text in STATIC.items():
+        path = tmp_path / "release" / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text.format(installed=False, root=None, storage="FileSystemStorage"))
+    (result,) = project({"static": "collect"})
+    assert (result["changed"], result["note"]) == (False, "INSTALLED_APPS of the project lacks django.contrib.staticfiles")
+
+
+def test_runner_imports_an_asgi_application(modules):
+    wsgi = "\nfrom django.core.handlers.wsgi import WSGIHandler\ndjango_wsgi = WSGIHandler()\n"
+    modules({"django/core/handlers/wsgi": HANDLER, "served": WSGI + wsgi})
+    codes = [django_runner.run(django_runner.import_asgi, f"served:{name}", None)["code"] for name in ("asgi", "django_wsgi")]
+    assert codes == [0, 1]
 
 
 def test_runner_imports_a_celery_application(modules):
     modules({"celery/app/utils": CELERY, "shop_tasks": ""})
-    assert django_runner.run("celery", "shop", None) == {"code": 0, "stdout": "", "stderr": ""}
+    assert django_runner.run(django_runner.import_celery, "shop", None) == {"code": 0, "stdout": "", "stderr": "", "note": ""}
 
 
 # Stand-ins for Django, which the controller does not have. The scenario django uses the real one.
@@ -305,14 +397,14 @@ settings = Settings()
 )
 def test_runner_refuses_a_database_file_in_the_release(modules, engine, name, code):
     modules({"django/conf": SETTINGS.format(engine=engine, name=name)})
-    result = django_runner.run("databases", "outside", None)
+    result = django_runner.run(django_runner.databases_outside_release, "outside", None)
     assert result["code"] == code
     assert ("in the release" in result["stderr"]) == bool(code)
 
 
 def test_settings_that_do_not_load_are_left_to_the_check(modules):
     modules({"django/conf": BROKEN_SETTINGS})
-    assert django_runner.run("databases", "outside", None)["code"] == 0
+    assert django_runner.run(django_runner.databases_outside_release, "outside", None)["code"] == 0
 
 
 LOADER = """
@@ -332,7 +424,7 @@ def test_runner_names_migrations_that_the_release_does_not_know(modules, applied
             "django/db/migrations/loader": LOADER.format(applied=applied),
         }
     )
-    result = django_runner.run("migrations", "known", None)
+    result = django_runner.run(django_runner.unknown_migrations, "known", None)
     assert result["code"] == bool(error)
     assert error in result["stderr"]
 

@@ -347,14 +347,48 @@ REFUSED = {
             {"django_name": "Mail Room"},
             "django_name is 'Mail Room'; allowed is a lower-case word of at most 24 letters, digits and hyphens.",
         ),
-        ({"django_source": "/nowhere"}, "django_source is '/nowhere'; allowed is a folder on the controller with a manage.py."),
+        ({"django_source": "/nowhere"}, "django_source is '/nowhere'; allowed is a folder on the controller."),
         (
-            {"django_source": "{{ project_without_hashes }}"},
-            "django_requirements is 'requirements.txt'; allowed is a lock file with hashes in django_source, such as",
+            {"django_source": "{{ project_without_manage }}"},
+            "django_manage is 'manage.py'; allowed is a script that ends with .py in",
+        ),
+        ({"django_manage": "-m django"}, "django_manage is '-m django'; allowed is a script that ends with .py in"),
+        (
+            {"django_subdirectory": "../src"},
+            "django_subdirectory is '../src'; allowed is the path of a directory in django_source, such as src, or an empty ",
+        ),
+        ({"django_wsgi": ""}, "django_wsgi is '' and django_asgi is ''; allowed is exactly one of them,"),
+        (
+            {"django_asgi": "mailroom.asgi:application"},
+            "django_wsgi is 'mailroom.wsgi:application' and django_asgi is 'mailroom.asgi:application'; allowed is exactly one",
         ),
         (
-            {"django_requirements": "pyproject.toml"},
-            "django_requirements is 'pyproject.toml'; allowed is a lock file with hashes in django_source,",
+            {"django_wsgi": "", "django_asgi": "mailroom.asgi:application", "django_web": True},
+            "django_requirements is 'requirements.txt', which lacks uvicorn-worker. Add these packages to the project, and lock",
+        ),
+        (
+            {"django_source_packages": ["psycopg-c"]},
+            "django_requirements is 'requirements.txt', which lacks psycopg-c. Add these packages to the project, and lock again.",
+        ),
+        (
+            {"django_data_directories": ["media", "../logs", "/srv"]},
+            "django_data_directories has ../logs, /srv; allowed are paths relative to the application's directory in "
+            "/var/lib, such as media.",
+        ),
+        (
+            {"django_environment": {"JSON": {"a": 1}, "KEY": f"{MARK}\n{MARK}"}},
+            "django_environment or django_build_environment is wrong: JSON is a mapping or a nested list. For JSON, use to_json. "
+            "The value of the environment variable KEY contains a line break or a NUL byte.",
+        ),
+        ({"django_build_commands": [{"command": []}]}, "django_build_commands has an empty command; allowed is a program with"),
+        (
+            {"django_source": "{{ project_without_hashes }}"},
+            "django_requirements is 'requirements.txt', which has no hash for celery==5.7.0. `uv export --output-file "
+            "requirements.txt` writes hashes, and `uv pip compile` and `pip-compile` write them with --generate-hashes.",
+        ),
+        (
+            {"django_requirements": "no-lock.txt"},
+            "django_requirements is 'no-lock.txt'; allowed is a lock file with hashes in django_source: uv.lock, pylock.toml,",
         ),
         (
             {"django_wsgi": "mailroom.wsgi"},
@@ -362,9 +396,13 @@ REFUSED = {
         ),
         (
             {"django_processes": [{**PROCESS, "name": "web"}]},
-            "django_processes has the names web; web, web-standby, worker, beat and flower are reserved for other services.",
+            "django_processes and django_timers have the names web; web, web-standby, worker, beat and flower are reserved for other "
+            "services.",
         ),
-        ({"django_processes": [PROCESS, PROCESS]}, "django_processes has the names relay, relay; each name must be unique."),
+        (
+            {"django_processes": [PROCESS], "django_timers": [{**PROCESS, "schedule": "daily"}]},
+            "django_processes and django_timers have the names relay, relay; each name must be unique.",
+        ),
         (
             {"django_processes": [{**PROCESS, "watchdog": 60}]},
             "django_processes has a watchdog for relay; a watchdog requires readiness notify.",
@@ -497,7 +535,22 @@ ACCEPTED = {
     "firewall accepted": [
         ({"firewall_enabled": True, "firewall_rules": [{"ports": [443]}, {"ports": [22], "sources": ["::1", "web1"]}]}, "")
     ],
-    "django accepted": [({}, "")],
+    "django accepted": [
+        ({}, ""),
+        (
+            {
+                "django_source": "{{ project_without_manage }}",
+                "django_manage": "django",
+                "django_wsgi": "config.wsgi:application",
+                "django_data_directories": ["media", "logs/old"],
+                "django_system_packages": {"Debian": ["gettext"]},
+                "django_build_environment": {"DEBUG": True},
+                "django_build_commands": [{"command": ["python", "-m", "django", "compilemessages"], "directory": "shop"}],
+            },
+            "",
+        ),
+        ({"django_subdirectory": "emails", "django_manage": "management/commands/relay.py", "django_dependency_groups": ["a"]}, ""),
+    ],
     "celery accepted": [
         ({}, ""),
         ({"celery_requirements": "{{ lock_5_5 }}", "rabbitmq_permitted_deprecated_features": ["transient_nonexcl_queues"]}, ""),
@@ -591,6 +644,10 @@ def write_inventory(folder, hosts):
     (project / "manage.py").touch()
     (project / "requirements.txt").write_text("celery==5.7.0\n")
     locks["project_without_hashes"] = str(project)
+    package = folder / "project-without-manage"
+    package.mkdir()
+    (package / "requirements.txt").write_text("gunicorn==27.0.1 --hash=sha256:00\n")
+    locks["project_without_manage"] = str(package)
     # The variables in wiring.yml need a host in these groups.
     groups = {
         name: {"hosts": {"first.invalid": None}} for name in ("broker", "app", "web", "workers", "flower", "database", "proxy")

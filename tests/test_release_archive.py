@@ -94,7 +94,7 @@ def test_salt_changes_the_release_id(project):
 
 def test_excluded_files_do_not_affect_the_release(project):
     exclude = [".git", "*.pyc", "tests"]
-    assert sorted(members(project, exclude=exclude)) == ["latest", "mail/views.py", "manage.py", "templates"]
+    assert sorted(members(project, exclude=exclude)) == ["latest", "mail", "mail/views.py", "manage.py", "templates"]
     before = release(project, exclude=exclude)
     (project / "mail/tests/test_more.py").write_text("")
     (project / "mail/other.pyc").write_text("")
@@ -115,6 +115,17 @@ def test_files_of_tools_do_not_affect_the_release(tmp_path):
             path /= "file"
         path.write_text("")
     assert release(tmp_path, exclude=exclude) == before
+
+
+def test_archive_contains_each_directory_before_its_files(project):
+    (project / "mail/locale/de").mkdir(parents=True)
+    (project / "mail/locale/de/django.po").touch()
+    found = members(project, exclude=[".git", "tests"])
+    names = list(found)
+    for name in ("mail", "mail/locale", "mail/locale/de"):
+        assert (found[name].isdir(), found[name].mode) == (True, 0o750)
+        assert names.index(name) < min(names.index(other) for other in names if other.startswith(f"{name}/"))
+    assert len(names) == len(set(names))
 
 
 def test_file_modes_are_normalized(project):

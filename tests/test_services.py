@@ -48,8 +48,8 @@ HARDENING = [
     ("SystemCallErrorNumber", "EPERM"),
 ]
 PER_SERVICE = {
-    "Type", "User", "Group", "WorkingDirectory", "EnvironmentFile", "Environment", "ExecStart", "TimeoutStopSec", "WatchdogSec",
-    "MemoryMax", "LimitNOFILE", "StateDirectory", "StateDirectoryMode", "ReadWritePaths", "NotifyAccess", "Sockets",
+    "Type", "User", "Group", "WorkingDirectory", "EnvironmentFile", "Environment", "ExecStart", "TimeoutStartSec", "TimeoutStopSec",
+    "WatchdogSec", "MemoryMax", "LimitNOFILE", "StateDirectory", "StateDirectoryMode", "ReadWritePaths", "NotifyAccess", "Sockets",
 }  # fmt: skip
 
 
@@ -271,6 +271,22 @@ def units(*entries, app="shop", user="shopper", after=("db.service",)):
 def service_unit(**service):
     """The directives of a service's unit, by section."""
     return sections(units(service)[-1]["content"])
+
+
+def test_a_schedule_becomes_a_timer_and_a_service_that_only_the_timer_starts():
+    _, service, timer = units({"schedule": "Mon 04:30", "run_timeout": 60})
+    assert (service["name"], service["on_demand"], timer["name"]) == ("web.service", True, "web.timer")
+    found = sections(service["content"])
+    assert {("Type", "oneshot"), ("Restart", "no"), ("TimeoutStartSec", "60")} <= set(found["Service"])
+    assert "Install" not in found
+    assert [directive for directive in found["Service"] if directive[0] not in PER_SERVICE] == [
+        ("Restart", "no") if directive[0] == "Restart" else directive for directive in HARDENING
+    ]
+    assert sections(timer["content"]) == {
+        "Unit": [("Description", "Schedule of Web"), ("PartOf", "shop.target")],
+        "Timer": [("OnCalendar", "Mon 04:30"), ("Persistent", "yes")],
+        "Install": [("WantedBy", "shop.target")],
+    }
 
 
 @pytest.mark.parametrize("directive", HARDENING, ids="=".join)

@@ -521,3 +521,14 @@ def test_host_without_systemd_is_an_error(host, monkeypatch, tmp_path):
     result = host.run(service("a"))
     assert result["failed"]
     assert "no systemctl" in result["msg"]
+
+
+def test_unit_on_demand_is_written_and_neither_started_nor_restarted(host):
+    timer = {"name": "a.timer", "content": "[Timer]\n"}
+    result = host.run(service("a", on_demand=True), timer)
+    assert (result["changed"], result["started"]) == (True, ["a.timer"])
+    assert (host.directory / "a.service").exists()
+    result = host.run(service("a", "[Service]\nNice=1\n", on_demand=True), timer)
+    assert (result["changed"], result["started"], result["restarted"]) == (True, [], [])
+    assert host.calls("daemon-reload", "start", "restart") == ["daemon-reload"]
+    assert host.run(service("a", "[Service]\nNice=1\n", on_demand=True), timer)["changed"] is False

@@ -60,10 +60,16 @@ def _process_as_service(process, name, bin_directory):
     }
 
 
+def django_timers_as_services(timers, name, bin_directory):
+    """Return one service with a schedule per timer. A program without an absolute path is in `bin_directory`."""
+    return [_process_as_service({**timer, "readiness": "exec"}, name, bin_directory) for timer in timers]
+
+
 class FilterModule:
     def filters(self):
         return {
             "celery_workers_as_services": celery_workers_as_services,
             "celery_workers_soft_limit_too_high": celery_workers_soft_limit_too_high,
             "django_processes_as_services": django_processes_as_services,
+            "django_timers_as_services": django_timers_as_services,
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 from ansible.errors import AnsibleFilterError
 
@@ -32,6 +33,21 @@ def environment_file(variables):
     return "".join(lines)
 
 
+def environment_errors(variables):
+    """Return an error for each variable that an environment file can't have. No error shows a value."""
+    errors = []
+    for name, value in sorted(variables.items()):
+        items = value if isinstance(value, (list, tuple)) else [value]
+        if any(isinstance(item, (Mapping, list, tuple)) for item in items):
+            errors.append(f"{name} is a mapping or a nested list. For JSON, use to_json.")
+            continue
+        try:
+            environment_file({name: value})
+        except AnsibleFilterError as error:
+            errors.append(str(error))
+    return errors
+
+
 class FilterModule:
     def filters(self):
-        return {"environment_file": environment_file}
+        return {"environment_errors": environment_errors, "environment_file": environment_file}

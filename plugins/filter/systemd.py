@@ -78,10 +78,19 @@ def _socket(service, app):
     return _file({"Unit": _lines(unit), "Socket": _lines(listeners), "Install": [f"WantedBy={app}.target"]})
 
 
+def _timer(service, app):
+    unit = [("Description", f"Schedule of {service['description']}"), ("PartOf", f"{app}.target")]
+    # If the host was down at the time, the command runs after the next start.
+    events = [("OnCalendar", service["schedule"]), ("Persistent", "yes")]
+    return _file({"Unit": _lines(unit), "Timer": _lines(events), "Install": [f"WantedBy={app}.target"]})
+
+
 def _service(service, app, user, after, standby=False):
     """Return the unit of a service, or of its second instance, which uses the service's socket."""
     socket = f"{service['name']}.socket" if "listen" in service else None
     state_directory = service.get("state_directory")
+    # A timer starts the service. systemd starts it again only at the next time.
+    scheduled = "schedule" in service
     unit = [
         ("Description", f"{service['description']}, during a restart" if standby else service["description"]),
         ("PartOf", f"{app}.target"),
@@ -95,7 +104,7 @@ def _service(service, app, user, after, standby=False):
         ("StartLimitIntervalSec", 0),
     ]
     process = [
-        ("Type", service["type"]),
+        ("Type", "oneshot" if scheduled else service["type"]),
         ("User", user),
         ("Group", user),
         ("Sockets", socket if standby else None),
@@ -103,10 +112,11 @@ def _service(service, app, user, after, standby=False):
         ("EnvironmentFile", service.get("environment_file")),
         *(("Environment", quote(f"{name}={value}")) for name, value in service["environment"].items()),
         ("ExecStart", command_line(service["command"])),
-        ("Restart", "no" if standby else "always"),
+        ("Restart", "no" if standby or scheduled else "always"),
         ("RestartSec", 2),
         # Only the main process gets TERM, so its children finish their work. At the timeout, systemd kills all remaining processes.
         ("KillMode", "mixed"),
+        ("TimeoutStartSec", service.get("run_timeout")),
         ("TimeoutStopSec", service["stop_timeout"]),
         ("WatchdogSec", service.get("watchdog")),
         # If the kernel kills a child that uses too much memory, the service continues and replaces the child.
@@ -119,7 +129,7 @@ def _service(service, app, user, after, standby=False):
         ("ReadWritePaths", " ".join(service["writable"]) or None),
     ]
     lines = [*_lines(process), "", *_lines(SANDBOX), *service["directives"]]
-    install = {} if standby else {"Install": [f"WantedBy={app}.target"]}
+    install = {} if standby or scheduled else {"Install": [f"WantedBy={app}.target"]}
     return _file({"Unit": _lines(unit), "Service": lines, **install})
 
 
@@ -149,6 +159,10 @@ def systemd_units(services, app, user, after):
         if "listen" in service:
             units.append({"name": f"{service['name']}.socket", "content": _socket(service, app)})
         content = _service(service, app, user, after)
+        if "schedule" in service:
+            units.append({"name": f"{service['name']}.service", "content": content, "on_demand": True})
+            units.append({"name": f"{service['name']}.timer", "content": _timer(service, app)})
+            continue
         units.append({"name": f"{service['name']}.service", "content": content, "restart_on": service["restart_on"], "settle": 3})
         if service["handover"]:
             standby = _service(service, app, user, after, standby=True)

@@ -52,8 +52,16 @@ def files_of(folder: Path, exclude: list[str]) -> Iterator[Path]:
 def pack(folder: Path, exclude: list[str]) -> bytes:
     """Return the folder's tar archive. The archive depends only on names, content and the executable bit."""
     buffer = io.BytesIO()
+    directories = {Path(".")}
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as archive:
         for path in files_of(folder, exclude):
+            # Without these members, root would own the directories of the unpacked project, and the build could not write to them.
+            for directory in reversed(path.parents):
+                if directory not in directories:
+                    directories.add(directory)
+                    parent = tarfile.TarInfo(str(directory))
+                    parent.type, parent.mode = tarfile.DIRTYPE, 0o750
+                    archive.addfile(parent)
             # A new TarInfo has no time and no owner, and stores hard links as separate files.
             member = tarfile.TarInfo(str(path))
             status = os.lstat(folder / path)

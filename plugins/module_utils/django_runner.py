@@ -7,6 +7,7 @@ application.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import inspect
 import io
@@ -19,20 +20,65 @@ import traceback
 from typing import Any, Callable, Optional
 
 
-def manage(command: str) -> None:
-    """Run manage.py of the working directory."""
-    sys.argv = ["manage.py", *shlex.split(command)]
-    runpy.run_path("manage.py", run_name="__main__")
+def manage(program: str, command: str) -> None:
+    """Run a management command. The program is a script, such as manage.py, or a module, such as django."""
+    sys.argv = [program, *shlex.split(command)]
+    if program.endswith(".py"):
+        runpy.run_path(program, run_name="__main__")
+    else:
+        runpy.run_module(program, run_name="__main__")
 
 
-def import_wsgi(name: str) -> None:
-    """Import a WSGI application, such as mailroom.wsgi:application. Exits with an error message if it is not callable."""
+def collect_static(program: str, _: str) -> str:
+    """Collect the static files. Return the reason if the project has no static files to collect.
+
+    Exits with an error message if the directory is not in the release, where the user who builds it can't write.
+    """
+    import django
+    from django.apps import apps
+    from django.conf import settings
+
+    django.setup()
+    if not apps.is_installed("django.contrib.staticfiles"):
+        return "INSTALLED_APPS of the project lacks django.contrib.staticfiles"
+    from django.contrib.staticfiles.storage import staticfiles_storage
+    from django.core.files.storage import FileSystemStorage
+
+    # Other storages, such as a bucket, need no STATIC_ROOT.
+    if isinstance(staticfiles_storage, FileSystemStorage):
+        if not settings.STATIC_ROOT:
+            return "the project has no STATIC_ROOT"
+        if not os.path.realpath(settings.STATIC_ROOT).startswith(os.path.realpath(".") + os.sep):
+            sys.exit(
+                f"STATIC_ROOT is {settings.STATIC_ROOT}, which is not in the release {os.path.realpath('.')}. Each release has its "
+                "own static files. Set STATIC_ROOT to a directory in the project, such as BASE_DIR / 'staticfiles'."
+            )
+    manage(program, "collectstatic --noinput --verbosity 0")
+    return ""
+
+
+def application_named(name: str, kind: str) -> Any:
+    """Import an application, such as mailroom.wsgi:application. Exits with an error message if it is not callable."""
     module, _, attribute = name.partition(":")
     application = getattr(importlib.import_module(module), attribute)
     if not callable(application):
-        sys.exit(f"{name} is no WSGI application: it can't be called.")
+        sys.exit(f"{name} is no {kind} application: it can't be called.")
+    return application
+
+
+def import_wsgi(name: str) -> None:
+    """Import a WSGI application. Exits with an error message if it is an ASGI application."""
+    application = application_named(name, "WSGI")
     if inspect.iscoroutinefunction(application) or inspect.iscoroutinefunction(type(application).__call__):
         sys.exit(f"{name} is an ASGI application, and a WSGI application is required, such as the one in wsgi.py.")
+
+
+def import_asgi(name: str) -> None:
+    """Import an ASGI application. Exits with an error message if it is Django's WSGI application."""
+    from django.core.handlers.wsgi import WSGIHandler
+
+    if isinstance(application_named(name, "ASGI"), WSGIHandler):
+        sys.exit(f"{name} is a WSGI application, and an ASGI application is required, such as the one in asgi.py.")
 
 
 def import_celery(name: str) -> None:
@@ -100,9 +146,11 @@ def healthy_response(request: str) -> None:
         sys.exit(f"{wanted['path']} with the Host {wanted['host']} returns {response.status_code}, {text}")
 
 
-ACTIONS: dict[str, Callable[[str], None]] = {
-    "command": manage,
+# An action can return a note about what it did not do.
+Action = Callable[[str], Optional[str]]
+ACTIONS: dict[str, Action] = {
     "wsgi": import_wsgi,
+    "asgi": import_asgi,
     "celery": import_celery,
     "databases": databases_outside_release,
     "migrations": unknown_migrations,
@@ -110,15 +158,16 @@ ACTIONS: dict[str, Callable[[str], None]] = {
 }
 
 
-def run(action: str, argument: str, stdin: Optional[str]) -> dict[str, Any]:
-    """Do one step. Return its exit code and output."""
+def run(act: Action, argument: str, stdin: Optional[str]) -> dict[str, Any]:
+    """Do one step. Return its exit code, its output and its note."""
     out, errors = io.StringIO(), io.StringIO()
     # A command that asks a question gets no answer and fails.
     sys.stdin = io.StringIO(stdin or "")
     code: Any = 0
+    note = None
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
         try:
-            ACTIONS[action](argument)
+            note = act(argument)
         except SystemExit as end:
             code = end.code or 0
             if not isinstance(code, int):
@@ -127,17 +176,27 @@ def run(action: str, argument: str, stdin: Optional[str]) -> dict[str, Any]:
         except BaseException:
             traceback.print_exc()
             code = 1
-    return {"code": code, "stdout": out.getvalue(), "stderr": errors.getvalue()}
+    return {"code": code, "stdout": out.getvalue(), "stderr": errors.getvalue(), "note": note or ""}
 
 
 def main() -> None:
-    """Read steps as JSON, a list of {action, argument, stdin}, until one fails. Print their results as a JSON list."""
+    """Read the program for management commands, variables of the environment and the steps, {action, argument, stdin}, as JSON.
+
+    Do the steps until one fails. Print their results as a JSON list.
+    """
     results_fd = os.dup(1)
     # The output of programs that a command starts must not mix with the results.
     os.dup2(2, 1)
     results = []
-    for step in json.load(sys.stdin):
-        results.append(run(step["action"], step["argument"], step["stdin"]))
+    asked = json.load(sys.stdin)
+    os.environ.update(asked["environment"])
+    actions: dict[str, Action] = {
+        "command": functools.partial(manage, asked["manage"]),
+        "static": functools.partial(collect_static, asked["manage"]),
+        **ACTIONS,
+    }
+    for step in asked["steps"]:
+        results.append(run(actions[step["action"]], step["argument"], step["stdin"]))
         if results[-1]["code"]:
             break
     with open(results_fd, "w", encoding="utf-8") as file:

@@ -18,8 +18,10 @@ SHELL = 'set -eu; set -a; . "$1"; set +a; cd "$2"; exec venv/bin/python -c "$3"'
 Step = dict[str, Any]
 # The actions of a step, and the message if the action fails.
 ACTIONS = {
-    "command": "`manage.py {argument}` failed in {directory}:",
+    "command": "`{manage} {argument}` failed in {directory}:",
+    "static": "The static files can't be collected in {directory}:",
     "wsgi": "The WSGI application {argument} does not work in {directory}:",
+    "asgi": "The ASGI application {argument} does not work in {directory}:",
     "celery": "The Celery application {argument} does not work in {directory}:",
     "databases": "The project's databases are refused:",
     "health": "The release in {directory} is not healthy:",
@@ -27,9 +29,13 @@ ACTIONS = {
 }
 
 
-def run(environment_file: str, directory: str, steps: Sequence[Step]) -> list[dict[str, Any]]:
+def run(
+    environment_file: str, directory: str, manage: str, environment: dict[str, str], steps: Sequence[Step]
+) -> list[dict[str, Any]]:
     """Do the steps in order. Return each step's name, whether it changed something, and its output.
 
+    `manage` runs management commands: a script in the directory, or a module. `environment` has variables that override those of
+    the file.
     Raises Failure with the output of the first step that fails.
     """
     if not steps:
@@ -41,7 +47,7 @@ def run(environment_file: str, directory: str, steps: Sequence[Step]) -> list[di
         asked.append({"action": action, "argument": str(step[action]), "stdin": step["stdin"]})
     done = subprocess.run(
         ["sh", "-c", SHELL, "sh", environment_file, directory, source],
-        input=json.dumps(asked),
+        input=json.dumps({"manage": manage, "environment": environment, "steps": asked}),
         capture_output=True,
         text=True,
         check=False,
@@ -55,8 +61,8 @@ def run(environment_file: str, directory: str, steps: Sequence[Step]) -> list[di
         action, argument = asked_step["action"], asked_step["argument"]
         if result["code"]:
             output = (result["stderr"] or result["stdout"]).strip()
-            raise Failure(f"{ACTIONS[action].format(argument=argument, directory=directory)}\n{output}")
+            raise Failure(f"{ACTIONS[action].format(argument=argument, directory=directory, manage=manage)}\n{output}")
         # Only commands change something.
         changed = action == "command" and (step["unchanged"] is None or not re.search(step["unchanged"], result["stdout"]))
-        found.append({action: argument, "changed": changed, "stdout": result["stdout"], "stderr": result["stderr"]})
+        found.append({action: argument, "changed": changed, **{key: result[key] for key in ("stdout", "stderr", "note")}})
     return found

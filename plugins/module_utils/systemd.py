@@ -188,7 +188,7 @@ class Units:
         of_sockets: list[str] = []
         for unit in self.units:
             name = unit["name"]
-            if unit["standby_of"]:
+            if unit["standby_of"] or unit["on_demand"]:
                 continue
             state = states.get(name, {})
             if state.get("ActiveState") not in ("active", "reloading"):

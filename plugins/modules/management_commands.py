@@ -18,16 +18,24 @@ description:
   - Runs nothing in check mode.
 options:
   directory:
-    description: The release, with C(manage.py) and a virtual environment C(venv).
+    description: The release, with a virtual environment C(venv).
     type: path
     required: true
   environment_file:
     description: A file that C(sh) can read. Its variables are the environment of the steps.
     type: path
     required: true
+  environment:
+    description: Variables that override those of the file.
+    type: dict
+    default: {}
+  manage:
+    description: The program for management commands. A script in the release ends with C(.py). Python runs another name with C(-m).
+    type: str
+    default: manage.py
   steps:
-    description: The steps, in order. Each has exactly one of O(steps[].command), O(steps[].wsgi), O(steps[].celery),
-      O(steps[].databases), O(steps[].migrations) and O(steps[].health).
+    description: The steps, in order. Each has exactly one of O(steps[].command), O(steps[].static), O(steps[].wsgi),
+      O(steps[].asgi), O(steps[].celery), O(steps[].databases), O(steps[].migrations) and O(steps[].health).
     type: list
     elements: dict
     required: true
@@ -35,8 +43,17 @@ options:
       command:
         description: A management command with its arguments, such as V(migrate --noinput).
         type: str
+      static:
+        description: >-
+          With V(collect), the management command C(collectstatic). If the project has no static files, RV(steps[].note) is the
+          reason.
+        type: str
+        choices: [collect]
       wsgi:
         description: A WSGI application to import, such as V(mailroom.wsgi:application). An ASGI application is an error.
+        type: str
+      asgi:
+        description: An ASGI application to import, such as V(mailroom.asgi:application). A WSGI application is an error.
         type: str
       celery:
         description: A Celery application to import with its tasks, by its name in the option C(--app).
@@ -82,7 +99,7 @@ steps:
   type: list
   elements: dict
   returned: success
-  sample: [{"command": "migrate --noinput", "changed": false, "stdout": "No migrations to apply.", "stderr": ""}]
+  sample: [{"command": "migrate --noinput", "changed": false, "stdout": "No migrations to apply.", "stderr": "", "note": ""}]
 """
 
 
@@ -90,7 +107,9 @@ def main() -> None:
     actions = list(ACTIONS)
     step: dict[str, object] = {
         "command": {"type": "str"},
+        "static": {"type": "str", "choices": ["collect"]},
         "wsgi": {"type": "str"},
+        "asgi": {"type": "str"},
         "celery": {"type": "str"},
         "databases": {"type": "str", "choices": ["outside"]},
         "migrations": {"type": "str", "choices": ["known"]},
@@ -102,6 +121,8 @@ def main() -> None:
         argument_spec={
             "directory": {"type": "path", "required": True},
             "environment_file": {"type": "path", "required": True},
+            "environment": {"type": "dict", "default": {}},
+            "manage": {"type": "str", "default": "manage.py"},
             "steps": {
                 "type": "list",
                 "elements": "dict",
@@ -117,7 +138,8 @@ def main() -> None:
     if module.check_mode:
         module.exit_json(changed=False, steps=[])
     try:
-        steps = run(options["environment_file"], options["directory"], options["steps"])
+        environment = {name: str(value) for name, value in options["environment"].items()}
+        steps = run(options["environment_file"], options["directory"], options["manage"], environment, options["steps"])
     except Failure as failure:
         module.fail_json(msg=str(failure))
     module.exit_json(changed=any(each["changed"] for each in steps), steps=steps)

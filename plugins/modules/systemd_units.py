@@ -64,6 +64,10 @@ options:
           - If this unit does not start, the other unit keeps running, and the module fails.
           - If the socket restarts too, this unit is not used.
         type: str
+      on_demand:
+        description: Whether another unit, such as a timer, starts this unit. The module then neither starts nor restarts it.
+        type: bool
+        default: false
       settle:
         description: Seconds for which the unit must stay active after a start.
         type: float
@@ -154,6 +158,7 @@ def main() -> None:
                     "restart_on": {"type": "list", "elements": "path", "default": []},
                     "reload_on": {"type": "list", "elements": "path", "default": []},
                     "standby_of": {"type": "str"},
+                    "on_demand": {"type": "bool", "default": False},
                     "settle": {"type": "float", "default": 0},
                 },
             },
