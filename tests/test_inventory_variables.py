@@ -274,7 +274,7 @@ def test_malformed_url_is_not_shown(url, error):
 
 def reads():
     """The environment variables that the application's settings read."""
-    readers = {"boolean", "number", "choice", "url", "limits"}
+    readers = {"boolean", "number", "choice", "url", "limits", "networks"}
     for file in ("settings.py", "environment.py"):
         for node in ast.walk(ast.parse((ROOT / "app/mailroom" / file).read_text())):
             if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):

@@ -455,5 +455,5 @@ class Client:
 )
 def test_runner_requests_the_health_path(modules, path, host, statuses, error):
     modules({"django/__init__": "def setup():\n    pass\n", "django/test": CLIENT})
-    result = django_runner.run("health", json.dumps({"path": path, "host": host, "statuses": statuses}), None)
+    result = django_runner.run(django_runner.healthy_response, json.dumps({"path": path, "host": host, "statuses": statuses}), None)
     assert (result["code"], result["stderr"].strip()) == (int(bool(error)), error.strip())

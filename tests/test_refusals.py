@@ -396,8 +396,8 @@ REFUSED = {
         ),
         (
             {"django_processes": [{**PROCESS, "name": "web"}]},
-            "django_processes and django_timers have the names web; web, web-standby, worker, beat and flower are reserved for other "
-            "services.",
+            "django_processes and django_timers have the names web; web, web-standby, worker, beat and flower are reserved for "
+            "other services.",
         ),
         (
             {"django_processes": [PROCESS], "django_timers": [{**PROCESS, "schedule": "daily"}]},
@@ -658,10 +658,9 @@ def write_inventory(folder, hosts):
         for group in (layer, "app") if layer == "workers" else (layer,):
             if group:
                 groups[group]["hosts"][host] = None
-    everybody = {"first.invalid": None, **{host: {**own_environment(host), **variables} for host, variables, _ in hosts}}
-    inventory = {
-        "all": {"hosts": everybody, "vars": {**ENVIRONMENT, **locks, "wiring_brokers": ["first.invalid"]}, "children": groups}
-    }
+    everybody = {host: {**own_environment(host), **variables} for host, variables, _ in hosts}
+    everybody["first.invalid"] = {"wiring_brokers": ["first.invalid"]}
+    inventory = {"all": {"hosts": everybody, "vars": {**ENVIRONMENT, **locks}, "children": groups}}
     (folder / "hosts.json").write_text(json.dumps(inventory))
     return folder
 
