@@ -45,22 +45,28 @@ $(APP_VENV)/.complete: app/requirements-dev.txt
 	@$(APP_VENV)/bin/python -m pip install --quiet --quiet --require-hashes --requirement $<
 	@touch $@
 
-# ---- Sandbox ----
+# ---- Sandbox and cluster ----
 
-.PHONY: sandbox sandbox-info sandbox-down
+.PHONY: sandbox sandbox-info sandbox-down cluster cluster-info cluster-down
 sandbox: $(VENV)/.complete ## Start the whole stack in a container on this machine
+cluster: $(VENV)/.complete ## Start an environment with three brokers and a proxy, in nine containers on this machine
+sandbox cluster:
 	@testbed/install
-	@$(TESTBED) up --inventory inventories/sandbox
-	@ansible-playbook -i inventories/sandbox playbooks/ops/create_secrets.yml
-	@ansible-playbook -i inventories/sandbox site.yml
-	@$(TESTBED) info --inventory inventories/sandbox
+	@$(TESTBED) up --inventory inventories/$@
+	@ansible-playbook -i inventories/$@ playbooks/ops/create_secrets.yml
+	@ansible-playbook -i inventories/$@ site.yml
+	@$(TESTBED) info --inventory inventories/$@
 
 sandbox-info: $(VENV)/.complete ## Print the addresses and logins of the sandbox's services as JSON
-	@$(TESTBED) info --inventory inventories/sandbox --json
+cluster-info: $(VENV)/.complete ## Print the same of the cluster
+sandbox-info cluster-info:
+	@$(TESTBED) info --inventory inventories/$(@:-info=) --json
 
 sandbox-down: $(VENV)/.complete ## Remove the sandbox
-	@$(TESTBED) down --inventory inventories/sandbox
-	@rm -f inventories/sandbox/group_vars/all/91-secrets.yml
+cluster-down: $(VENV)/.complete ## Remove the cluster
+sandbox-down cluster-down:
+	@$(TESTBED) down --inventory inventories/$(@:-down=)
+	@rm -f inventories/$(@:-down=)/group_vars/all/91-secrets.yml
 
 # ---- Environments ----
 
