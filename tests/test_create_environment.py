@@ -251,8 +251,11 @@ def test_terminal_asks_again_after_a_wrong_answer(monkeypatch, capsys):
 
 
 def test_make_ignores_variables_of_the_shell():
-    command = ["make", "--dry-run", "--old-file", ".venv/.complete", "environment", "NAME=staging", "HOST=a.example.com"]
-    environment = {**os.environ, "MAIL": "/var/mail/root", "DOMAIN": "of-the-shell"}
+    options = ["--no-print-directory", "--dry-run", "--old-file", ".venv/.complete"]
+    command = ["make", *options, "environment", "NAME=staging", "HOST=a.example.com"]
+    # `make test` passes its own options to the make of this test.
+    outer = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
+    environment = {**outer, "MAIL": "/var/mail/root", "DOMAIN": "of-the-shell"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     words = " ".join(done.stdout.replace("\\\n", " ").split())
     assert words.endswith("create_environment.py --name 'staging' --host 'a.example.com'")
