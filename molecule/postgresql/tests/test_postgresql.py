@@ -194,6 +194,8 @@ def test_killed_server_restarts_with_committed_data(host, connect, eventually):
 
 def test_server_is_confined_and_stops_in_order(host, exposure, inside, is_el, eventually):
     unit = "postgresql" if is_el else host.check_output("basename /etc/postgresql/*").join(["postgresql@", "-main"])
+    # A server that was killed answers before its unit is active again.
+    eventually(lambda: host.service(unit).is_running)
     assert exposure(unit) <= 2.0
     assert "Read-only file system" in inside(unit, "postgres", "touch /etc/probe").stderr
     with host.sudo():
