@@ -27,7 +27,7 @@ def connect(published, certificate):
     """Returns a function that opens a TLS connection, or a plain one to port 80."""
 
     def open_connection(tls=True, name=NAME, trusted=certificate):
-        plain = socket.create_connection(("127.0.0.1", published(443 if tls else 80)), timeout=20)
+        plain = socket.create_connection(("127.0.0.1", published(443 if tls else 80)), timeout=60)
         if not tls:
             return plain
         context = ssl.create_default_context(cadata=trusted)
