@@ -18,6 +18,7 @@ from ansible_collections.django_celery.stack.plugins.filter import preflight as 
 from ansible_collections.django_celery.stack.plugins.module_utils import preflight
 from ansible_collections.django_celery.stack.plugins.modules import preflight as module
 from helpers import executable, wiring
+from pip._internal.models.index import PyPI
 
 
 def only(found):
@@ -289,17 +290,19 @@ def test_ports_follow_the_variables():
         ("postgresql@17-main.service", "5432"),
         ("postgresql.service", "5432"),
         ("mailroom-web.socket", "8000"),
+        ("nginx.service", "80"),
+        ("nginx.service", "443"),
     ],
 )
 def test_units_of_the_bundle_are_no_strangers(unit, port):
-    assert re.fullmatch(options(["broker", "database", "web"])["ports"][port], unit)
+    assert re.fullmatch(options(["broker", "database", "web", "proxy"])["ports"][port], unit)
 
 
 @pytest.mark.parametrize(
     ("groups", "platform", "variables", "urls"),
     [
         (["database"], "debian13", {}, []),
-        (["app"], "debian13", {}, ["https://pypi.org/simple/"]),
+        (["app"], "debian13", {}, [f"{PyPI.simple_url}/"]),
         (["flower"], "debian13", {"host_package_index_url": "https://mirror.example/"}, ["https://mirror.example/"]),
         (["broker"], "debian13", {}, []),
         (

@@ -11,6 +11,7 @@ from ansible.errors import AnsibleFilterError
 from ansible_collections.django_celery.stack.plugins.filter.platform import platform_family
 from ansible_collections.django_celery.stack.plugins.filter.role_variables import role_options
 from jinja2 import pass_context
+from pip._internal.models.index import PyPI
 
 ROLES = Path(__file__).resolve().parents[2] / "roles"
 MAIL_PORTS = {"smtp": 25, "smtp+tls": 587, "smtp+ssl": 465}
@@ -50,6 +51,7 @@ def host_ports(values, app, groups):
         "database": (values.ports("postgresql", "postgresql_port"), r"postgresql([@-].*)?\.service"),
         "web": (values.ports("django", "django_web_listen"), rf"{app}-web\.(service|socket)"),
         "flower": (values.ports("flower", "flower_port"), rf"{app}-flower\.service"),
+        "proxy": (["80", "443"], r"nginx\.service"),
     }
     return {port: pattern for group, (ports, pattern) in layers.items() if group in groups for port in ports}
 
@@ -58,7 +60,7 @@ def host_urls(values, platform, source, groups):
     """Return the URLs of the package index and of Team RabbitMQ's repositories, if the host needs them."""
     urls = []
     if {"app", "flower"} & set(groups):
-        urls.append(values.get("django", "host_package_index_url") or "https://pypi.org/simple/")
+        urls.append(values.get("django", "host_package_index_url") or f"{PyPI.simple_url}/")
     for role in ("erlang", "rabbitmq") if "broker" in groups else ():
         wanted = values.get(role, f"{role}_source")
         if (source if wanted == "automatic" else wanted) == "team_rabbitmq":

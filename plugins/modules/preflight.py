@@ -72,7 +72,7 @@ EXAMPLES = r"""
     clock: 30
     names: [db1.example.com]
     ports: {"5432": 'postgresql.*'}
-    urls: [https://pypi.org/simple/]
+    urls: [https://index.example.com/simple/]
     mail_server: {host: smtp.example.com, port: 587}
 """
 
