@@ -259,9 +259,16 @@ def test_lost_node_is_replaced_by_a_new_host(hosts, queue, connect, run, whole, 
     done = run("playbooks/ops/remove_broker_node.yml", rabbitmq_removed_node="node-mq3.queues")
     assert done.returncode == 0, done.stdout + done.stderr
     eventually(lambda: len(ask("mq1", f"queues/mailroom/{queue.name}")["members"]) == 2, seconds=15)
-    done = run("playbooks/broker.yml")
+    # The other nodes restart for a changed setting. They can restart only when the new node has joined.
+    others = [hosts["mq1"], hosts["mq2"]]
+    since = [host.check_output("date +%s") for host in others]
+    done = run("playbooks/broker.yml", rabbitmq_settings={"channel_max": 99}, rabbitmq_stop_wait=120)
     assert done.returncode == 0, done.stdout + done.stderr
     whole()
+    for host, moment in zip(others, since, strict=True):
+        with host.sudo():
+            assert "channel_max,99" in host.check_output("rabbitmqctl --quiet environment").replace(" ", "")
+            assert "may lose their majority" not in said(host, moment)
     eventually(lambda: sorted(ask("mq1", f"queues/mailroom/{queue.name}")["members"]) == NODES, seconds=60)
     message = connect("mq3").channel().basic_get(queue.name)
     assert message is not None
