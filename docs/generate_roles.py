@@ -19,7 +19,7 @@ GALAXY = {
     "MacOSX": ("macOS", {"14": "all", "15": "all", "26": "all", "27": "all"}),
 }
 # Roles that don't support macOS.
-WITHOUT_MACOS = ("firewall", "nginx")
+WITHOUT_MACOS = ("certificates", "firewall", "nginx")
 BY_HAND = re.compile(r"<!-- Handwritten -->\n(.*?)\n<!-- End of the handwritten part -->", re.DOTALL)
 
 

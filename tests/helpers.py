@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import os
@@ -37,7 +38,16 @@ def common_variables(inventory: Path) -> None:
     everybody.mkdir(parents=True)
     (everybody / "00-common").symlink_to(ROOT / "inventories" / "common")
     secrets = [name for name in wiring()["secret_names"]]
-    (everybody / "91-secrets.yml").write_text(json.dumps({name: f"{MARK}{name.replace('_', '')}" for name in secrets}))
+    values = {name: f"{MARK}{name.replace('_', '')}" for name in secrets}
+    (everybody / "91-secrets.yml").write_text(json.dumps({**values, "secret_certificate_authority": certificate_authority()}))
+
+
+@functools.cache
+def certificate_authority() -> str:
+    """The certificate and the key of a certificate authority."""
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-keyout", "-", "-subj", "/CN=test"]
+    parts = subprocess.run(command, capture_output=True, text=True, check=True).stdout.partition("-----BEGIN CERTIFICATE-----")
+    return parts[1] + parts[2] + parts[0]
 
 
 # All secrets in tests have this prefix, so that tests can search the output for secrets.

@@ -117,6 +117,27 @@ REFUSED = {
             "ca_certificates_file is not a variable of the role ca_certificates, did you mean ca_certificates_files?",
         ),
     ],
+    "certificates": [
+        ({"certificates_day": 9}, "certificates_day is not a variable of the role certificates, did you mean certificates_days?"),
+    ],
+    "certificates rules": [
+        (
+            {"certificates_renewal_days": 400},
+            "certificates_renewal_days is 400 and certificates_days is 397; allowed are 1 to 36500, and fewer days for the renewal.",
+        ),
+        (
+            {"certificates_authority": "/nowhere.pem"},
+            "/nowhere.pem is no certificate; allowed is a text in PEM format, or the path of such a file on the controller.",
+        ),
+        (
+            {"certificates_authority_key": MARK},
+            "certificates_authority_key, or the key of a service, is no key; allowed is a text in PEM format, or the path",
+        ),
+        (
+            {"certificates_services": [{"name": "cache", "directory": "/etc/ssl/cache", "group": "redis", "names": []}]},
+            "The certificate of cache has no names; allowed are names and IP addresses.",
+        ),
+    ],
     "firewall": [
         ({"firewall_enable": True}, "firewall_enable is not a variable of the role firewall, did you mean firewall_enabled?"),
     ],
@@ -129,6 +150,24 @@ REFUSED = {
         (
             {"firewall_rules": [{"ports": [5672], "sources": ["192.0.2.7", "192.0.2.0/33", "web1"]}]},
             "firewall_rules has the sources 192.0.2.0/33; allowed are addresses, networks and host names.",
+        ),
+    ],
+    "rabbitmq certificate": [
+        ({"rabbitmq_certificate": "/nowhere.pem"}, "The certificate of rabbitmq has no key; a certificate needs its key."),
+    ],
+    "rabbitmq authority": [
+        (
+            {"certificates_authority_key": "", "rabbitmq_certificate_key": ""},
+            "certificates_authority_key is empty, and rabbitmq has no certificate; allowed is the key of certificates_authority.",
+        ),
+    ],
+    "postgresql certificate": [
+        ({"postgresql_certificate": "/nowhere.pem"}, "The certificate of postgresql has no key; a certificate needs its key."),
+    ],
+    "postgresql authority": [
+        (
+            {"certificates_authority": "", "postgresql_certificate_key": ""},
+            "certificates_authority is empty, and postgresql needs a certificate; allowed is the certificate of a CA.",
         ),
     ],
     # The roles' rules.

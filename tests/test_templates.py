@@ -15,6 +15,7 @@ from test_services import HARDENING, PER_SERVICE, sections
 # Values that an inventory derives from its groups. This inventory has no such groups.
 WIRED = {
     "service_address": "localhost",
+    "wiring_tls": False,
     "rabbitmq_listeners": ["127.0.0.1:5672"],
     "rabbitmq_nodes": [],
     "rabbitmq_distribution_address": "127.0.0.1",
@@ -69,6 +70,13 @@ HOSTS = {
         "rabbitmq_distribution_address": "0.0.0.0",  # noqa: S104 - a firewall closes the ports
         "rabbitmq_stop_wait": 60,
     },
+    "tls": {
+        "rabbitmq_tls": True,
+        "rabbitmq_listeners": ["0.0.0.0:5671"],
+        "rabbitmq_management_listener": "127.0.0.1:15671",
+        "flower_broker_url": "amqps://broker.example",
+        "flower_broker_ca_file": "/etc/ssl/ca.pem",
+    },
     "worker alone": {"django_web": False, "django_processes": [], "celery_beat": False},
 }
 ROLES = ("services", "rabbitmq", "django", "celery", "flower")
@@ -80,6 +88,7 @@ TEMPLATES = {
     "definitions.json": "rabbitmq/templates/definitions.json.j2",
     "environment": "django/templates/environment.j2",
     "manage": "django/templates/manage.j2",
+    "celeryconfig.py": "flower/templates/celeryconfig.py.j2",
 }
 # Other texts that a role writes to a file or runs.
 EXPRESSIONS = {
@@ -139,6 +148,29 @@ def settings(text):
 
 
 # The broker
+
+
+def test_broker_with_tls_has_no_port_without_it(rendered):
+    found = dict(settings(rendered["tls"]["rabbitmq.conf"]))
+    assert {name: value for name, value in found.items() if ".tcp" in name and "prometheus" not in name} == {
+        "listeners.tcp": "none",
+        **{name: value for name, value in found.items() if name.startswith(("tcp_listen", "cluster"))},
+    }
+    assert (found["listeners.ssl.1"], found["management.ssl.port"]) == ("0.0.0.0:5671", "15671")
+    unit = rendered["tls"]["rabbitmq-server.service"]
+    assert "ExecReload=/usr/sbin/rabbitmqctl eval 'ssl:clear_pem_cache().'" in unit
+    assert "ExecReload" not in rendered["usual"]["rabbitmq-server.service"]
+
+
+def test_flower_verifies_the_broker(rendered):
+    """Kombu writes a broker's name into the options, and the next broker has another name."""
+    values = {}
+    exec(rendered["tls"]["celeryconfig.py"], values)  # noqa: S102 - a file of the role
+    options = values["broker_use_ssl"]
+    options["server_hostname"] = "first"
+    assert options["server_hostname"] is None
+    assert options["ca_certs"] == "/etc/ssl/ca.pem"
+    assert "broker_use_ssl" not in rendered["usual"]["celeryconfig.py"]
 
 
 def test_broker_configuration_by_default(rendered):

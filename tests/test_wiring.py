@@ -19,7 +19,8 @@ MANY = {
 ONE = {name: ["host1"] for name in MANY}
 NAMES = (
     "postgresql_clients", "firewall_rules", "rabbitmq_listeners", "postgresql_listen_addresses", "wiring_broker_url",
-    "flower_broker_url", "flower_broker_api", "rabbitmq_nodes", "rabbitmq_distribution_address", "celery_beat", "django_migrate",
+    "flower_broker_url", "flower_broker_api", "flower_broker_ca_file", "rabbitmq_tls", "postgresql_tls",
+    "rabbitmq_certificate_names", "rabbitmq_management_listener", "rabbitmq_nodes", "rabbitmq_distribution_address", "celery_beat", "django_migrate",
     "django_environment", "django_commands", "django_web_listen", "django_web_proxies", "nginx_upstreams",
     "nginx_static_directories", "nginx_server_names",
 )  # fmt: skip
@@ -65,12 +66,25 @@ def test_one_host_listens_on_the_loopback_only(one):
     assert one["firewall_rules"] == []
 
 
+def test_connections_between_hosts_use_tls(many, one, tmp_path):
+    for name in ("rabbitmq_tls", "postgresql_tls"):
+        assert (many["mq1"][name], one[name]) == (True, False)
+    assert many["mq1"]["rabbitmq_management_listener"] == "127.0.0.1:15671"
+    assert many["web1"]["django_environment"]["BROKER_CA_FILE"] == many["mq1"]["flower_broker_ca_file"] == "/etc/ssl/mailroom-ca.pem"
+    assert one["django_environment"]["BROKER_CA_FILE"] == one["flower_broker_ca_file"] == ""
+    assert "sslmode" not in one["django_environment"]["DATABASE_URL"]
+    # A client connects to its own host by 127.0.0.1, and to others by their addresses.
+    assert many["mq1"]["rabbitmq_certificate_names"] == ["mq1", "localhost", "127.0.0.1"]
+    # Only the database has another host.
+    assert wired(tmp_path, ONE | {"database": ["db1"]})["db1"]["postgresql_tls"]
+
+
 def test_several_hosts_reach_broker_and_database(many):
-    assert many["mq1"]["rabbitmq_listeners"] == ["0.0.0.0:5672"]
+    assert many["mq1"]["rabbitmq_listeners"] == ["0.0.0.0:5671"]
     assert many["mq1"]["postgresql_listen_addresses"] == ["*"]
-    assert [rule["ports"] for rule in many["mq1"]["firewall_rules"]] == [[5672], [5432]]
+    assert [rule["ports"] for rule in many["mq1"]["firewall_rules"]] == [[5671], [5432]]
     assert many["web1"]["firewall_rules"] == []
-    assert many["worker3"]["wiring_broker_url"] == f"amqp://mailroom:{MARK}secretrabbitmqapppassword@mq1:5672/mailroom"
+    assert many["worker3"]["wiring_broker_url"] == f"amqps://mailroom:{MARK}secretrabbitmqapppassword@mq1:5671/mailroom"
 
 
 def test_brokers_form_a_cluster_that_every_client_knows(tmp_path):
@@ -81,17 +95,17 @@ def test_brokers_form_a_cluster_that_every_client_knows(tmp_path):
     # Only IPv4 addresses are listed; the inventory's names are resolved by the hosts.
     assert hosts["mq1"]["rabbitmq_nodes"] == [{"name": name, "address": ""} for name in brokers]
     assert hosts["mq1"]["rabbitmq_distribution_address"] == "0.0.0.0"  # noqa: S104 - a firewall closes the ports
-    account = f"amqp://mailroom:{MARK}secretrabbitmqapppassword@"
+    account = f"amqps://mailroom:{MARK}secretrabbitmqapppassword@"
     first_choices = set()
     for worker in WORKERS:
         urls = hosts[worker]["wiring_broker_url"].split(";")
-        assert sorted(urls) == [f"{account}{broker}:5672/mailroom" for broker in brokers]
+        assert sorted(urls) == [f"{account}{broker}:5671/mailroom" for broker in brokers]
         first_choices.add(urls[0])
     assert len(first_choices) > 1
     flower = hosts["mq2"]["flower_broker_url"].split(";")
-    assert flower[0].endswith("@127.0.0.1:5672/mailroom")
+    assert flower[0].endswith("@127.0.0.1:5671/mailroom")
     assert len(flower) == 3
-    assert "@127.0.0.1:15672" in hosts["mq2"]["flower_broker_api"]
+    assert "https://" in hosts["mq2"]["flower_broker_api"] and "@127.0.0.1:15671/" in hosts["mq2"]["flower_broker_api"]
     rules = hosts["mq1"]["firewall_rules"]
     assert {"ports": [4369, 25672, *range(35672, 35683)], "sources": ["mq2", "mq3.example"]} in rules
 
@@ -119,7 +133,7 @@ def test_only_web_hosts_open_ports_for_others(tmp_path):
     hosts = wired(tmp_path, MANY, app_firewall_rules=rules)
     assert {host for host, values in hosts.items() if values["firewall_rules"][-1:] == rules} == {"web1"}
     assert hosts["web1"]["firewall_rules"] == rules
-    assert [rule["ports"] for rule in hosts["mq1"]["firewall_rules"]] == [[5672], [5432]]
+    assert [rule["ports"] for rule in hosts["mq1"]["firewall_rules"]] == [[5671], [5432]]
 
 
 def test_single_services_run_on_one_host(many):
@@ -128,7 +142,7 @@ def test_single_services_run_on_one_host(many):
 
 
 def test_flower_has_its_own_broker_user(many):
-    assert many["mq1"]["flower_broker_url"].startswith(f"amqp://mailroom-flower:{MARK}secretrabbitmqflowerpassword@127.0.0.1:")
+    assert many["mq1"]["flower_broker_url"].startswith(f"amqps://mailroom-flower:{MARK}secretrabbitmqflowerpassword@127.0.0.1:")
 
 
 def test_each_setting_has_its_own_secret(many):
@@ -137,7 +151,8 @@ def test_each_setting_has_its_own_secret(many):
     assert environment["SECRET_KEY"] == f"{MARK}secretdjangokey"
     assert environment["METRICS_TOKEN"] == f"{MARK}secretappmetricstoken"
     assert environment["BROKER_URL"] == many["web1"]["wiring_broker_url"]
-    assert environment["DATABASE_URL"] == f"postgresql://mailroom:{MARK}secretpostgresqlapppassword@mq1:5432/mailroom"
+    tls = "?sslmode=verify-full&sslrootcert=/etc/ssl/mailroom-ca.pem"
+    assert environment["DATABASE_URL"] == f"postgresql://mailroom:{MARK}secretpostgresqlapppassword@mq1:5432/mailroom{tls}"
     stdin = json.loads(command["stdin"]) if isinstance(command["stdin"], str) else command["stdin"]
     assert stdin == {"username": "admin", "password": f"{MARK}secretappadminpassword", "api_key": f"{MARK}secretappapikey"}
 

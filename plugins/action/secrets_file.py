@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import secrets
 import string
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import yaml
 from ansible.errors import AnsibleActionFail
@@ -44,7 +47,12 @@ def top(text: str) -> yaml.MappingNode | None:
 
 
 def text_node(value: str) -> yaml.ScalarNode:
-    return yaml.ScalarNode("tag:yaml.org,2002:str", value)
+    # A text of several lines is in quotes, so that each name has one line.
+    return yaml.ScalarNode("tag:yaml.org,2002:str", value, style='"' if "\n" in value else None)
+
+
+def yaml_text(value: str) -> str:
+    return json.dumps(value) if "\n" in value else value
 
 
 def added(text: str, new: dict[str, str]) -> str:
@@ -55,7 +63,7 @@ def added(text: str, new: dict[str, str]) -> str:
     indent = " " * (mapping.start_mark.column if mapping else 0)
     longer = text if text.strip() else HEADER
     longer += "" if longer.endswith("\n") else "\n"
-    longer += "".join(f"{indent}{name}: {value}\n" for name, value in new.items())
+    longer += "".join(f"{indent}{name}: {yaml_text(value)}\n" for name, value in new.items())
     expected = entries(text) + [(name, yaml.serialize(text_node(value))) for name, value in new.items()]
     try:
         if entries(longer) == expected:
@@ -107,8 +115,14 @@ def locked(folder: Path):
         os.close(descriptor)
 
 
-def add_secrets(path: Path, names: list[str], vault: VaultLib, check: bool = False) -> tuple[list[str], bool]:
-    """Add the missing names to the file, each with a new secret. Return these names, and whether the file changed."""
+def random_secret() -> str:
+    return "".join(secrets.choice(CHARACTERS) for _ in range(LENGTH))
+
+
+def add_secrets(
+    path: Path, names: list[str], vault: VaultLib, check: bool = False, values: Mapping[str, str] = MappingProxyType({})
+) -> tuple[list[str], bool]:
+    """Add the missing names to the file, each with its value or a new secret. Return these names, and whether the file changed."""
     # The path may be a link, if a team stores the file elsewhere.
     path = path.resolve()
     if not check:
@@ -119,7 +133,7 @@ def add_secrets(path: Path, names: list[str], vault: VaultLib, check: bool = Fal
         text, secret, vault_id = decrypted(content, vault) if is_encrypted(content) else (content.decode(), None, None)
         encrypted = is_encrypted(content) or (not path.exists() and bool(vault.secrets))
         known = {name for name, _ in entries(text)}
-        new = {name: "".join(secrets.choice(CHARACTERS) for _ in range(LENGTH)) for name in names if name not in known}
+        new = {name: values.get(name) or random_secret() for name in names if name not in known}
         open_to_others = path.exists() and path.stat().st_mode & 0o777 != 0o600
         longer = added(text, new)
         if check:
@@ -138,12 +152,16 @@ class ActionModule(ActionBase):
     def run(self, tmp=None, task_vars=None):
         super().run(tmp, task_vars)
         _, options = self.validate_argument_spec(
-            {"path": {"type": "path", "required": True}, "names": {"type": "list", "elements": "str", "required": True}}
+            {
+                "path": {"type": "path", "required": True},
+                "names": {"type": "list", "elements": "str", "required": True},
+                "values": {"type": "dict", "default": {}},
+            }
         )
         path = Path(options["path"])
         try:
             # Ansible decrypts variables with the same vault object.
-            new, changed = add_secrets(path, options["names"], self._loader._vault, self._task.check_mode)
+            new, changed = add_secrets(path, options["names"], self._loader._vault, self._task.check_mode, options["values"])
         except (NotAdded, OSError, UnicodeDecodeError) as error:
             # The text of a decoding error quotes the file's content.
             cause = getattr(error, "strerror", None) or "it is not UTF-8"

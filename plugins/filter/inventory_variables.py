@@ -22,7 +22,7 @@ REQUIRED_GROUPS = ("broker", "app", "web", "workers")
 OPTIONAL_GROUPS = ("database", "flower", "proxy")
 # The roles that validate.yml checks, by the inventory group on whose hosts they run.
 ROLES = {
-    "all": ("ca_certificates", "firewall"),
+    "all": ("ca_certificates", "certificates", "firewall"),
     "broker": ("erlang", "rabbitmq"),
     "database": ("postgresql",),
     "app": ("django",),

@@ -50,7 +50,7 @@ class Broker:
         self.administrator = variables["administrator"]
         # Check mode does not start the broker, so it does not wait for the broker.
         timeout = 0 if check else variables["timeout"]
-        self.api = ManagementApi(variables["url"], self.administrator, variables["password"], timeout)
+        self.api = ManagementApi(variables["url"], self.administrator, variables["password"], timeout, variables.get("ca_file"))
 
     def update(self) -> dict[str, Any]:
         """Update the broker to match the variables, or in check mode report the changes. Return the module's result.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from typing import Any
+from typing import Any, Optional
 from urllib.error import HTTPError, URLError
 
 from ansible.module_utils.urls import open_url
@@ -25,12 +25,16 @@ class Unauthorized(Failure):
 
 
 class ManagementApi:
-    """The API of one node at `url`, used as one user. Requests are retried for `timeout` seconds until the node answers."""
+    """The API of one node at `url`, used as one user. Requests are retried for `timeout` seconds until the node answers.
 
-    def __init__(self, url: str, user: str, password: str, timeout: float) -> None:
+    `ca_file` has the certificate authority of an HTTPS URL.
+    """
+
+    def __init__(self, url: str, user: str, password: str, timeout: float, ca_file: Optional[str] = None) -> None:
         self.url = url
         self.user = user
         self.password = password
+        self.ca_file = ca_file
         self.until = time.monotonic() + timeout
 
     def get(self, path: str) -> Any:
@@ -63,6 +67,7 @@ class ManagementApi:
                     force_basic_auth=True,
                     # The client uses no proxy, since a proxy in the host's environment would get the password.
                     use_proxy=False,
+                    ca_path=self.ca_file,
                     timeout=REQUEST,
                 ) as response:
                     text = response.read()

@@ -28,6 +28,9 @@ options:
     description: Scheme, host and port of the management API.
     type: str
     required: true
+  ca_file:
+    description: File on the host with the certificate authority of an HTTPS URL. The default is the host's trust store.
+    type: path
   administrator:
     description: The user who makes the requests.
     type: str
@@ -193,6 +196,7 @@ def main() -> None:
     module = UnloggedModule(
         argument_spec={
             "url": {"type": "str", "required": True},
+            "ca_file": {"type": "path"},
             "administrator": {"type": "str", "required": True},
             "password": {"type": "str", "required": True, "no_log": True},
             "definitions": {"type": "path", "required": True},

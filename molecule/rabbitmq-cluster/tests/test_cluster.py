@@ -36,12 +36,21 @@ def port(hosts):
 
 
 @pytest.fixture(scope="module")
-def ask(port, variables):
+def authority(variables, tmp_path_factory):
+    """A file with the environment's certificate authority."""
+    file = tmp_path_factory.mktemp("tls") / "ca.pem"
+    file.write_text(variables["secret_certificate_authority"].partition("-----BEGIN P")[0])
+    return str(file)
+
+
+@pytest.fixture(scope="module")
+def ask(port, variables, authority):
     """Calls the management API of a broker."""
 
     def get(name, path):
-        url = f"http://127.0.0.1:{port(name, 15672)}/api/{path}"
-        response = requests.get(url, auth=("admin", variables["secret_rabbitmq_administrator_password"]), timeout=30)
+        url = f"https://127.0.0.1:{port(name, 15671)}/api/{path}"
+        account = ("admin", variables["secret_rabbitmq_administrator_password"])
+        response = requests.get(url, auth=account, timeout=30, verify=authority)
         response.raise_for_status()
         return response.json()
 
@@ -66,14 +75,16 @@ def run():
 
 
 @pytest.fixture
-def connect(port, variables):
+def connect(port, variables, authority):
     """Connects over AMQP to the first of the named brokers that responds, as the application does."""
     connections = []
 
     def connection(*names):
         account = f"mailroom:{variables['secret_rabbitmq_app_password']}"
-        urls = ";".join(f"amqp://{account}@127.0.0.1:{port(name, 5672)}/mailroom" for name in names)
-        connections.append(Connection(urls, connect_timeout=4, transport_options={"max_retries": 4, "interval_start": 0}))
+        urls = ";".join(f"amqps://{account}@127.0.0.1:{port(name, 5671)}/mailroom" for name in names)
+        # All names are 127.0.0.1 here.
+        tls = {"ca_certs": authority, "server_hostname": "127.0.0.1"}
+        connections.append(Connection(urls, ssl=tls, connect_timeout=4, transport_options={"max_retries": 4, "interval_start": 0}))
         connections[-1].ensure_connection(max_retries=4)
         return connections[-1]
 

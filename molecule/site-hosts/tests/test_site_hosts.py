@@ -33,9 +33,10 @@ def test_email_arrives_across_hosts(send, inbox, eventually):
 @pytest.mark.parametrize(
     ("source", "port", "is_open"),
     [
-        ("web1", "mq1 5672", True),
-        ("worker1", "mq1 5672", True),
-        ("db1", "mq1 5672", False),
+        ("web1", "mq1 5671", True),
+        ("worker1", "mq1 5671", True),
+        ("db1", "mq1 5671", False),
+        ("web1", "mq1 5672", False),
         ("worker1", "db1 5432", True),
         ("mq1", "db1 5432", False),
         ("worker1", "mq1 80", True),
