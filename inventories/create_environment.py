@@ -262,16 +262,19 @@ def login_table(environment: Environment) -> str:
     variables = listing["_meta"]["hostvars"]
     site = f"https://{variables[first['web']]['app_allowed_hosts'][0]}"
 
-    def tunnel(port: int, group: str) -> str:
+    def tunnel(port: int, group: str, scheme: str = "http") -> str:
         connection = variables[first[group]]
         user = f"{connection['ansible_user']}@" if "ansible_user" in connection else ""
         ssh_port = f" -p {connection['ansible_port']}" if "ansible_port" in connection else ""
-        return f"http://localhost:{port}/ after: ssh{ssh_port} -L {port}:127.0.0.1:{port} {user}{first[group]}"
+        return f"{scheme}://localhost:{port}/ after: ssh{ssh_port} -L {port}:127.0.0.1:{port} {user}{first[group]}"
 
+    # As wiring_tls in inventories/common: only one host needs no TLS.
+    used = {host for name in GROUPS if name != "proxy" for host in listing.get(name, {}).get("hosts", [])}
+    broker = tunnel(15671, "broker", "https") if len(used) > 1 else tunnel(15672, "broker")
     rows = [
         ("Application", f"{site}/", "admin", "secret_app_admin_password"),
         ("API", f"{site}/api/docs", "", "secret_app_api_key"),
-        ("RabbitMQ", tunnel(15672, "broker"), "admin", "secret_rabbitmq_administrator_password"),
+        ("RabbitMQ", broker, "admin", "secret_rabbitmq_administrator_password"),
         *([("Flower", tunnel(5555, "flower"), "flower", "secret_flower_password")] if "flower" in first else []),
     ]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]

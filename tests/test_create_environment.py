@@ -86,6 +86,7 @@ def test_output_tells_the_next_commands_and_how_to_read_a_secret(create, tmp_pat
     assert "ansible-playbook -i inventories/staging site.yml\n" in output
     assert "https://mail.example.com/ " in output
     assert "ssh -L 5555:127.0.0.1:5555 mq1.example.com" in output
+    assert "https://localhost:15671/ after: ssh -L 15671:127.0.0.1:15671 mq1.example.com" in output
     (command,) = [line.split("ansible ")[1] for line in output.splitlines() if "-a var=secret" in line]
     words = command.replace("'", "").split()
     done = ansible("ansible", tmp_path, "--playbook-dir", ROOT / "playbooks", *words)
