@@ -45,7 +45,20 @@ def common_variables(inventory: Path) -> None:
 @functools.cache
 def certificate_authority() -> str:
     """The certificate and the key of a certificate authority."""
-    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-keyout", "-", "-subj", "/CN=test"]
+    command = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:P-256",
+        "-nodes",
+        "-keyout",
+        "-",
+        "-subj",
+        "/CN=test",
+    ]
     parts = subprocess.run(command, capture_output=True, text=True, check=True).stdout.partition("-----BEGIN CERTIFICATE-----")
     return parts[1] + parts[2] + parts[0]
 

@@ -123,7 +123,7 @@ REFUSED = {
     "certificates rules": [
         (
             {"certificates_renewal_days": 400},
-            "certificates_renewal_days is 400 and certificates_days is 397; allowed are 1 to 36500, and fewer days for the renewal.",
+            "certificates_renewal_days is 400 and certificates_days is 397; allowed are 1 to 36500, and fewer days for the",
         ),
         (
             {"certificates_authority": "/nowhere.pem"},

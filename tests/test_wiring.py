@@ -20,8 +20,9 @@ ONE = {name: ["host1"] for name in MANY}
 NAMES = (
     "postgresql_clients", "firewall_rules", "rabbitmq_listeners", "postgresql_listen_addresses", "wiring_broker_url",
     "flower_broker_url", "flower_broker_api", "flower_broker_ca_file", "rabbitmq_tls", "postgresql_tls",
-    "rabbitmq_certificate_names", "rabbitmq_management_listener", "rabbitmq_nodes", "rabbitmq_distribution_address", "celery_beat", "django_migrate",
-    "django_environment", "django_commands", "django_web_listen", "django_web_proxies", "nginx_upstreams",
+    "rabbitmq_certificate_names", "rabbitmq_management_listener", "rabbitmq_nodes", "rabbitmq_distribution_address",
+    "celery_beat", "django_migrate", "django_environment", "django_commands", "django_web_listen", "django_web_proxies",
+    "nginx_upstreams",
     "nginx_static_directories", "nginx_server_names",
 )  # fmt: skip
 
@@ -70,7 +71,9 @@ def test_connections_between_hosts_use_tls(many, one, tmp_path):
     for name in ("rabbitmq_tls", "postgresql_tls"):
         assert (many["mq1"][name], one[name]) == (True, False)
     assert many["mq1"]["rabbitmq_management_listener"] == "127.0.0.1:15671"
-    assert many["web1"]["django_environment"]["BROKER_CA_FILE"] == many["mq1"]["flower_broker_ca_file"] == "/etc/ssl/mailroom-ca.pem"
+    assert (
+        many["web1"]["django_environment"]["BROKER_CA_FILE"] == many["mq1"]["flower_broker_ca_file"] == "/etc/ssl/mailroom-ca.pem"
+    )
     assert one["django_environment"]["BROKER_CA_FILE"] == one["flower_broker_ca_file"] == ""
     assert "sslmode" not in one["django_environment"]["DATABASE_URL"]
     # A client connects to its own host by 127.0.0.1, and to others by their addresses.

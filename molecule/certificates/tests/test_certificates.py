@@ -60,7 +60,10 @@ def test_only_the_group_can_read_the_key(host):
 
 def test_key_of_the_authority_is_on_no_host(host):
     with host.sudo():
-        assert host.run("grep -r 'PRIVATE KEY' /etc/ssl/example-ca.pem /etc/ssl/example/ca.pem /etc/ssl/example/certificate.pem").rc == 1
+        assert (
+            host.run("grep -r 'PRIVATE KEY' /etc/ssl/example-ca.pem /etc/ssl/example/ca.pem /etc/ssl/example/certificate.pem").rc
+            == 1
+        )
 
 
 def test_certificate_is_replaced_before_it_expires(converge, certificate, read):

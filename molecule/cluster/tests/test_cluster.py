@@ -59,7 +59,13 @@ def test_worker_starts_while_a_broker_is_down(send, eventually, on, members):
 
 def test_ports_between_nodes_are_closed_to_clients(on):
     connect = "import socket, sys; socket.create_connection(sys.argv[1:], timeout=3)"
-    for source, port, is_open in (("app1", 5671, True), ("app1", 5672, False), ("app1", 4369, False), ("app1", 25672, False), ("mq1", 25672, True)):
+    for source, port, is_open in (
+        ("app1", 5671, True),
+        ("app1", 5672, False),
+        ("app1", 4369, False),
+        ("app1", 25672, False),
+        ("mq1", 25672, True),
+    ):
         done = on(source, f"python3 -c '{connect}' mq2 {port} 2>&1 || true")
         assert (done == "") is is_open, done
 

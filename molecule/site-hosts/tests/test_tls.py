@@ -86,7 +86,10 @@ def test_services_use_tls(on):
     """The application's own connections, and those of Flower on the broker's host."""
     for line in on("mq1", "rabbitmqctl --quiet list_connections user ssl").splitlines()[1:]:
         assert line.endswith("true"), line
-    query = "select count(*) filter (where not ssl), count(*) from pg_stat_ssl join pg_stat_activity using (pid) where usename = 'mailroom'"
+    query = (
+        "select count(*) filter (where not ssl), count(*) from pg_stat_ssl join pg_stat_activity using (pid) "
+        "where usename = 'mailroom'"
+    )
     without, together = on("db1", f'cd / && runuser -u postgres -- psql -Atc "{query}"').split("|")
     assert without == "0" and int(together) > 0
 
@@ -116,7 +119,9 @@ def expired(variables, names):
     )
 
 
-@pytest.mark.parametrize(("name", "service", "unit"), [("mq1", "rabbitmq", "rabbitmq-server"), ("db1", "postgresql", "postgresql@17-main")])
+@pytest.mark.parametrize(
+    ("name", "service", "unit"), [("mq1", "rabbitmq", "rabbitmq-server"), ("db1", "postgresql", "postgresql@17-main")]
+)
 def test_expired_certificate_is_refused_and_replaced_without_a_restart(
     on, variables, run_playbook, amqp, postgresql, send, inbox, eventually, name, service, unit
 ):
