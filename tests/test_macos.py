@@ -20,6 +20,7 @@ FACTS = {
 }
 WIRED = {
     "service_address": "localhost",
+    "wiring_tls": False,
     "rabbitmq_listeners": ["127.0.0.1:5672"],
     "wiring_broker_url": f"amqp://{MARK}",
     "flower_broker_url": f"amqp://{MARK}",

@@ -170,7 +170,7 @@ def test_flower_verifies_the_broker(rendered):
     options["server_hostname"] = "first"
     assert options["server_hostname"] is None
     assert options["ca_certs"] == "/etc/ssl/ca.pem"
-    assert "broker_use_ssl" not in rendered["usual"]["celeryconfig.py"]
+    assert "\nPYTHONPATH='/opt/mailroom/flower/configuration-" in rendered["tls"]["flower.environment"]
 
 
 def test_broker_configuration_by_default(rendered):
