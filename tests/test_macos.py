@@ -21,7 +21,7 @@ FACTS = {
 WIRED = {
     "service_address": "localhost",
     "rabbitmq_listeners": ["127.0.0.1:5672"],
-    "wiring_broker_url": f"amqp://{MARK}",
+    "app_broker_url": f"amqp://{MARK}",
     "flower_broker_url": f"amqp://{MARK}",
     "flower_broker_api": "",
     "django_migrate": True,

@@ -734,6 +734,39 @@ NO_DATABASE = (
 )
 
 
+NO_BROKER = (
+    "The application has no broker: the group broker has no host, and app_broker_url is empty. Put a host into the group broker, or set "
+    "app_broker_url to a broker elsewhere, such as amqps://user:password@host:5671/vhost."
+)
+
+
+@pytest.mark.parametrize("hosts", [None, {}], ids=["no group", "no host in it"])
+def test_inventory_without_a_broker_is_refused(tmp_path, hosts):
+    code, answer, output = playbook("-i", without_broker(tmp_path, hosts), "site.yml")
+    assert code == 2
+    assert [play["play"]["name"] for play in answer["plays"]] == ["Validate the variables"]
+    assert answer["plays"][0]["tasks"][-1]["hosts"]["app.invalid"]["msg"] == NO_BROKER, output
+
+
+def test_external_broker_needs_no_group(tmp_path):
+    elsewhere = f"amqps://shop:{MARK}@mq.example.org:5671/shop"
+    inventory = without_broker(tmp_path, None, app_broker_url=elsewhere, flower_broker_url=elsewhere)
+    code, _, output = playbook("-i", inventory, "playbooks/validate.yml")
+    assert code == 0, output
+    assert MARK not in output
+
+
+def without_broker(folder, hosts, **variables):
+    """An inventory with one application host, and either no group broker or one with the given hosts."""
+    folder = without_database(folder, {"database": {"hosts": {"app.invalid": None}}}, **variables)
+    inventory = json.loads((folder / "hosts.json").read_text())
+    groups = inventory["all"]["children"]
+    del groups["broker"]
+    groups.update({} if hosts is None else {"broker": {"hosts": hosts}})
+    (folder / "hosts.json").write_text(json.dumps(inventory))
+    return folder
+
+
 @pytest.mark.parametrize("groups", [{}, {"database": {"hosts": {}}}], ids=["no group", "no host in it"])
 def test_inventory_without_a_database_is_refused(tmp_path, groups):
     code, answer, output = playbook("-i", without_database(tmp_path, groups), "site.yml")

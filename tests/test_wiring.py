@@ -142,6 +142,15 @@ def test_each_setting_has_its_own_secret(many):
     assert stdin == {"username": "admin", "password": f"{MARK}secretappadminpassword", "api_key": f"{MARK}secretappapikey"}
 
 
+def test_application_uses_an_external_broker(tmp_path):
+    elsewhere, flower = "amqps://shop@mq.example.org/shop", "amqps://shop-flower@mq.example.org/shop"
+    groups = {name: hosts for name, hosts in MANY.items() if name != "broker"}
+    hosts = wired(tmp_path, groups, app_broker_url=elsewhere, flower_broker_url=flower)
+    assert {hosts[host]["django_environment"]["BROKER_URL"] for host in MANY["app"]} == {elsewhere}
+    assert (hosts["mq1"]["flower_broker_url"], hosts["mq1"]["flower_broker_api"]) == (flower, "")
+    assert [rule["ports"] for rule in hosts["mq1"]["firewall_rules"]] == [[5432]]
+
+
 def test_application_uses_an_external_database(tmp_path):
     elsewhere = "postgresql://shop@db.example.org/shop"
     groups = {name: hosts for name, hosts in MANY.items() if name != "database"}
