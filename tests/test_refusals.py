@@ -735,8 +735,8 @@ NO_DATABASE = (
 
 
 NO_BROKER = (
-    "The application has no broker: the group broker has no host, and app_broker_url is empty. Put a host into the group broker, or set "
-    "app_broker_url to a broker elsewhere, such as amqps://user:password@host:5671/vhost."
+    "The application has no broker: the group broker has no host, and app_broker_url is empty. Put a host into the group broker, "
+    "or set app_broker_url to a broker elsewhere, such as amqps://user:password@host:5671/vhost."
 )
 
 

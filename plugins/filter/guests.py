@@ -1,14 +1,14 @@
 """Builds the objects of guests: applications of other inventories that use this environment's broker and database.
 
-A guest has the format of an entry of `wiring_guests` in inventories/common/wiring.yml. The results have the format of the variables of the
-roles rabbitmq and postgresql.
+A guest has the format of an entry of `wiring_guests` in inventories/common/wiring.yml. The results have the format of the
+roles' variables, such as rabbitmq_users.
 """
 
 from __future__ import annotations
 
 
 def guest_broker_users(guests):
-    """Return two users for each guest: its own, with all permissions in its virtual host, and the user of its Flower, if it has one."""
+    """Return the users of each guest: its own, with all permissions in its virtual host, and the user of its Flower, if any."""
     users = []
     for guest in guests:
         everything = {"vhost": guest["name"], "configure": ".*", "write": ".*", "read": ".*"}
