@@ -98,7 +98,7 @@ test: lint test-unit $(APP_VENV)/.complete ## Run all tests
 	@tests/install
 	@$(SIDE_BY_SIDE) test-app $(addprefix molecule-,$(SCENARIOS))
 
-test-all: test molecule-cluster molecule-guests molecule-projects-built bench-quick ## Run everything, and each benchmark with --quick (an hour and a half)
+test-all: test molecule-cluster molecule-guests molecule-offline molecule-projects-built bench-quick ## Run everything, and each benchmark with --quick (an hour and a half)
 
 test-fast: $(VENV)/.complete $(APP_VENV)/.complete ## Run the tests that need no host (less than two minutes)
 	@$(SIDE_BY_SIDE) test-unit test-app-fast lint
@@ -176,6 +176,19 @@ collection: $(VENV)/.complete $(RELEASE_VENV)/.complete ## Build the collection 
 	@$(if $(SIGN),tar --extract --to-stdout --file dist/*.tar.gz MANIFEST.json | \
 		gpg --local-user '$(SIGN)' --armor --detach-sign --output dist/MANIFEST.json.asc)
 	@ls -1 dist
+
+.PHONY: offline-packages
+molecule-offline: offline-packages
+offline-packages: export ANSIBLE_INVENTORY = inventories/offline-packages
+offline-packages: $(VENV)/.complete ## Gather all packages for hosts without a network, in dist/offline-packages-debian13.tar
+	@testbed/install
+	@$(TESTBED) up --inventory $(ANSIBLE_INVENTORY)
+	@ansible-playbook playbooks/ops/create_secrets.yml
+	@ansible-playbook playbooks/ops/gather_offline_packages.yml
+	@$(TESTBED) down --inventory $(ANSIBLE_INVENTORY)
+	@rm -f $(ANSIBLE_INVENTORY)/group_vars/all/91-secrets.yml
+	@git archive --output dist/repository.tar.gz HEAD
+	@ls -sh dist
 
 # ---- Upkeep ----
 

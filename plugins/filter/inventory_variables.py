@@ -22,7 +22,7 @@ REQUIRED_GROUPS = ("app", "web", "workers")
 OPTIONAL_GROUPS = ("broker", "database", "flower", "proxy")
 # The roles that validate.yml checks, by the inventory group on whose hosts they run.
 ROLES = {
-    "all": ("ca_certificates", "firewall"),
+    "all": ("offline_packages", "ca_certificates", "firewall"),
     "broker": ("erlang", "rabbitmq"),
     "database": ("postgresql",),
     "app": ("django",),
