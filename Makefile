@@ -98,7 +98,7 @@ test: lint test-unit $(APP_VENV)/.complete ## Run all tests
 	@tests/install
 	@$(SIDE_BY_SIDE) test-app $(addprefix molecule-,$(SCENARIOS))
 
-test-all: test molecule-cluster molecule-guests molecule-offline molecule-projects-built bench-quick ## Run everything, and each benchmark with --quick (an hour and a half)
+test-all: test molecule-cluster molecule-guests molecule-offline_packages molecule-projects-built bench-quick ## Run everything, and each benchmark with --quick (an hour and a half)
 
 test-fast: $(VENV)/.complete $(APP_VENV)/.complete ## Run the tests that need no host (less than two minutes)
 	@$(SIDE_BY_SIDE) test-unit test-app-fast lint
@@ -178,7 +178,7 @@ collection: $(VENV)/.complete $(RELEASE_VENV)/.complete ## Build the collection 
 	@ls -1 dist
 
 .PHONY: offline-packages
-molecule-offline: offline-packages
+molecule-offline_packages: offline-packages
 offline-packages: export ANSIBLE_INVENTORY = inventories/offline-packages
 offline-packages: $(VENV)/.complete ## Gather all packages for hosts without a network, in dist/offline-packages-debian13.tar
 	@testbed/install
