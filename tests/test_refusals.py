@@ -108,6 +108,12 @@ REFUSED = {
         ({"flower_port": "5555"}, "flower_port is '5555', not a whole number."),
         ({"flower_prot": 5555}, "flower_prot is not a variable of the role flower, did you mean flower_port?"),
     ],
+    "offline_packages": [
+        (
+            {"offline_packages_archive": "/nowhere.tar"},
+            "offline_packages_archive is '/nowhere.tar', which is not a file on the controller. `make offline-packages` writes it.",
+        ),
+    ],
     "ca_certificates": [
         ({"ca_certificates_files": ["/nowhere.crt"]}, "/nowhere.crt in ca_certificates_files is not a file on the controller."),
     ],
