@@ -98,7 +98,7 @@ test: lint test-unit $(APP_VENV)/.complete ## Run all tests
 	@tests/install
 	@$(SIDE_BY_SIDE) test-app $(addprefix molecule-,$(SCENARIOS))
 
-test-all: test molecule-cluster molecule-certificates molecule-projects-built bench-quick ## Run everything, and each benchmark with --quick (an hour and a half)
+test-all: test molecule-cluster molecule-certificates molecule-guests molecule-offline_packages molecule-projects-built bench-quick ## Run everything, and each benchmark with --quick (an hour and a half)
 
 test-fast: $(VENV)/.complete $(APP_VENV)/.complete ## Run the tests that need no host (less than two minutes)
 	@$(SIDE_BY_SIDE) test-unit test-app-fast lint
@@ -150,6 +150,46 @@ molecule-%: $(VENV)/.complete
 	@testbed/install
 	@molecule test --scenario-name $*
 
+# ---- Releases ----
+
+# The tools of a release are in an environment of their own, since no test needs them.
+RELEASE_VENV := .venv-release
+$(RELEASE_VENV)/.complete: requirements/release.txt
+	@$(PYTHON) -m venv $(RELEASE_VENV)
+	@$(RELEASE_VENV)/bin/python -m pip install --quiet --quiet --require-hashes --requirement $<
+	@touch $@
+
+# The packages that the roles install on hosts.
+DEPLOYED := app/requirements.txt roles/flower/files/requirements.txt roles/postgresql/files/requirements.txt roles/python_environment/files/uv.txt
+
+.PHONY: audit collection
+audit: $(RELEASE_VENV)/.complete ## Look for known vulnerabilities in all locks (needs a network)
+	@$(RELEASE_VENV)/bin/python requirements/audit.py
+
+collection: $(VENV)/.complete $(RELEASE_VENV)/.complete ## Build the collection and its bills of materials in dist/; SIGN=KEY signs it with this key of gpg
+	@rm -rf dist && mkdir dist
+	@ansible-galaxy collection build --output-path dist
+	@for lock in $(DEPLOYED); do \
+		name=$${lock%/files/requirements.txt}; name=$${name%.txt}; \
+		$(RELEASE_VENV)/bin/cyclonedx-py requirements --output-reproducible --output-file dist/$${name//\//-}.cdx.json $$lock; \
+	done
+	@$(if $(SIGN),tar --extract --to-stdout --file dist/*.tar.gz MANIFEST.json | \
+		gpg --local-user '$(SIGN)' --armor --detach-sign --output dist/MANIFEST.json.asc)
+	@ls -1 dist
+
+.PHONY: offline-packages
+molecule-offline_packages: offline-packages
+offline-packages: export ANSIBLE_INVENTORY = inventories/offline-packages
+offline-packages: $(VENV)/.complete ## Gather all packages for hosts without a network, in dist/offline-packages-debian13.tar
+	@testbed/install
+	@$(TESTBED) up --inventory $(ANSIBLE_INVENTORY)
+	@ansible-playbook playbooks/ops/create_secrets.yml
+	@ansible-playbook playbooks/ops/gather_offline_packages.yml
+	@$(TESTBED) down --inventory $(ANSIBLE_INVENTORY)
+	@rm -f $(ANSIBLE_INVENTORY)/group_vars/all/91-secrets.yml
+	@git archive --output dist/repository.tar.gz HEAD
+	@ls -sh dist
+
 # ---- Upkeep ----
 
 .PHONY: docs lock
@@ -159,6 +199,7 @@ docs: $(VENV)/.complete ## Generate the roles' READMEs from their argument specs
 LOCK := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header
 lock: ## Update the locks with uv to the newest versions that the requirements allow
 	$(LOCK) --upgrade requirements/controller.in --output-file requirements/controller.txt
+	$(LOCK) --upgrade requirements/release.in --output-file requirements/release.txt
 	$(LOCK) --upgrade roles/flower/files/requirements.in --output-file roles/flower/files/requirements.txt
 	$(LOCK) --upgrade roles/python_environment/files/uv.in --output-file roles/python_environment/files/uv.txt
 	$(LOCK) --upgrade roles/postgresql/files/requirements.in --output-file roles/postgresql/files/requirements.txt

@@ -18,8 +18,9 @@ GALAXY = {
     "RedHat": ("EL", {"9": "9", "10": "10"}),
     "MacOSX": ("macOS", {"14": "all", "15": "all", "26": "all", "27": "all"}),
 }
-# Roles that don't support macOS.
-WITHOUT_MACOS = ("certificates", "firewall", "nginx")
+# The platforms of roles that don't support all of them.
+LINUX = ("Debian", "Ubuntu", "EL")
+SUPPORTED = {"certificates": LINUX, "firewall": LINUX, "nginx": LINUX, "offline_packages": ("Debian", "Ubuntu")}
 BY_HAND = re.compile(r"<!-- Handwritten -->\n(.*?)\n<!-- End of the handwritten part -->", re.DOTALL)
 
 
@@ -86,7 +87,7 @@ def meta(role: Path) -> str:
     platforms = [
         {"name": name, "versions": list(dict.fromkeys(names[version] for version in versions[distribution]))}
         for distribution, (name, names) in GALAXY.items()
-        if not (name == "macOS" and role.name in WITHOUT_MACOS)
+        if name in SUPPORTED.get(role.name, GALAXY)
     ]
     info = {
         "author": galaxy["authors"][0],

@@ -22,7 +22,7 @@ WIRED = {
     "service_address": "localhost",
     "wiring_tls": False,
     "rabbitmq_listeners": ["127.0.0.1:5672"],
-    "wiring_broker_url": f"amqp://{MARK}",
+    "app_broker_url": f"amqp://{MARK}",
     "flower_broker_url": f"amqp://{MARK}",
     "flower_broker_api": "",
     "django_migrate": True,

@@ -108,6 +108,12 @@ REFUSED = {
         ({"flower_port": "5555"}, "flower_port is '5555', not a whole number."),
         ({"flower_prot": 5555}, "flower_prot is not a variable of the role flower, did you mean flower_port?"),
     ],
+    "offline_packages": [
+        (
+            {"offline_packages_archive": "/nowhere.tar"},
+            "offline_packages_archive is '/nowhere.tar', which is not a file on the controller. `make offline-packages` writes it.",
+        ),
+    ],
     "ca_certificates": [
         ({"ca_certificates_files": ["/nowhere.crt"]}, "/nowhere.crt in ca_certificates_files is not a file on the controller."),
     ],
@@ -771,6 +777,39 @@ NO_DATABASE = (
     "The application has no database: the group database has no host, and app_database_url is empty. Put a host into the group "
     "database, or set app_database_url to a server elsewhere, such as postgresql://user:password@host:5432/name."
 )
+
+
+NO_BROKER = (
+    "The application has no broker: the group broker has no host, and app_broker_url is empty. Put a host into the group broker, "
+    "or set app_broker_url to a broker elsewhere, such as amqps://user:password@host:5671/vhost."
+)
+
+
+@pytest.mark.parametrize("hosts", [None, {}], ids=["no group", "no host in it"])
+def test_inventory_without_a_broker_is_refused(tmp_path, hosts):
+    code, answer, output = playbook("-i", without_broker(tmp_path, hosts), "site.yml")
+    assert code == 2
+    assert [play["play"]["name"] for play in answer["plays"]] == ["Validate the variables"]
+    assert answer["plays"][0]["tasks"][-1]["hosts"]["app.invalid"]["msg"] == NO_BROKER, output
+
+
+def test_external_broker_needs_no_group(tmp_path):
+    elsewhere = f"amqps://shop:{MARK}@mq.example.org:5671/shop"
+    inventory = without_broker(tmp_path, None, app_broker_url=elsewhere, flower_broker_url=elsewhere)
+    code, _, output = playbook("-i", inventory, "playbooks/validate.yml")
+    assert code == 0, output
+    assert MARK not in output
+
+
+def without_broker(folder, hosts, **variables):
+    """An inventory with one application host, and either no group broker or one with the given hosts."""
+    folder = without_database(folder, {"database": {"hosts": {"app.invalid": None}}}, **variables)
+    inventory = json.loads((folder / "hosts.json").read_text())
+    groups = inventory["all"]["children"]
+    del groups["broker"]
+    groups.update({} if hosts is None else {"broker": {"hosts": hosts}})
+    (folder / "hosts.json").write_text(json.dumps(inventory))
+    return folder
 
 
 @pytest.mark.parametrize("groups", [{}, {"database": {"hosts": {}}}], ids=["no group", "no host in it"])

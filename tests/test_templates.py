@@ -19,7 +19,7 @@ WIRED = {
     "rabbitmq_listeners": ["127.0.0.1:5672"],
     "rabbitmq_nodes": [],
     "rabbitmq_distribution_address": "127.0.0.1",
-    "wiring_broker_url": f"amqp://{MARK}",
+    "app_broker_url": f"amqp://{MARK}",
     "flower_broker_url": f"amqp://{MARK}",
     "flower_broker_api": "",
     "django_migrate": True,

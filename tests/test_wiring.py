@@ -22,8 +22,7 @@ NAMES = (
     "flower_broker_url", "flower_broker_api", "flower_broker_ca_file", "rabbitmq_tls", "postgresql_tls",
     "rabbitmq_certificate_names", "rabbitmq_management_listener", "rabbitmq_nodes", "rabbitmq_distribution_address",
     "celery_beat", "django_migrate", "django_environment", "django_commands", "django_web_listen", "django_web_proxies",
-    "nginx_upstreams",
-    "nginx_static_directories", "nginx_server_names",
+    "nginx_upstreams", "nginx_static_directories", "nginx_server_names", "rabbitmq_vhosts", "rabbitmq_users",
 )  # fmt: skip
 
 
@@ -158,6 +157,36 @@ def test_each_setting_has_its_own_secret(many):
     assert environment["DATABASE_URL"] == f"postgresql://mailroom:{MARK}secretpostgresqlapppassword@mq1:5432/mailroom{tls}"
     stdin = json.loads(command["stdin"]) if isinstance(command["stdin"], str) else command["stdin"]
     assert stdin == {"username": "admin", "password": f"{MARK}secretappadminpassword", "api_key": f"{MARK}secretappapikey"}
+
+
+def test_application_uses_an_external_broker(tmp_path):
+    elsewhere, flower = "amqps://shop@mq.example.org/shop", "amqps://shop-flower@mq.example.org/shop"
+    groups = {name: hosts for name, hosts in MANY.items() if name != "broker"}
+    hosts = wired(tmp_path, groups, app_broker_url=elsewhere, flower_broker_url=flower)
+    assert {hosts[host]["django_environment"]["BROKER_URL"] for host in MANY["app"]} == {elsewhere}
+    assert (hosts["mq1"]["flower_broker_url"], hosts["mq1"]["flower_broker_api"]) == (flower, "")
+    assert {hosts[host]["django_environment"]["BROKER_CA_FILE"] for host in MANY["app"]} == {hosts["mq1"]["flower_broker_ca_file"]} == {""}
+    assert [rule["ports"] for rule in hosts["mq1"]["firewall_rules"]] == [[5432]]
+
+
+def test_broker_and_database_accept_a_guest(tmp_path):
+    guest = {"name": "shop", "broker_password": f"{MARK}1", "database_password": f"{MARK}2", "addresses": ["192.0.2.7"]}
+    (alone,) = wired(tmp_path, ONE, wiring_guests=[guest]).values()
+    assert alone["rabbitmq_tls"] and alone["postgresql_tls"]
+    assert alone["rabbitmq_listeners"] == ["0.0.0.0:5671"]
+    assert alone["postgresql_listen_addresses"] == ["*"]
+    assert alone["firewall_rules"] == [{"ports": [5671], "sources": ["192.0.2.7"]}, {"ports": [5432], "sources": ["192.0.2.7"]}]
+    clients = [(entry["user"], entry["address"]) for entry in alone["postgresql_clients"]]
+    assert clients == [("mailroom", "127.0.0.1"), ("shop", "127.0.0.1"), ("shop", "192.0.2.7")]
+    assert [entry["name"] for entry in alone["rabbitmq_vhosts"]] == ["mailroom", "shop"]
+    assert [entry["name"] for entry in alone["rabbitmq_users"]] == ["mailroom", "mailroom-flower", "shop"]
+
+
+def test_guest_on_the_same_host_opens_no_port(tmp_path):
+    guest = {"name": "shop", "broker_password": f"{MARK}1", "database_password": f"{MARK}2"}
+    (alone,) = wired(tmp_path, ONE, wiring_guests=[guest]).values()
+    assert (alone["rabbitmq_listeners"], alone["postgresql_listen_addresses"]) == (["127.0.0.1:5672"], ["localhost"])
+    assert alone["firewall_rules"] == []
 
 
 def test_application_uses_an_external_database(tmp_path):

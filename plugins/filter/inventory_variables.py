@@ -18,11 +18,11 @@ from ansible_collections.django_celery.stack.plugins.filter.role_variables impor
 from jinja2 import UndefinedError, pass_context
 
 COLLECTION = Path(__file__).resolve().parents[2]
-REQUIRED_GROUPS = ("broker", "app", "web", "workers")
-OPTIONAL_GROUPS = ("database", "flower", "proxy")
+REQUIRED_GROUPS = ("app", "web", "workers")
+OPTIONAL_GROUPS = ("broker", "database", "flower", "proxy")
 # The roles that validate.yml checks, by the inventory group on whose hosts they run.
 ROLES = {
-    "all": ("ca_certificates", "certificates", "firewall"),
+    "all": ("offline_packages", "ca_certificates", "certificates", "firewall"),
     "broker": ("erlang", "rabbitmq"),
     "database": ("postgresql",),
     "app": ("django",),
@@ -76,8 +76,8 @@ def group_errors(groups):
             sentences.append(f"The inventory has no group {name}.")
     if sentences:
         sentences.append(
-            f"Its groups are {', '.join(own) or 'none'}. Required are broker, and app with web and workers in it. "
-            "Optional are database, flower and proxy."
+            f"Its groups are {', '.join(own) or 'none'}. Required is app, with web and workers in it. "
+            "Optional are broker, database, flower and proxy."
         )
         return sentences
     for name in ("web", "workers"):
@@ -89,7 +89,7 @@ def group_errors(groups):
 def host_count_errors(host, groups, values):
     """Return errors for a number of hosts that a group can't have. Scenarios have environments of one host each."""
     sentences = []
-    brokers = groups["broker"]
+    brokers = groups.get("broker", [])
     if host in brokers and len(brokers) > 1 and values.get("wiring_brokers") != [host] and len(brokers) % 2 == 0:
         sentences.append(
             f"The group broker has the hosts {', '.join(brokers)}; allowed is one, three, or a larger odd number. A cluster of two "
