@@ -18,8 +18,8 @@ GALAXY = {
     "RedHat": ("EL", {"9": "9", "10": "10"}),
     "MacOSX": ("macOS", {"14": "all", "15": "all", "26": "all", "27": "all"}),
 }
-# Roles that don't support macOS.
-WITHOUT_MACOS = ("firewall", "nginx")
+# The platforms that a role does not support.
+UNSUPPORTED = {"firewall": {"macOS"}, "monitoring": {"EL", "macOS"}, "nginx": {"macOS"}}
 BY_HAND = re.compile(r"<!-- Handwritten -->\n(.*?)\n<!-- End of the handwritten part -->", re.DOTALL)
 
 
@@ -86,7 +86,7 @@ def meta(role: Path) -> str:
     platforms = [
         {"name": name, "versions": list(dict.fromkeys(names[version] for version in versions[distribution]))}
         for distribution, (name, names) in GALAXY.items()
-        if not (name == "macOS" and role.name in WITHOUT_MACOS)
+        if name not in UNSUPPORTED.get(role.name, ())
     ]
     info = {
         "author": galaxy["authors"][0],

@@ -21,7 +21,7 @@ from helpers import MARK, ROOT, common_variables, playbook, wiring
 from jinja2 import UndefinedError
 
 GROUPS = {name: ["a"] for name in ("all", "ungrouped", "broker", "app", "web", "workers", "flower", "database", "proxy")}
-EXPECTED = "Required are broker, and app with web and workers in it. Optional are database, flower and proxy."
+EXPECTED = "Required are broker, and app with web and workers in it. Optional are database, flower, proxy and monitoring."
 
 
 def without(*names, **more):
