@@ -118,8 +118,8 @@ def monitoring_errors(host, groups, values):
         )
     if set(monitors) - {host} and values.get("firewall_enabled") is not True:
         sentences.append(
-            f"firewall_enabled is false, and the group monitoring has {', '.join(monitors)}; allowed is true if the monitoring is on "
-            "another host, because metrics without a login are then open to the network."
+            f"firewall_enabled is false, and the group monitoring has {', '.join(monitors)}; allowed is true if the monitoring is "
+            "on another host, because metrics without a login are then open to the network."
         )
     return sentences
 

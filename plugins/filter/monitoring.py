@@ -9,6 +9,7 @@ import yaml
 
 MAIL_PORTS = {"smtp": 25, "smtp+tls": 587, "smtp+ssl": 465}
 
+
 def scrapes(layers, groups, addresses, here=""):
     """Return the entries of `monitoring_scrapes` for the layers that have hosts.
 
