@@ -101,20 +101,31 @@ def test_daemons_are_sandboxed(exposure, on, host):
     assert float(score.split("level for ")[1].split()[1]) < 2.5, score
 
 
+# Posts an email on the host itself, since only the monitoring host reaches the web service.
+POST = """
+import json, sys, urllib.request
+body, headers = json.dumps({"subject": "test", "text": "Hello.", "to": ["one@example.net"]}), json.loads(sys.argv[1])
+print(urllib.request.urlopen(urllib.request.Request("http://127.0.0.1:8000/api/emails", body.encode(), headers)).read().decode())
+"""
+
+
 @pytest.fixture(scope="module")
-def traffic(host, variables):
-    """Sends an email, so that all counters have values."""
+def post_email(host, variables):
+    """Posts an email on the site's host; returns its id."""
     web = host.get_host("ansible://site1")
-    key = variables["secret_app_api_key"]
-    body = json.dumps({"subject": "test", "text": "Hello.", "to": ["one@example.net"]})
-    command = f"curl -sSf -H 'Authorization: Bearer {key}' -H 'Content-Type: application/json' -d '{body}' http://127.0.0.1:8000/api/emails"
+    headers = {"Authorization": f"Bearer {variables['secret_app_api_key']}", "Content-Type": "application/json"}
+    return lambda: json.loads(web.check_output("python3 -c %s %s", POST, json.dumps(headers)))["id"]
+
+
+@pytest.fixture(scope="module")
+def traffic(host, post_email):
+    """Sends an email and writes the metric of a backup, so that all metrics have values."""
+    web = host.get_host("ansible://site1")
     with web.sudo():
-        web.check_output("mkdir -p /var/lib/prometheus/node-exporter")
         now = web.check_output("date +%s")
-        web.check_output(
-            f"echo 'backup_last_success_timestamp_seconds{{kind=\"postgresql\"}} {now}' >/var/lib/prometheus/node-exporter/backup.prom"
-        )
-    assert '"id"' in web.check_output(command)
+        metric = f'backup_last_success_timestamp_seconds{{kind="postgresql"}} {now}'
+        web.check_output("echo %s >/var/lib/prometheus/node-exporter/backup.prom", metric)
+    post_email()
 
 
 @pytest.mark.parametrize("file", ["roles/monitoring/files/rules.yml", "app/alerts.yml"])
@@ -123,7 +134,9 @@ def test_metrics_of_the_rules_exist(traffic, query, eventually, file):
     assert rules
 
     def missing():
-        found = {selector for rule in rules for selector in METRIC.findall(rule["expr"]) if not query(re.sub(r" == \d+", "", selector))}
+        found = {
+            selector for rule in rules for selector in METRIC.findall(rule["expr"]) if not query(re.sub(r" == \d+", "", selector))
+        }
         return {selector for selector in found if selector.partition("{")[0] not in WITHOUT_DATA}
 
     eventually(lambda: missing() == set() or pytest.fail(f"no data: {missing()}"), seconds=60)
@@ -149,11 +162,7 @@ def test_alert_of_a_stopped_service_arrives_and_is_resolved(host, on, inbox, eve
         with host.sudo():
             lines = host.check_output("cat /var/tmp/alerts.jsonl 2>/dev/null || true").splitlines()
         alerts = [alert for line in lines for alert in json.loads(line)["alerts"]]
-        return [
-            alert
-            for alert in alerts
-            if alert["status"] == status and alert["labels"].get("name") == "mailroom-relay.service"
-        ]
+        return [alert for alert in alerts if alert["status"] == status and alert["labels"].get("name") == "mailroom-relay.service"]
 
     on("site1", "systemctl stop mailroom-relay")
     try:
@@ -191,7 +200,9 @@ def test_second_environment_uses_the_existing_prometheus(host, run_playbook, que
     assert done.returncode == 0, done.stdout
     with host.sudo():
         host.check_output("systemctl reload prometheus")
-        eventually(lambda: {each["metric"]["job"] for each in query('up{app="other"} == 1')} == JOBS - {"prometheus", "alertmanager"})
+        eventually(
+            lambda: {each["metric"]["job"] for each in query('up{app="other"} == 1')} == JOBS - {"prometheus", "alertmanager"}
+        )
         host.check_output("rm /etc/prometheus/*/other.yml /etc/prometheus/tokens/other-*; systemctl reload prometheus")
 
 
@@ -199,3 +210,21 @@ def test_monitoring_runs_after_a_reboot(host, all_up, reboot, eventually):
     reboot()
     eventually(lambda: host.service("prometheus").is_running)
     eventually(all_up, seconds=90)
+
+
+def test_log_of_one_email_is_in_the_order_of_time(post_email, run_playbook, eventually):
+    """The web service and the worker log the email's id."""
+    email = post_email()
+    units = ["mailroom-web", "mailroom-worker@mail"]
+
+    def found():
+        done = run_playbook("playbooks/ops/email_log.yml", "--limit", "all", email=email)
+        assert done.returncode == 0 and "changed=0 " in done.stdout, done.stdout + done.stderr
+        lines = re.findall(rf"(\S+\+00:00) site1 (\S+): .*{email}", done.stdout)
+        assert [time for time, _ in lines] == sorted(time for time, _ in lines)
+        assert list(dict.fromkeys(unit for _, unit in lines)) == units, done.stdout
+        return True
+
+    eventually(found)
+    done = run_playbook("playbooks/ops/email_log.yml", "--limit", "all", email="1 or 2")
+    assert done.returncode == 2 and "email is '1 or 2'; allowed is the id of an email" in done.stdout
