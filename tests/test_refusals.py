@@ -563,6 +563,8 @@ REFUSED |= {
             {"monitoring_retention_size": "5 GB"},
             "monitoring_retention_size is '5 GB'; allowed are sizes such as 500MB or 5GB.",
         ),
+        ({"monitoring_journal_size": "2 GB"}, "monitoring_journal_size is '2 GB'; allowed are sizes such as 500M or 2G."),
+        ({"monitoring_journal_days": 0}, "monitoring_journal_days is 0; allowed is 1 or more."),
         ({"monitoring_rules": ["/nowhere.yml"]}, "/nowhere.yml in monitoring_rules is not a file on the controller."),
         (
             {"monitoring_alert_emails": ["me"], "monitoring_alert_sender": "a@example.org"},

@@ -212,6 +212,15 @@ def test_monitoring_runs_after_a_reboot(host, all_up, reboot, eventually):
     eventually(all_up, seconds=90)
 
 
+def test_journal_is_limited_and_kept_on_disk(on, host):
+    for name in ("mon1", "site1"):
+        assert "MaxRetentionSec=3day" in on(name, "systemd-analyze cat-config systemd/journald.conf"), name
+    # Random text, because journald compresses its files.
+    on("mon1", "head -c 90M /dev/urandom | base64 --wrap=40000 | systemd-cat --identifier=filler; journalctl --sync")
+    size = on("mon1", "du --summarize --bytes /var/log/journal | cut -f 1")
+    assert 20e6 < int(size) < 64 * 2**20
+
+
 def test_log_of_one_email_is_in_the_order_of_time(post_email, run_playbook, eventually):
     """The web service and the worker log the email's id."""
     email = post_email()
