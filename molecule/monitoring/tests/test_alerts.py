@@ -51,24 +51,24 @@ HEALTHY = {
     f"rabbitmq_process_max_fds{{{HOST}}}": steady(65536),
     f"rabbitmq_disk_space_available_bytes{{{HOST}}}": steady(50e9),
     f"rabbitmq_disk_space_available_limit_bytes{{{HOST}}}": steady(2e9),
+    f"rabbitmq_unreachable_cluster_peers_count{{{HOST}}}": steady(0),
     **{
-        f'erlang_vm_dist_node_state{{app="shop",instance="mq{one}",peer="rabbit@mq{other}"}}': steady(3)
-        for one in (1, 2, 3)
-        for other in (1, 2, 3)
-        if one != other
+        f'rabbitmq_identity_info{{app="shop",instance="mq{number}",rabbitmq_cluster_permanent_id="id1"}}': steady(1)
+        for number in (1, 2, 3)
     },
     **{
         f'rabbitmq_build_info{{app="shop",instance="mq{number}",rabbitmq_version="4.0.5",erlang_version="27.3"}}': steady(1)
         for number in (1, 2, 3)
     },
     f"rabbitmq_connections_opened_total{{{HOST}}}": growing(0, 30),
-    f'rabbitmq_global_messages_unroutable_dropped_total{{{HOST},protocol="amqp091"}}': steady(7),
     f'rabbitmq_global_messages_unroutable_returned_total{{{HOST},protocol="amqp091"}}': steady(7),
     f"rabbitmq_detailed_queue_messages_ready{{{QUEUE}}}": steady(5000),
     f"rabbitmq_detailed_queue_messages_unacked{{{QUEUE}}}": steady(5000),
     f"rabbitmq_detailed_queue_messages{{{QUEUE}}}": steady(10000),
     f"rabbitmq_detailed_queue_consumers{{{QUEUE}}}": steady(4),
-    # The queue of dead messages has no consumer.
+    # Queues without consumers by design.
+    f'rabbitmq_detailed_queue_messages{{{HOST},vhost="shop",queue="celery_delayed_9"}}': steady(3),
+    f'rabbitmq_detailed_queue_consumers{{{HOST},vhost="shop",queue="celery_delayed_9"}}': steady(0),
     f'rabbitmq_detailed_queue_messages{{{HOST},vhost="shop",queue="mail.dead.v1"}}': steady(0),
     f'rabbitmq_detailed_queue_consumers{{{HOST},vhost="shop",queue="mail.dead.v1"}}': steady(0),
     **{
@@ -117,11 +117,19 @@ CASES = {
     "WorkerMissing": (300, {of("flower_worker_online"): steady(0)}),
     "TasksFail": (300, {of("flower_events_total", "failed"): growing(0, 2)}),
     "MonitoringDown": (300, {of("up", '"prometheus"'): steady(0)}),
+    "RabbitMQNodeDown": (300, {of("up", "mq3"): steady(0)}),
     "RabbitMQMemoryAlarm": (300, {of("rabbitmq_alarms_memory_used_watermark"): steady(1)}),
     "RabbitMQDiskAlarm": (300, {of("rabbitmq_alarms_free_disk_space_watermark"): steady(1)}),
     "RabbitMQFileDescriptors": (300, {of("rabbitmq_process_open_fds"): steady(60000)}),
     "RabbitMQDiskFullSoon": (400, {of("rabbitmq_disk_space_available_bytes"): growing(19e9, -2e7)}),
-    "RabbitMQLinksMissing": (300, {of("erlang_vm_dist_node_state", 'mq1",peer="rabbit@mq2'): steady(1)}),
+    "RabbitMQLinksMissing": (300, {of("rabbitmq_unreachable_cluster_peers_count"): steady(1)}),
+    "RabbitMQSeparateClusters": (
+        300,
+        {
+            of("rabbitmq_identity_info", "mq3"): "stale",
+            'rabbitmq_identity_info{app="shop",instance="mq3",rabbitmq_cluster_permanent_id="id2"}': steady(1),
+        },
+    ),
     "RabbitMQVersionsDiffer": (
         300,
         {
@@ -130,7 +138,7 @@ CASES = {
         },
     ),
     "RabbitMQConnectionChurn": (300, {of("rabbitmq_connections_opened_total"): growing(0, 300)}),
-    "RabbitMQUnroutableMessages": (300, {of("rabbitmq_global_messages_unroutable_dropped_total"): "7x295 8x300"}),
+    "RabbitMQUnroutableMessages": (300, {of("rabbitmq_global_messages_unroutable_returned_total"): "7x295 8x300"}),
     "RabbitMQQueueGrows": (300, {of("rabbitmq_detailed_queue_messages_ready"): growing(1000, 10)}),
     "RabbitMQUnackedGrows": (300, {of("rabbitmq_detailed_queue_messages_unacked"): growing(1000, 10)}),
     "RabbitMQQueueWithoutConsumers": (300, {of("rabbitmq_detailed_queue_consumers", "mail.v1"): steady(0)}),
@@ -146,17 +154,8 @@ CASES = {
     "EmailsRepublished": (300, {of("mailroom_republished_total"): "9x290 10x300"}),
     "MessagesDeadLettered": (300, {of("rabbitmq_detailed_queue_messages", "dead"): steady(1)}),
 }
-# Alerts that only fire together with others.
+# An alert that only fires together with another.
 TOGETHER = {
-    # The links of the lost node are lost too.
-    "RabbitMQNodeDown": (
-        300,
-        {
-            of("up", "mq3"): steady(0),
-            **{series: "stale" for series in HEALTHY if series.startswith("erlang_vm_dist_node_state") and "mq3" in series},
-        },
-        [],
-    ),
     "RabbitMQQueueWithoutQuorum": (
         300,
         {of("rabbitmq_detailed_raft_term_total", name): "stale" for name in ("mq2", "mq3")},
