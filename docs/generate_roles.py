@@ -18,9 +18,14 @@ GALAXY = {
     "RedHat": ("EL", {"9": "9", "10": "10"}),
     "MacOSX": ("macOS", {"14": "all", "15": "all", "26": "all", "27": "all"}),
 }
-# The platforms of roles that don't support all of them.
-LINUX = ("Debian", "Ubuntu", "EL")
-SUPPORTED = {"certificates": LINUX, "firewall": LINUX, "nginx": LINUX, "offline_packages": ("Debian", "Ubuntu")}
+# The platforms that a role does not support.
+UNSUPPORTED = {
+    "certificates": {"macOS"},
+    "firewall": {"macOS"},
+    "monitoring": {"EL", "macOS"},
+    "nginx": {"macOS"},
+    "offline_packages": {"EL", "macOS"},
+}
 BY_HAND = re.compile(r"<!-- Handwritten -->\n(.*?)\n<!-- End of the handwritten part -->", re.DOTALL)
 
 
@@ -87,7 +92,7 @@ def meta(role: Path) -> str:
     platforms = [
         {"name": name, "versions": list(dict.fromkeys(names[version] for version in versions[distribution]))}
         for distribution, (name, names) in GALAXY.items()
-        if name in SUPPORTED.get(role.name, GALAXY)
+        if name not in UNSUPPORTED.get(role.name, ())
     ]
     info = {
         "author": galaxy["authors"][0],

@@ -15,13 +15,14 @@ from ansible_collections.django_celery.stack.plugins.filter.inventory_variables 
     distance,
     group_errors,
     host_count_errors,
+    monitoring_errors,
     url_error,
 )
 from helpers import MARK, ROOT, common_variables, playbook, wiring
 from jinja2 import UndefinedError
 
 GROUPS = {name: ["a"] for name in ("all", "ungrouped", "broker", "app", "web", "workers", "flower", "database", "proxy")}
-EXPECTED = "Required is app, with web and workers in it. Optional are broker, database, flower and proxy."
+EXPECTED = "Required is app, with web and workers in it. Optional are broker, database, flower, proxy and monitoring."
 
 
 def without(*names, **more):
@@ -101,6 +102,51 @@ def test_even_number_of_brokers_is_refused_unless_each_is_a_separate_environment
         "stops if it loses either broker, and four can lose no more brokers than three can."
     )
     assert host_count_errors("mq0", {"broker": brokers}, {"wiring_brokers": ["mq0"]}) == []
+
+
+MONITORED = {"broker": ["a"], "monitoring": ["mon1"]}
+
+
+@pytest.mark.parametrize(
+    ("host", "groups", "values"),
+    [
+        ("a", {"broker": ["a"]}, {"host_platform": "macos"}),
+        ("a", {"broker": ["a"], "monitoring": ["a"]}, {"host_platform": "debian13"}),
+        ("mon1", MONITORED, {"host_platform": "debian13"}),
+        ("a", MONITORED, {"host_platform": "ubuntu2404", "firewall_enabled": True}),
+    ],
+)
+def test_monitoring_is_accepted(host, groups, values):
+    assert monitoring_errors(host, groups, values) == []
+
+
+@pytest.mark.parametrize(
+    ("host", "groups", "values", "sentence"),
+    [
+        (
+            "b",
+            {"monitoring": ["a", "b"]},
+            {"host_platform": "debian13", "firewall_enabled": True},
+            "The group monitoring has the hosts a, b; allowed is one.",
+        ),
+        (
+            "a",
+            MONITORED,
+            {"host_platform": "el9", "firewall_enabled": True},
+            "host_platform is 'el9', which does not package Prometheus' exporters, and the group monitoring has mon1; allowed with "
+            "monitoring are Debian and Ubuntu.",
+        ),
+        (
+            "a",
+            MONITORED,
+            {"host_platform": "debian13"},
+            "firewall_enabled is false, and the group monitoring has mon1; allowed is true if the monitoring is on another host, "
+            "because metrics without a login are then open to the network.",
+        ),
+    ],
+)
+def test_monitoring_that_would_fail_or_be_open_to_all_is_refused(host, groups, values, sentence):
+    assert monitoring_errors(host, groups, values) == [sentence]
 
 
 # Whole inventories

@@ -36,6 +36,7 @@ WORKER = {"name": "mail", "queues": ["mail.v1"]}
 PROCESS = {"name": "relay", "command": ["python", "manage.py", "relay"]}
 DATABASE_USER = {"name": "orders", "password": f"{MARK}orders"}
 NO_DATABASES = {"postgresql_databases": [], "postgresql_clients": []}
+SCRAPES = (("one", "web1"), ("two", "1:2:3"), ("three", "web1:8000"), ("four", "[::1]:8000"))
 TOPIC = {"vhost": "of-topics", "exchange": "e", "write": "", "read": ""}
 POLICY = {"name": "p", "vhost": "mailroom", "pattern": "^p", "definition": {}}
 
@@ -562,6 +563,76 @@ REFUSED |= {
         ({"nginx_hsts_max_age": -1}, "nginx_hsts_max_age is -1; allowed is 0 or more."),
     ],
 }
+REFUSED |= {
+    "monitoring types": [
+        (
+            {"monitoring_exporters": ["redis"]},
+            "monitoring_exporters[0] is 'redis'; allowed are node, postgresql.",
+        ),
+        (
+            {"monitoring_retention_day": 3},
+            "monitoring_retention_day is not a variable of the role monitoring, did you mean monitoring_retention_days?",
+        ),
+    ],
+    "monitoring": [
+        (
+            {"monitoring_name": "My Shop"},
+            "monitoring_name is 'My Shop'; allowed is a lower-case word of at most 24 letters, digits and hyphens.",
+        ),
+        (
+            {"monitoring_address": "localhost"},
+            "monitoring_address or monitoring_exporter_address is localhost; allowed are IPv4 addresses, also 0.0.0.0.",
+        ),
+        (
+            {"monitoring_units": ["a b", "c"]},
+            "monitoring_units has 'a b', 'c'; allowed are regular expressions without spaces.",
+        ),
+        (
+            {"monitoring_exporters": ["postgresql"], "monitoring_postgresql_url": f"postgresql://{MARK}"},
+            "monitoring_postgresql_url must begin with postgresql://user:password@, because monitoring_exporters has postgresql.",
+        ),
+        ({"monitoring_server": True, "monitoring_password": MARK[:11]}, "monitoring_password must have at least 12 characters."),
+        (
+            {"monitoring_scrapes": [{"job": name, "targets": [{"host": "a", "address": address}]} for name, address in SCRAPES]},
+            "monitoring_scrapes has the addresses web1, 1:2:3; allowed are addresses with ports, such as 192.0.2.10:9100.",
+        ),
+        (
+            {"monitoring_scrapes": [{"job": name, "targets": []} for name in ("one", "one")]},
+            "monitoring_scrapes has the jobs one, one; each job must be unique.",
+        ),
+        (
+            {"monitoring_scrape_interval": 0, "monitoring_retention_days": 7},
+            "monitoring_scrape_interval and monitoring_retention_days are 0 and 7; allowed is 1 or more.",
+        ),
+        (
+            {"monitoring_retention_size": "5 GB"},
+            "monitoring_retention_size is '5 GB'; allowed are sizes such as 500MB or 5GB.",
+        ),
+        ({"monitoring_journal_size": "2 GB"}, "monitoring_journal_size is '2 GB'; allowed are sizes such as 500M or 2G."),
+        ({"monitoring_journal_days": 0}, "monitoring_journal_days is 0; allowed is 1 or more."),
+        ({"monitoring_rules": ["/nowhere.yml"]}, "/nowhere.yml in monitoring_rules is not a file on the controller."),
+        (
+            {"monitoring_alert_emails": ["me"], "monitoring_alert_sender": "a@example.org"},
+            "monitoring_alert_emails has me; allowed are email addresses.",
+        ),
+        (
+            {"monitoring_alert_emails": ["a@example.org"], "monitoring_alert_sender": ""},
+            "monitoring_alert_sender is ''; allowed is an email address.",
+        ),
+        (
+            {
+                "monitoring_alert_emails": ["a@example.org"],
+                "monitoring_alert_sender": "a@example.org",
+                "monitoring_alert_mail_url": f"smtp+ssl://me:{MARK}@mail:2465",
+            },
+            "monitoring_alert_mail_url has the scheme smtp+ssl, which Alertmanager supports only at port 465; allowed is a",
+        ),
+        (
+            {"monitoring_alert_webhooks": [f"hooks/{MARK}"]},
+            "monitoring_alert_webhooks has a value that does not begin with http:// or https://.",
+        ),
+    ],
+}
 # The cases by host group: the variables of each case, and its warning.
 ACCEPTED = {
     "rabbitmq accepted": [
@@ -605,6 +676,11 @@ ACCEPTED = {
         ),
     ],
     "flower accepted": [({}, "")],
+    "monitoring accepted": [
+        ({}, ""),
+        ({"monitoring_server": True, "monitoring_install": False, "monitoring_password": ""}, ""),
+        ({"monitoring_alert_emails": ["a@example.org"], "monitoring_alert_sender": "b@example.org"}, ""),
+    ],
     "nginx accepted": [
         ({}, ""),
         ({"nginx_certificate": "/c.pem", "nginx_certificate_key": "/k.pem", "nginx_upstreams": ["/run/web.sock"]}, ""),

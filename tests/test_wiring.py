@@ -23,6 +23,8 @@ NAMES = (
     "rabbitmq_certificate_names", "rabbitmq_management_listener", "rabbitmq_nodes", "rabbitmq_distribution_address",
     "celery_beat", "django_migrate", "django_environment", "django_commands", "django_web_listen", "django_web_proxies",
     "nginx_upstreams", "nginx_static_directories", "nginx_server_names", "rabbitmq_vhosts", "rabbitmq_users",
+    "rabbitmq_prometheus_listener", "flower_address", "monitoring_server", "monitoring_exporters", "monitoring_exporter_address",
+    "monitoring_scrapes", "monitoring_units", "postgresql_users",
 )  # fmt: skip
 
 
@@ -234,3 +236,43 @@ def test_proxy_on_one_of_several_web_hosts_uses_its_loopback_and_the_other_host(
     assert hosts["web1"]["nginx_upstreams"] == ["127.0.0.1:8000", "web2:8000"]
     assert (hosts["web1"]["django_web_listen"], hosts["web2"]["django_web_listen"]) == (["127.0.0.1:8000"], ["0.0.0.0:8000"])
     assert hosts["web2"]["firewall_rules"] == [{"ports": [8000], "sources": ["web1"]}]
+
+
+def test_without_monitoring_nothing_is_installed_or_opened(many, one):
+    for values in (*many.values(), one):
+        assert not values["monitoring_server"] and values["monitoring_exporters"] == [] and values["monitoring_scrapes"] == []
+        assert values["rabbitmq_prometheus_listener"] == "127.0.0.1:15692"
+        assert values["flower_address"] == "127.0.0.1"
+        assert [user["name"] for user in values["postgresql_users"]] == ["mailroom"]
+
+
+def test_only_the_monitoring_host_reaches_the_metrics_of_the_others(tmp_path):
+    hosts = wired(tmp_path, MANY | {"monitoring": ["mon1"]})
+    opened = {host: values["firewall_rules"][-1:] for host, values in hosts.items()}
+    assert opened["mq1"] == [{"ports": [5555, 9100, 9187, 15692], "sources": ["mon1"]}]
+    assert opened["web1"] == [{"ports": [8000, 9100], "sources": ["mon1"]}]
+    assert opened["worker1"] == [{"ports": [9100], "sources": ["mon1"]}]
+    assert opened["mon1"] == []
+    everywhere = "0.0.0.0"  # noqa: S104 - a firewall closes the ports
+    assert hosts["mq1"]["rabbitmq_prometheus_listener"] == f"{everywhere}:15692"
+    assert hosts["web1"]["django_web_listen"] == [f"{everywhere}:8000"]
+    assert "web1" in hosts["web1"]["django_environment"]["ALLOWED_HOSTS"]
+    assert [host for host in hosts if hosts[host]["monitoring_server"]] == ["mon1"]
+    assert hosts["mq1"]["monitoring_exporters"] == ["node", "postgresql"]
+    assert hosts["mon1"]["monitoring_exporters"] == ["node"]
+    assert hosts["mon1"]["monitoring_exporter_address"] == "127.0.0.1"
+    scraped = {entry["job"]: [target["address"] for target in entry["targets"]] for entry in hosts["mon1"]["monitoring_scrapes"]}
+    assert scraped["app"] == ["web1:8000"]
+    assert scraped["rabbitmq"] == scraped["rabbitmq-queues"] == ["mq1:15692"]
+    assert scraped["node"] == ["127.0.0.1:9100", "mq1:9100", "web1:9100", *(f"{worker}:9100" for worker in WORKERS)]
+    assert "mailroom-relay[.]service" in hosts["web1"]["monitoring_units"]
+
+
+def test_monitoring_on_the_only_host_opens_nothing(tmp_path):
+    hosts = wired(tmp_path, ONE | {"monitoring": ["host1"]}, wiring_monitoring_clients=["192.0.2.0/24"])
+    assert hosts["host1"]["firewall_rules"] == [{"ports": [9090, 9093], "sources": ["192.0.2.0/24"]}]
+    assert hosts["host1"]["django_web_listen"] == ["127.0.0.1:8000"]
+    assert hosts["host1"]["monitoring_exporter_address"] == "127.0.0.1"
+    assert {target["address"] for entry in hosts["host1"]["monitoring_scrapes"] for target in entry["targets"]} == {
+        f"127.0.0.1:{port}" for port in (5555, 8000, 9100, 9187, 15692)
+    }

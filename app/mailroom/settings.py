@@ -141,8 +141,8 @@ STORAGES = {
 HTTPS_ONLY = boolean("HTTPS_ONLY", not DEBUG)
 SECURE_SSL_REDIRECT = SESSION_COOKIE_SECURE = CSRF_COOKIE_SECURE = HTTPS_ONLY
 SECURE_HSTS_SECONDS = 30 * 86400 if HTTPS_ONLY else 0
-# Probes use plain HTTP from the same machine.
-SECURE_REDIRECT_EXEMPT = [r"^healthz$"]
+# Probes use plain HTTP from the same machine, and Prometheus from the monitoring host.
+SECURE_REDIRECT_EXEMPT = [r"^healthz$", r"^metrics$"]
 # includeSubDomains and preload are not set, because other hosts of the domain may lack HTTPS.
 SILENCED_SYSTEM_CHECKS = ["security.W005", "security.W021"]
 

@@ -19,10 +19,10 @@ from jinja2 import UndefinedError, pass_context
 
 COLLECTION = Path(__file__).resolve().parents[2]
 REQUIRED_GROUPS = ("app", "web", "workers")
-OPTIONAL_GROUPS = ("broker", "database", "flower", "proxy")
+OPTIONAL_GROUPS = ("broker", "database", "flower", "proxy", "monitoring")
 # The roles that validate.yml checks, by the inventory group on whose hosts they run.
 ROLES = {
-    "all": ("offline_packages", "ca_certificates", "certificates", "firewall"),
+    "all": ("offline_packages", "ca_certificates", "certificates", "firewall", "monitoring"),
     "broker": ("erlang", "rabbitmq"),
     "database": ("postgresql",),
     "app": ("django",),
@@ -77,7 +77,7 @@ def group_errors(groups):
     if sentences:
         sentences.append(
             f"Its groups are {', '.join(own) or 'none'}. Required is app, with web and workers in it. "
-            "Optional are broker, database, flower and proxy."
+            "Optional are broker, database, flower, proxy and monitoring."
         )
         return sentences
     for name in ("web", "workers"):
@@ -100,6 +100,26 @@ def host_count_errors(host, groups, values):
         sentences.append(
             f"The group database has the hosts {', '.join(databases)}; allowed is one, or several if each host is a separate "
             "environment, with wiring_database set to the host's name."
+        )
+    return sentences
+
+
+def monitoring_errors(host, groups, values):
+    """Return errors for a group monitoring that the environment can't have."""
+    monitors = groups.get("monitoring", [])
+    sentences = []
+    if host in monitors and len(monitors) > 1:
+        sentences.append(f"The group monitoring has the hosts {', '.join(monitors)}; allowed is one.")
+    platform = values.get("host_platform", "")
+    if monitors and platform.startswith(("el", "macos")):
+        sentences.append(
+            f"host_platform is '{platform}', which does not package Prometheus' exporters, and the group monitoring has "
+            f"{', '.join(monitors)}; allowed with monitoring are Debian and Ubuntu."
+        )
+    if set(monitors) - {host} and values.get("firewall_enabled") is not True:
+        sentences.append(
+            f"firewall_enabled is false, and the group monitoring has {', '.join(monitors)}; allowed is true if the monitoring is "
+            "on another host, because metrics without a login are then open to the network."
         )
     return sentences
 
@@ -291,7 +311,9 @@ def inventory_errors(context, names):
         group_errors(groups)
         or common_variable_errors(values, context.resolve("inventory_dir"), context.resolve("ansible_inventory_sources"))
         or layer_variable_errors(values, group_names)
-        or host_count_errors(host, groups, values) + (distribution_errors(values) if "broker" in group_names else [])
+        or host_count_errors(host, groups, values)
+        + monitoring_errors(host, groups, values)
+        + (distribution_errors(values) if "broker" in group_names else [])
     )
 
 
