@@ -74,7 +74,7 @@ sandbox-down cluster-down:
 OPTION = $(if $(filter command,$(origin $(1))),--$(2) '$($(1))')
 .PHONY: environment
 environment: $(VENV)/.complete ## Create inventories/NAME with encrypted secrets. At a terminal, it asks for HOST or HOSTS, DOMAIN, MAIL and PLATFORM
-	@$(VENV)/bin/python inventories/create_environment.py $(call OPTION,NAME,name) $(call OPTION,HOST,host) $(call OPTION,HOSTS,hosts) \
+	@$(VENV)/bin/python scripts/create_environment.py $(call OPTION,NAME,name) $(call OPTION,HOST,host) $(call OPTION,HOSTS,hosts) \
 		$(call OPTION,TOPOLOGY,topology) $(call OPTION,DOMAIN,domain) $(call OPTION,MAIL,mail) $(call OPTION,PLATFORM,platform)
 
 .PHONY: verify
