@@ -84,6 +84,11 @@ verify: $(VENV)/.complete ## Run the tests of the scenario `site` that only read
 	@pytest --hosts=ansible://web -m verify_web molecule/site/tests
 	@pytest --hosts=ansible://flower -m verify_flower molecule/site/tests
 
+.PHONY: status
+status: $(VENV)/.complete ## Report the status of inventories/ENV, also as an HTML page. JSON=1 prints JSON; DRIFT=1 also runs site.yml in check mode
+	@test -n '$(ENV)' || { echo 'ENV is missing: make status ENV=staging'; exit 1; }
+	@$(VENV)/bin/python scripts/status.py --env '$(ENV)' $(if $(JSON),--json) $(if $(DRIFT),--drift)
+
 # ---- The application without Ansible ----
 
 .PHONY: app
