@@ -21,7 +21,7 @@ NAMES = (
     "postgresql_clients", "firewall_rules", "rabbitmq_listeners", "postgresql_listen_addresses", "wiring_broker_url",
     "flower_broker_url", "flower_broker_api", "rabbitmq_nodes", "rabbitmq_distribution_address", "celery_beat", "django_migrate",
     "django_environment", "django_commands", "django_web_listen", "django_web_proxies", "nginx_upstreams",
-    "nginx_static_directories", "nginx_server_names",
+    "nginx_static_directories", "nginx_server_names", "celery_workers",
 )  # fmt: skip
 
 
@@ -56,6 +56,15 @@ def test_lists_of_hosts_have_the_same_order_in_each_run(tmp_path):
     first, second = (wired(tmp_path, MANY, seed)["mq1"] for seed in ("1", "2"))
     assert first == second
     assert [client["address"] for client in first["postgresql_clients"]] == ["127.0.0.1", *sorted(["web1", *WORKERS])]
+
+
+def test_concurrency_of_a_worker_changes_without_the_list_of_workers(one, tmp_path):
+    assert [(worker["name"], worker["concurrency"]) for worker in one["celery_workers"]] == [("mail", 4), ("maintenance", 1)]
+    (changed,) = wired(tmp_path, ONE, app_mail_concurrency=8).values()
+    assert [worker["concurrency"] for worker in changed["celery_workers"]] == [8, 1]
+    assert [{**worker, "concurrency": 0} for worker in changed["celery_workers"]] == [
+        {**worker, "concurrency": 0} for worker in one["celery_workers"]
+    ]
 
 
 def test_one_host_listens_on_the_loopback_only(one):
