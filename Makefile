@@ -74,7 +74,7 @@ sandbox-down cluster-down:
 OPTION = $(if $(filter command,$(origin $(1))),--$(2) '$($(1))')
 .PHONY: environment
 environment: $(VENV)/.complete ## Create inventories/NAME with encrypted secrets. At a terminal, it asks for HOST or HOSTS, DOMAIN, MAIL and PLATFORM
-	@$(VENV)/bin/python inventories/create_environment.py $(call OPTION,NAME,name) $(call OPTION,HOST,host) $(call OPTION,HOSTS,hosts) \
+	@$(VENV)/bin/python scripts/create_environment.py $(call OPTION,NAME,name) $(call OPTION,HOST,host) $(call OPTION,HOSTS,hosts) \
 		$(call OPTION,TOPOLOGY,topology) $(call OPTION,DOMAIN,domain) $(call OPTION,MAIL,mail) $(call OPTION,PLATFORM,platform)
 
 .PHONY: verify
@@ -83,6 +83,11 @@ verify: $(VENV)/.complete ## Run the tests of the scenario `site` that only read
 	@test -n '$(ENV)' || { echo 'ENV is missing: make verify ENV=staging'; exit 1; }
 	@pytest --hosts=ansible://web -m verify_web molecule/site/tests
 	@pytest --hosts=ansible://flower -m verify_flower molecule/site/tests
+
+.PHONY: status
+status: $(VENV)/.complete ## Report the status of inventories/ENV, also as an HTML page. JSON=1 prints JSON; DRIFT=1 also runs site.yml in check mode
+	@test -n '$(ENV)' || { echo 'ENV is missing: make status ENV=staging'; exit 1; }
+	@$(VENV)/bin/python scripts/status.py --env '$(ENV)' $(if $(JSON),--json) $(if $(DRIFT),--drift)
 
 # ---- The application without Ansible ----
 
@@ -98,7 +103,7 @@ test: lint test-unit $(APP_VENV)/.complete ## Run all tests
 	@tests/install
 	@$(SIDE_BY_SIDE) test-app $(addprefix molecule-,$(SCENARIOS))
 
-test-all: test molecule-cluster molecule-certificates molecule-guests molecule-monitoring molecule-offline_packages molecule-projects-built bench-quick ## Run everything, and each benchmark with --quick (an hour and a half)
+test-all: test molecule-cluster molecule-certificates molecule-guests molecule-monitoring molecule-offline_packages molecule-operations molecule-projects-built bench-quick ## Run everything, and each benchmark with --quick (an hour and a half)
 
 test-fast: $(VENV)/.complete $(APP_VENV)/.complete ## Run the tests that need no host (less than two minutes)
 	@$(SIDE_BY_SIDE) test-unit test-app-fast lint

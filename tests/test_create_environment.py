@@ -15,7 +15,7 @@ from ansible.parsing.dataloader import DataLoader
 from ansible.parsing.vault import VaultLib, VaultSecret
 from helpers import ROOT, load, wiring
 
-program = load("inventories/create_environment.py")
+program = load("scripts/create_environment.py")
 SPLIT = (
     "broker=mq1.example.com database=db1.example.com web=w1.example.com,w2.example.com workers=admin@k1:2222 flower=mq1.example.com"
 )
@@ -28,7 +28,7 @@ def create(tmp_path):
     def run(*arguments):
         words = ["--inventories", tmp_path / "inventories", "--passwords", tmp_path / "passwords", *arguments]
         done = subprocess.run(
-            [sys.executable, ROOT / "inventories/create_environment.py", *words],
+            [sys.executable, ROOT / "scripts/create_environment.py", *words],
             cwd=tmp_path,
             stdin=subprocess.DEVNULL,
             capture_output=True,

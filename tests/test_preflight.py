@@ -8,17 +8,20 @@ import os
 import re
 import smtplib
 import socket
+import subprocess
+import sys
 import threading
 import time
 from types import SimpleNamespace
+from urllib.parse import urlsplit
 
 import pytest
+from ansible.errors import AnsibleFilterError
 from ansible.module_utils.testing import patch_module_args
 from ansible_collections.django_celery.stack.plugins.filter import preflight as filters
 from ansible_collections.django_celery.stack.plugins.module_utils import preflight
 from ansible_collections.django_celery.stack.plugins.modules import preflight as module
 from helpers import executable, wiring
-from pip._internal.models.index import PyPI
 
 
 def only(found):
@@ -273,13 +276,23 @@ def options(groups, platform="debian13", **variables):
 def test_ports_of_each_layer_have_the_defaults_of_the_roles():
     found = options(["broker", "database", "app", "web", "workers", "flower"])["ports"]
     assert list(found) == ["5672", "15672", "15692", "4369", "25672", "5432", "8000", "5555"]
-    assert found["8000"] == r"mailroom-web\.(service|socket)"
+    assert found["8000"] == r"mailroom-web(-standby)?\.(service|socket)"
     assert options(["workers"])["ports"] == {}
 
 
 def test_ports_follow_the_variables():
     found = options(["web", "flower"], django_web_listen=["0.0.0.0:8001", "/run/web.sock", "[::1]:8002"], flower_port=5556)
     assert list(found["ports"]) == ["8001", "8002", "5556"]
+
+
+def test_default_package_index_is_the_one_that_pip_uses(monkeypatch):
+    debug = subprocess.run([sys.executable, "-m", "pip", "download", "--help"], capture_output=True, text=True, check=True).stdout
+    address = filters.default_package_index()
+    assert re.fullmatch(r"https://[^/\s]+/simple/", address) and urlsplit(address).hostname in debug
+    filters.default_package_index.cache_clear()
+    monkeypatch.setattr(subprocess, "run", lambda *words, **options: subprocess.CompletedProcess(words, 0, "no such option", ""))
+    with pytest.raises(AnsibleFilterError, match="Set host_package_index_url"):
+        filters.default_package_index()
 
 
 @pytest.mark.parametrize(
@@ -291,6 +304,7 @@ def test_ports_follow_the_variables():
         ("postgresql.service", "5432"),
         ("mailroom-web.socket", "8000"),
         ("nginx.service", "80"),
+        ("mailroom-web-standby.service", "8000"),
         ("nginx.service", "443"),
     ],
 )
@@ -302,7 +316,7 @@ def test_units_of_the_bundle_are_no_strangers(unit, port):
     ("groups", "platform", "variables", "urls"),
     [
         (["database"], "debian13", {}, []),
-        (["app"], "debian13", {}, [f"{PyPI.simple_url}/"]),
+        (["app"], "debian13", {}, [filters.default_package_index()]),
         (["flower"], "debian13", {"host_package_index_url": "https://mirror.example/"}, ["https://mirror.example/"]),
         (["broker"], "debian13", {}, []),
         (

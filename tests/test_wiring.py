@@ -24,7 +24,7 @@ NAMES = (
     "celery_beat", "django_migrate", "django_environment", "django_commands", "django_web_listen", "django_web_proxies",
     "nginx_upstreams", "nginx_static_directories", "nginx_server_names", "rabbitmq_vhosts", "rabbitmq_users",
     "rabbitmq_prometheus_listener", "flower_address", "monitoring_server", "monitoring_exporters", "monitoring_exporter_address",
-    "monitoring_scrapes", "monitoring_units", "postgresql_users",
+    "monitoring_scrapes", "monitoring_units", "postgresql_users", "celery_workers",
 )  # fmt: skip
 
 
@@ -59,6 +59,15 @@ def test_lists_of_hosts_have_the_same_order_in_each_run(tmp_path):
     first, second = (wired(tmp_path, MANY, seed)["mq1"] for seed in ("1", "2"))
     assert first == second
     assert [client["address"] for client in first["postgresql_clients"]] == ["127.0.0.1", *sorted(["web1", *WORKERS])]
+
+
+def test_concurrency_of_a_worker_changes_without_the_list_of_workers(one, tmp_path):
+    assert [(worker["name"], worker["concurrency"]) for worker in one["celery_workers"]] == [("mail", 4), ("maintenance", 1)]
+    (changed,) = wired(tmp_path, ONE, app_mail_concurrency=8).values()
+    assert [worker["concurrency"] for worker in changed["celery_workers"]] == [8, 1]
+    assert [{**worker, "concurrency": 0} for worker in changed["celery_workers"]] == [
+        {**worker, "concurrency": 0} for worker in one["celery_workers"]
+    ]
 
 
 def test_one_host_listens_on_the_loopback_only(one):

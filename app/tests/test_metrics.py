@@ -1,7 +1,10 @@
+import json
 from datetime import timedelta
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
+from django.core.management import call_command
 from django.utils import timezone
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -112,3 +115,37 @@ def test_metrics_require_the_token(client, settings):
     settings.EMAILS_METRICS_TOKEN = "a-token"
     for given in ("", "Bearer wrong", "a-token", "Bearer \u00fc"):
         assert client.get("/metrics", headers={"Authorization": given}).status_code == 401
+
+
+def test_email_status_reports_states_and_ages(accept, capsys):
+    def status() -> Any:
+        call_command("email_status")
+        return json.loads(capsys.readouterr().out)
+
+    assert status()["oldest_unsent_seconds"] == status()["needs_operator"] == 0
+    earlier = timezone.now() - timedelta(hours=2)
+    for state, due in (
+        (State.QUEUED, earlier),
+        (State.SENT, None),
+        (State.FAILED, None),
+        # A held delivery and a scheduled one are older, and don't wait for a worker.
+        (State.UNCERTAIN, None),
+        (State.SCHEDULED, timezone.now() + timedelta(hours=1)),
+    ):
+        accept().deliveries.update(state=state, due_at=due)
+    Email.objects.update(created_at=timezone.now() - timedelta(hours=20))
+    Email.objects.filter(deliveries__state=State.QUEUED).update(created_at=earlier)
+    accept()
+    found = status()
+    assert {state: number for state, number in found["states"].items() if number} == {
+        "queued": 2,
+        "sent": 1,
+        "failed": 1,
+        "uncertain": 1,
+        "scheduled": 1,
+    }
+    assert found["needs_operator"] == 2
+    assert 7200 <= found["oldest_unsent_seconds"] < 7260
+    assert 7200 <= found["oldest_due_seconds"] < 7260
+    Email.objects.update(created_at=timezone.now() - timedelta(hours=25))
+    assert set(status()["states"].values()) == {0}

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
+from functools import cache
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -11,7 +15,6 @@ from ansible.errors import AnsibleFilterError
 from ansible_collections.django_celery.stack.plugins.filter.platform import platform_family
 from ansible_collections.django_celery.stack.plugins.filter.role_variables import role_options
 from jinja2 import pass_context
-from pip._internal.models.index import PyPI
 
 ROLES = Path(__file__).resolve().parents[2] / "roles"
 MAIL_PORTS = {"smtp": 25, "smtp+tls": 587, "smtp+ssl": 465}
@@ -49,18 +52,30 @@ def host_ports(values, app, groups):
             r"rabbitmq-server\.service|epmd\.(service|socket)",
         ),
         "database": (values.ports("postgresql", "postgresql_port"), r"postgresql([@-].*)?\.service"),
-        "web": (values.ports("django", "django_web_listen"), rf"{app}-web\.(service|socket)"),
+        "web": (values.ports("django", "django_web_listen"), rf"{app}-web(-standby)?\.(service|socket)"),
         "flower": (values.ports("flower", "flower_port"), rf"{app}-flower\.service"),
         "proxy": (["80", "443"], r"nginx\.service"),
     }
     return {port: pattern for group, (ports, pattern) in layers.items() if group in groups for port in ports}
 
 
+@cache
+def default_package_index():
+    """Return the URL of pip's default package index. pip has no other public interface for it than its help."""
+    words = [sys.executable, "-m", "pip", "download", "--help"]
+    # A wide terminal, so that pip does not break the URL.
+    done = subprocess.run(words, env={**os.environ, "COLUMNS": "300"}, capture_output=True, text=True, check=True)
+    found = re.search(r"--index-url\b[^)]*\(default\s+([^)]+)\)", done.stdout)
+    if not found:
+        raise AnsibleFilterError("The help of pip names no default package index. Set host_package_index_url.")
+    return f"{found[1].rstrip('/')}/"
+
+
 def host_urls(values, platform, source, groups):
     """Return the URLs of the package index and of Team RabbitMQ's repositories, if the host needs them."""
     urls = []
     if {"app", "flower"} & set(groups):
-        urls.append(values.get("django", "host_package_index_url") or f"{PyPI.simple_url}/")
+        urls.append(values.get("django", "host_package_index_url") or default_package_index())
     for role in ("erlang", "rabbitmq") if "broker" in groups else ():
         wanted = values.get(role, f"{role}_source")
         if (source if wanted == "automatic" else wanted) == "team_rabbitmq":
