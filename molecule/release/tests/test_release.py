@@ -1,0 +1,82 @@
+"""Tests deployments and rollbacks on two web hosts behind a proxy, with the workers on another host."""
+
+from __future__ import annotations
+
+import pytest
+
+# The application imports and passes its checks. Its web service answers each request of one host, or of all hosts, with an error.
+UNHEALTHY = """
+import socket
+import sys
+
+MIDDLEWARE.insert(0, "mailroom.settings.broken")
+
+
+def broken(get_response):
+    fails = "gunicorn" in sys.modules and socket.gethostname() in HOSTS
+    return lambda request: 1 / 0 if fails else get_response(request)
+"""
+HOSTS = ("web1", "web2", "hub")
+WEB_HOSTS = HOSTS[:2]
+
+
+@pytest.fixture
+def run(run_playbook):
+    """Runs a playbook on all hosts; returns the finished process."""
+    return lambda playbook, *arguments, **variables: run_playbook(playbook, "--limit", "all", *arguments, **variables)
+
+
+@pytest.fixture
+def state(on):
+    """Returns the release, the environment and the start of the web service of a host."""
+    look = (
+        "readlink /opt/mailroom/current; sha256sum < /opt/mailroom/current/environment;"
+        " systemctl show --property ExecMainStartTimestampMonotonic --value mailroom-web.service"
+    )
+    return lambda name: on(name, look).split("\n")
+
+
+def flat(done):
+    """The output without Ansible's line breaks."""
+    return " ".join(done.stdout.split())
+
+
+def test_deployment_and_rollback_drop_no_request(run, state, project, traffic):
+    before = [state(name) for name in HOSTS]
+    with traffic(80) as (durations, errors):
+        done = run("playbooks/app.yml", django_source=project("mailroom/other.py", "# A release under load.\n"))
+        assert done.returncode == 0, done.stdout
+        deployed = [state(name) for name in HOSTS]
+        done = run("playbooks/ops/rollback.yml")
+        assert done.returncode == 0, done.stdout
+    assert len({release for release, *_ in deployed}) == 1
+    assert deployed[0][0] != before[0][0]
+    assert [state(name)[0] for name in HOSTS] == [release for release, *_ in before]
+    assert len(durations) > 100
+    assert (errors, max(durations) < 5) == ([], True), sorted(durations)[-10:]
+
+
+@pytest.mark.parametrize("host_name", WEB_HOSTS)
+def test_unhealthy_release_is_switched_back_on_all_hosts_and_gets_no_request(run, state, project, traffic, host_name):
+    before = [state(name) for name in HOSTS]
+    source = project("mailroom/settings.py", UNHEALTHY.replace("HOSTS", repr([host_name])))
+    with traffic(80) as (_, errors):
+        done = run("playbooks/app.yml", django_source=source)
+    assert done.returncode != 0
+    assert f"mailroom is not healthy on {host_name}: /healthz at 127.0.0.1:8000 returns 500" in flat(done)
+    assert [state(name)[:2] for name in HOSTS] == [[release, environment] for release, environment, _ in before]
+    assert errors == []
+    if host_name == "web1":
+        # The release of the first host never reaches the next one.
+        assert state("web2") == before[1]
+
+
+def test_environment_with_which_no_service_starts_reaches_only_the_first_host(run, state, traffic):
+    before = [state(name) for name in HOSTS]
+    with traffic(80) as (_, errors):
+        done = run("playbooks/app.yml", app_environment={"GUNICORN_CMD_ARGS": "--no-such-option"}, app_environment_names=[])
+    assert done.returncode != 0
+    assert "unrecognized arguments: --no-such-option" in done.stdout
+    assert [state(name)[:2] for name in HOSTS] == [[release, environment] for release, environment, _ in before]
+    assert state("web2") == before[1]
+    assert errors == []
