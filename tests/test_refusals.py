@@ -470,6 +470,10 @@ REFUSED |= {
             "as 127.0.0.1:8000, and paths of Unix sockets.",
         ),
         (
+            {"nginx_drain_directory": "run/shop; drained"},
+            "nginx_drain_directory is 'run/shop; drained'; allowed is an absolute path of letters, digits and . _ - / or an empty string.",
+        ),
+        (
             {"nginx_server_names": ["a.example.org", ".example.org", "*.example.org", "a; b"]},
             "nginx_server_names has *.example.org, a; b; allowed are host names, addresses, and domains such as .example.org.",
         ),

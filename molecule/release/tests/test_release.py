@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import requests
 
 # The application imports and passes its checks. Its web service answers each request of one host, or of all hosts, with an error.
 UNHEALTHY = """
@@ -80,3 +81,34 @@ def test_environment_with_which_no_service_starts_reaches_only_the_first_host(ru
     assert [state(name)[:2] for name in HOSTS] == [[release, environment] for release, environment, _ in before]
     assert state("web2") == before[1]
     assert errors == []
+
+
+def test_drained_host_gets_requests_only_if_no_other_responds(url, on):
+    """The deployment creates and removes this file."""
+    mark = "/run/mailroom-drained/web1:8000"
+
+    def served(count):
+        before = int(on("web1", "journalctl --unit mailroom-web --output cat | grep -c 'GET /healthz'"))
+        for _ in range(count):
+            assert requests.get(f"{url(80)}/healthz", timeout=10).status_code == 200
+        return int(on("web1", "journalctl --unit mailroom-web --output cat | grep -c 'GET /healthz'")) - before
+
+    assert served(10) > 0
+    on("hub", f"install -D /dev/null {mark}")
+    try:
+        assert served(10) == 0
+        on("web2", "systemctl stop mailroom-web.socket mailroom-web.service")
+        try:
+            assert served(10) == 10
+        finally:
+            on("web2", "systemctl start mailroom-web.socket mailroom-web.service")
+    finally:
+        on("hub", f"rm {mark}")
+
+
+def test_urls_in_responses_have_the_port_of_the_request(url, variables):
+    email = {"subject": "port", "text": "Hello.", "to": ["one@example.net"]}
+    headers = {"Authorization": f"Bearer {variables['secret_app_api_key']}"}
+    answer = requests.post(f"{url(80)}/api/emails", json=email, headers=headers, timeout=10)
+    assert answer.status_code == 202, answer.text
+    assert answer.json()["status_url"].startswith(f"{url(80)}/"), answer.json()
