@@ -112,3 +112,46 @@ def test_urls_in_responses_have_the_port_of_the_request(url, variables):
     answer = requests.post(f"{url(80)}/api/emails", json=email, headers=headers, timeout=10)
     assert answer.status_code == 202, answer.text
     assert answer.json()["status_url"].startswith(f"{url(80)}/"), answer.json()
+
+
+def worker_state(on):
+    """The starts of the workers and of beat, to see that they run without restarts."""
+    units = "mailroom-worker@mail mailroom-worker@maintenance mailroom-beat"
+    return on("hub", f"systemctl show --property ActiveState --property NRestarts --value {units} | xargs")
+
+
+# Beat ends after systemd considers it started. The worker runs, and does not answer a ping.
+BROKEN_WORKERS = {
+    "beat": """
+import sys
+import threading
+
+if "beat" in sys.argv:
+    threading.Timer(6, lambda: os._exit(3)).start()
+""",
+    "worker@mail": "\napp.conf.worker_enable_remote_control = False\n",
+}
+
+
+@pytest.mark.parametrize("unit", BROKEN_WORKERS)
+def test_release_whose_workers_do_not_work_is_taken_back_on_all_hosts(run, state, on, project, traffic, unit):
+    before = [state(name)[:2] for name in HOSTS]
+    with traffic(80) as (_, errors):
+        done = run("site.yml", "--tags", "django,celery", django_source=project("mailroom/celery.py", BROKEN_WORKERS[unit]))
+    assert done.returncode != 0
+    assert f"mailroom-{unit}" in flat(done).rpartition("PLAY RECAP")[0].rpartition("TASK [Report the cause]")[2]
+    for name, (release, _) in zip(HOSTS, before, strict=True):
+        assert f"Release {release.rsplit('/', 1)[1]} is active again on {name}" in flat(done)
+    assert [state(name)[:2] for name in HOSTS] == before
+    assert worker_state(on) == "active 0 active 0 active 0"
+    assert errors == []
+
+
+def test_environment_with_which_no_worker_answers_is_taken_back(run, state, on):
+    """The web service needs no broker."""
+    before = [state(name)[:2] for name in HOSTS]
+    done = run("site.yml", "--tags", "django,celery", wiring_broker_url="amqp://mailroom:wrong@127.0.0.1:5672/mailroom")
+    assert done.returncode != 0
+    assert "mailroom-worker@mail" in flat(done)
+    assert [state(name)[:2] for name in HOSTS] == before
+    assert worker_state(on) == "active 0 active 0 active 0"
