@@ -470,8 +470,8 @@ REFUSED |= {
             "as 127.0.0.1:8000, and paths of Unix sockets.",
         ),
         (
-            {"nginx_drain_directory": "run/shop; drained"},
-            "nginx_drain_directory is 'run/shop; drained'; allowed is an absolute path of letters, digits and . _ - / or an empty "
+            {"nginx_control_directory": "run/shop; drained"},
+            "nginx_control_directory is 'run/shop; drained'; allowed is an absolute path of letters, digits and . _ - / or an empty "
             "string.",
         ),
         (

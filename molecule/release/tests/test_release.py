@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import requests
+
+ROOT = Path(__file__).resolve().parents[3]
 
 # The application imports and passes its checks. Its web service answers each request of one host, or of all hosts, with an error.
 UNHEALTHY = """
@@ -35,6 +43,12 @@ def state(on):
         " systemctl show --property ExecMainStartTimestampMonotonic --value mailroom-web.service"
     )
     return lambda name: on(name, look).split("\n")
+
+
+@pytest.fixture
+def log(on):
+    """Returns the lines that the last runs added to the log of deployments of a host."""
+    return lambda name: on(name, "cat /opt/mailroom/deployments.log").splitlines()
 
 
 def flat(done):
@@ -85,7 +99,7 @@ def test_environment_with_which_no_service_starts_reaches_only_the_first_host(ru
 
 def test_drained_host_gets_requests_only_if_no_other_responds(url, on):
     """The deployment creates and removes this file."""
-    mark = "/run/mailroom-drained/web1:8000"
+    mark = "/etc/nginx/mailroom-control/web1:8000"
 
     def served(count):
         before = int(on("web1", "journalctl --unit mailroom-web --output cat | grep -c 'GET /healthz'"))
@@ -155,3 +169,57 @@ def test_environment_with_which_no_worker_answers_is_taken_back(run, state, on):
     assert "mailroom-worker@mail" in flat(done)
     assert [state(name)[:2] for name in HOSTS] == before
     assert worker_state(on) == "active 0 active 0 active 0"
+
+
+def test_command_after_the_switch_runs_once_per_release(run, on, project):
+    """The command prints the release that is active."""
+    command = {"command": "shell -c \"import os; os.system('readlink /opt/mailroom/current >> /tmp/after')\"", "after_switch": True}
+    source = project("mailroom/other.py", "# A release with a command after the switch.\n")
+    for _ in range(2):
+        done = run("playbooks/app.yml", django_source=source, django_commands=[command])
+        assert done.returncode == 0, done.stdout
+    lines = on("web1", "cat /tmp/after").split()
+    assert lines == [on("web1", "readlink /opt/mailroom/current")]
+    done = run("playbooks/ops/rollback.yml")
+    assert done.returncode == 0, done.stdout
+
+
+def test_each_activation_and_its_result_are_logged(run, log, project):
+    before = {name: log(name) for name in HOSTS}
+    source = project("mailroom/settings.py", UNHEALTHY.replace("HOSTS", repr(["web1"])))
+    assert run("playbooks/app.yml", django_source=source).returncode != 0
+    assert run("playbooks/app.yml", django_source=project("mailroom/other.py", "# A release in the log.\n")).returncode == 0
+    assert run("playbooks/ops/rollback.yml").returncode == 0
+    for name in HOSTS:
+        lines = log(name)
+        assert lines[: len(before[name])] == before[name]
+        failed, deployed, returned = lines[len(before[name]) :]
+        assert re.fullmatch(r"\S+Z deploy [0-9a-f]{12} after [0-9a-f]{12} by \S+@\S+: failed, .*returns 500.*", failed), failed
+        assert re.fullmatch(r"\S+Z deploy [0-9a-f]{12} after [0-9a-f]{12} by \S+@\S+: active", deployed), deployed
+        assert re.fullmatch(r"\S+Z rollback [0-9a-f]{12} after [0-9a-f]{12} by \S+@\S+: active", returned), returned
+
+
+def test_second_run_at_the_same_time_is_refused(run, on, eventually):
+    """The first run is killed, and its lock ends."""
+    lock = "/run/mailroom-deploy.lock"
+    words = [Path(sys.executable).with_name("ansible-playbook"), "site.yml"]
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as first:
+        try:
+            record = json.loads(eventually(lambda: on("web1", f"flock -n {lock} true || cat {lock}"), seconds=60))
+            done = run("playbooks/ops/rollback.yml")
+        finally:
+            first.kill()
+    assert done.returncode != 0
+    assert f"Another run deploys this environment: {record['user']}@{record['controller']} since {record['since']}" in flat(done)
+    eventually(lambda: on("web1", f"flock -n {lock} echo free || true") == "free")
+
+
+def test_page_for_maintenance(run, url):
+    for _ in range(2):
+        assert run("playbooks/ops/maintenance.yml", maintenance="on").returncode == 0
+        answer = requests.get(f"{url(80)}/healthz", timeout=10)
+        assert (answer.status_code, answer.headers["Content-Type"]) == (503, "text/html")
+        assert "The team's own page." in answer.text
+        assert int(answer.headers["Retry-After"]) > 0
+        assert run("playbooks/ops/maintenance.yml", maintenance="off").returncode == 0
+        assert requests.get(f"{url(80)}/healthz", timeout=10).status_code == 200
