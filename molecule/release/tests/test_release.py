@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -223,3 +224,48 @@ def test_page_for_maintenance(run, url):
         assert int(answer.headers["Retry-After"]) > 0
         assert run("playbooks/ops/maintenance.yml", maintenance="off").returncode == 0
         assert requests.get(f"{url(80)}/healthz", timeout=10).status_code == 200
+
+
+# The steps of a deployment at which a run is killed, in their order.
+STEPS = [
+    "Release | Unpack the source",
+    "Release | Collect the static files",
+    "Commands | Check the project and migrate its database",
+    "Switch | Drain the host in the proxies",
+    "Switch | Replace the environment file",
+    "Switch | Point the link to the release",
+    "Manage the units of mailroom/django",
+    "Undrain | Forward requests to the host again",
+    "Clean | Set the time of the activation",
+]
+# With pipelining, Python reads Ansible's modules from its standard input.
+MODULES = "pkill --signal KILL --full 'python3[.0-9]*( && sleep 0.?)?$' || true"
+
+
+def test_run_that_is_killed_at_any_step_is_repaired_by_the_next(run, state, on, project, traffic):
+    """Each run is killed at a later step than the one before. The last run completes."""
+    before = [state(name)[0] for name in HOSTS]
+    source = project("mailroom/other.py", "# A release of killed runs.\n")
+    words = [Path(sys.executable).with_name("ansible-playbook"), "playbooks/app.yml", "-e", json.dumps({"django_source": source})]
+    with traffic(80) as (durations, errors):
+        for step in STEPS:
+            with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+                output = []
+                while step not in (line := process.stdout.readline()):
+                    output.append(line)
+                    assert line, "".join(output)
+                time.sleep(0.3)
+                process.kill()
+            for name in HOSTS:
+                on(name, MODULES)
+            assert errors == [], step
+        done = run("playbooks/app.yml", django_source=source)
+        assert done.returncode == 0, done.stdout
+        after = [state(name)[0] for name in HOSTS]
+        done = run("playbooks/app.yml", django_source=source)
+        assert re.findall(r"changed=([1-9]\d*)", done.stdout) == [], done.stdout
+    assert len(set(after)) == 1
+    assert after != before
+    assert on("hub", "ls /etc/nginx/mailroom-control") == ""
+    assert len(durations) > 100
+    assert (errors, max(durations) < 5) == ([], True), sorted(durations)[-10:]
