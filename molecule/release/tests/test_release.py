@@ -226,6 +226,37 @@ def test_page_for_maintenance(run, url):
         assert requests.get(f"{url(80)}/healthz", timeout=10).status_code == 200
 
 
+@pytest.fixture
+def run_until(on):
+    """Runs playbooks/app.yml, and kills Ansible and its modules on the hosts when a step has begun."""
+
+    def run(step, **variables):
+        words = [Path(sys.executable).with_name("ansible-playbook"), "playbooks/app.yml", "-e", json.dumps(variables)]
+        with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+            output = []
+            while step not in (line := process.stdout.readline()):
+                output.append(line)
+                assert line, "".join(output)
+            time.sleep(0.3)
+            process.kill()
+        for name in HOSTS:
+            on(name, MODULES)
+
+    return run
+
+
+def test_failure_after_a_killed_run_returns_to_the_release_before_both(run, run_until, state, project):
+    """The killed run has switched the first web host. The next run fails on the second one."""
+    before = [state(name)[0] for name in HOSTS]
+    source = project("mailroom/settings.py", UNHEALTHY.replace("HOSTS", repr(["web2"])))
+    run_until("Undrain | Forward requests to the host again", django_source=source)
+    assert state("web1")[0] != before[0]
+    done = run("playbooks/app.yml", django_source=source)
+    assert done.returncode != 0
+    assert "mailroom is not healthy on web2" in flat(done)
+    assert [state(name)[0] for name in HOSTS] == before
+
+
 # The steps of a deployment at which a run is killed, in their order.
 STEPS = [
     "Release | Unpack the source",
@@ -242,22 +273,13 @@ STEPS = [
 MODULES = "pkill --signal KILL --full 'python3[.0-9]*( && sleep 0.?)?$' || true"
 
 
-def test_run_that_is_killed_at_any_step_is_repaired_by_the_next(run, state, on, project, traffic):
+def test_run_that_is_killed_at_any_step_is_repaired_by_the_next(run, run_until, state, on, project, traffic):
     """Each run is killed at a later step than the one before. The last run completes."""
     before = [state(name)[0] for name in HOSTS]
     source = project("mailroom/other.py", "# A release of killed runs.\n")
-    words = [Path(sys.executable).with_name("ansible-playbook"), "playbooks/app.yml", "-e", json.dumps({"django_source": source})]
     with traffic(80) as (durations, errors):
         for step in STEPS:
-            with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-                output = []
-                while step not in (line := process.stdout.readline()):
-                    output.append(line)
-                    assert line, "".join(output)
-                time.sleep(0.3)
-                process.kill()
-            for name in HOSTS:
-                on(name, MODULES)
+            run_until(step, django_source=source)
             assert errors == [], step
         done = run("playbooks/app.yml", django_source=source)
         assert done.returncode == 0, done.stdout
