@@ -158,7 +158,7 @@ def test_release_whose_workers_do_not_work_is_taken_back_on_all_hosts(run, state
     for name, (release, _) in zip(HOSTS, before, strict=True):
         assert f"Release {release.rsplit('/', 1)[1]} is active again on {name}" in flat(done)
     assert [state(name)[:2] for name in HOSTS] == before
-    assert worker_state(on) == "active 0 active 0 active 0"
+    assert worker_state(on) == "0 active 0 active 0 active"
     assert errors == []
 
 
@@ -169,7 +169,7 @@ def test_environment_with_which_no_worker_answers_is_taken_back(run, state, on):
     assert done.returncode != 0
     assert "mailroom-worker@mail" in flat(done)
     assert [state(name)[:2] for name in HOSTS] == before
-    assert worker_state(on) == "active 0 active 0 active 0"
+    assert worker_state(on) == "0 active 0 active 0 active"
 
 
 def test_command_after_the_switch_runs_once_per_release(run, on, project):
