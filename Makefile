@@ -14,7 +14,7 @@ export MOLECULE_COMMAND_BORDERS := 0
 
 # The slowest scenarios come first, so that the last ones end at about the same time.
 SCENARIOS := site site-hosts site-el9 macos projects rabbitmq rabbitmq-cluster rabbitmq43 celery django erlang postgresql any-project nginx flower firewall services ca_certificates built-collection
-BENCHMARKS := mail_compare mail_faults mail_load mail_pace broker_celery broker_faults broker_noop converge
+BENCHMARKS := mail_compare mail_faults mail_load mail_pace broker_celery broker_faults broker_noop deploy_under_load converge
 # How many scenarios run in parallel. A scenario mostly waits for its hosts.
 JOBS ?= 2
 SIDE_BY_SIDE = $(VENV)/bin/python tests/parts.py --jobs $(JOBS)
@@ -103,7 +103,7 @@ test: lint test-unit $(APP_VENV)/.complete ## Run all tests
 	@tests/install
 	@$(SIDE_BY_SIDE) test-app $(addprefix molecule-,$(SCENARIOS))
 
-test-all: test molecule-cluster molecule-certificates molecule-guests molecule-monitoring molecule-offline_packages molecule-operations molecule-projects-built bench-quick ## Run everything, and each benchmark with --quick (an hour and a half)
+test-all: test molecule-cluster molecule-certificates molecule-guests molecule-monitoring molecule-offline_packages molecule-operations molecule-release molecule-projects-built bench-quick ## Run everything, and each benchmark with --quick (an hour and a half)
 
 test-fast: $(VENV)/.complete $(APP_VENV)/.complete ## Run the tests that need no host (less than two minutes)
 	@$(SIDE_BY_SIDE) test-unit test-app-fast lint

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from pathlib import Path
@@ -128,6 +131,62 @@ def run_playbook(host):
         )
 
     return run
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """Returns a function that makes a copy of the project with another content of a file."""
+
+    def changed(path, text):
+        folder = tmp_path_factory.mktemp("project") / "app"
+        names = [".venv", "tests", "__pycache__", ".pytest_cache", "staticfiles"]
+        shutil.copytree(PROJECT / "app", folder, ignore=shutil.ignore_patterns(*names))
+        file = folder / path
+        file.write_text((file.read_text() if file.exists() else "") + text)
+        return str(folder)
+
+    return changed
+
+
+@pytest.fixture
+def traffic(published):
+    """About 20 requests per second to a port of the host during a with block, half of them on connections that the clients keep.
+
+    Returns the durations of the requests, and the errors.
+    """
+
+    @contextlib.contextmanager
+    def send(port):
+        durations, errors, ended = [], [], threading.Event()
+
+        def client(keep):
+            connection = http.client.HTTPConnection("127.0.0.1", published(port), timeout=20)
+            while not ended.wait(0.4):
+                begin = time.monotonic()
+                try:
+                    connection.request("GET", "/healthz")
+                    answer = connection.getresponse()
+                    answer.read()
+                    if answer.status != 200:
+                        errors.append(answer.status)
+                except (OSError, http.client.HTTPException) as error:
+                    errors.append(repr(error))
+                    connection.close()
+                durations.append(time.monotonic() - begin)
+                if not keep:
+                    connection.close()
+
+        threads = [threading.Thread(target=client, args=(number % 2 == 0,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        try:
+            yield durations, errors
+        finally:
+            ended.set()
+            for thread in threads:
+                thread.join()
+
+    return send
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ from ansible.module_utils.testing import patch_module_args
 from ansible_collections.django_celery.stack.plugins.module_utils.unlogged import UnloggedModule
 from helpers import ROOT
 
-# secrets_file is an action plugin; its module contains only the documentation.
-MODULES = sorted(path.stem for path in (ROOT / "plugins/modules").glob("*.py") if path.stem != "secrets_file")
+# Action plugins. Their modules contain only the documentation.
+MODULES = sorted(path.stem for path in (ROOT / "plugins/modules").glob("*.py") if path.stem not in ("secrets_file", "deploy_lock"))
 KEYS = ("type", "elements", "required", "default")
 
 

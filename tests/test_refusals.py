@@ -453,7 +453,7 @@ REFUSED = {
             {"django_processes": [{**PROCESS, "watchdog": 60}]},
             "django_processes has a watchdog for relay; a watchdog requires readiness notify.",
         ),
-        ({"django_releases_kept": 0}, "django_releases_kept is 0; allowed is 1 or more."),
+        ({"django_releases_kept": 1}, "django_releases_kept is 1; allowed is 2 or more."),
         (
             {"django_public_directories": ["static", "../other"]},
             "django_public_directories is static, ../other; allowed are names of directories in django_source, not paths.",
@@ -514,6 +514,11 @@ REFUSED |= {
             {"nginx_upstreams": ["http://web1:8000", "web2", "/run/web.sock", "[::1]:8000", "127.0.0.1:8000"]},
             "nginx_upstreams or nginx_locations has the upstreams http://web1:8000, web2; allowed are addresses with ports, such "
             "as 127.0.0.1:8000, and paths of Unix sockets.",
+        ),
+        (
+            {"nginx_control_directory": "run/shop; drained"},
+            "nginx_control_directory is 'run/shop; drained'; allowed is an absolute path of letters, digits and . _ - / or an empty "
+            "string.",
         ),
         (
             {"nginx_server_names": ["a.example.org", ".example.org", "*.example.org", "a; b"]},

@@ -50,8 +50,14 @@ def test_release_that_was_never_activated_is_not_counted(host):
 def test_current_release_stays_when_another_was_activated_later(host):
     assert remove(host, current="a", kept=2)["complete"] == ["e", "a"]
     assert left(host) == "ae"
-    # The previous text of an environment can contain secrets that are no longer valid.
-    assert left(host, "environments") == "ae"
+    # If the workers do not work with the new environment of the current release, the run returns to the previous text.
+    assert left(host, "environments") == "aa.previouse"
+
+
+def test_previous_environment_of_another_release_is_removed(host):
+    """It can contain secrets that are no longer valid."""
+    assert remove(host, current="e", kept=5)["complete"] == ["e", "d", "c", "b", "a"]
+    assert left(host, "environments") == "abcde"
 
 
 def test_check_mode_removes_nothing(host):

@@ -44,8 +44,8 @@ def used_releases(directory: str, proc: str = "/proc") -> set[str]:
 def remove_old(directory: str, environments: str, current: str, kept: int, check: bool) -> dict[str, Any]:
     """Remove all releases but the current one, those in use and the last activated ones, `kept` in total.
 
-    Incomplete releases do not count, and are removed. `environments` keeps only the files of releases that stay, without staged and
-    previous texts.
+    Incomplete releases do not count, and are removed. `environments` keeps only the files of releases that stay, and the previous
+    text of the current one, to which a run whose workers fail returns.
     Return the removed and the complete releases by name.
     """
     complete = complete_releases(directory, environments)
@@ -61,7 +61,7 @@ def remove_old(directory: str, environments: str, current: str, kept: int, check
             if os.path.exists(os.path.join(path, MARKER)):
                 os.unlink(os.path.join(path, MARKER))
             shutil.rmtree(path)
-    names = {os.path.basename(path) for path in keep}
+    names = {os.path.basename(path) for path in keep} | {os.path.basename(current) + ".previous"}
     for path in sorted(glob.glob(os.path.join(environments, "*"))):
         if os.path.basename(path) not in names and not check:
             os.unlink(path)

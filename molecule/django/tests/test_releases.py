@@ -5,11 +5,6 @@ The tests run on one host, since each builds a release and runs a playbook.
 
 from __future__ import annotations
 
-import http.client
-import shutil
-import threading
-import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -54,21 +49,6 @@ def test_environment_that_the_application_rejects_changes_nothing(host, run_play
 def web_state(host):
     with host.sudo():
         return host.check_output("systemctl is-active mailroom-web.service"), host.check_output("readlink /opt/mailroom/current")
-
-
-@pytest.fixture(scope="module")
-def project(tmp_path_factory):
-    """Returns a function that makes a copy of the project with another content of a file."""
-
-    def changed(path, text):
-        folder = tmp_path_factory.mktemp("project") / "app"
-        names = [".venv", "tests", "__pycache__", ".pytest_cache", "staticfiles"]
-        shutil.copytree(PROJECT / "app", folder, ignore=shutil.ignore_patterns(*names))
-        file = folder / path
-        file.write_text((file.read_text() if file.exists() else "") + text)
-        return str(folder)
-
-    return changed
 
 
 BROKEN = [
@@ -129,52 +109,11 @@ def test_release_that_is_unhealthy_only_as_a_service_is_switched_back(host, run_
     assert requests.get(f"{site}/healthz", timeout=10).status_code == 200
 
 
-@pytest.fixture
-def traffic(published):
-    """About 20 requests per second during a with block, half of them on connections that the clients keep.
-
-    Returns the durations of the requests, and the errors.
-    """
-
-    @contextmanager
-    def send():
-        durations, errors, ended = [], [], threading.Event()
-
-        def client(keep):
-            connection = http.client.HTTPConnection("127.0.0.1", published(8000), timeout=20)
-            while not ended.wait(0.4):
-                begin = time.monotonic()
-                try:
-                    connection.request("GET", "/healthz")
-                    answer = connection.getresponse()
-                    answer.read()
-                    if answer.status != 200:
-                        errors.append(answer.status)
-                except (OSError, http.client.HTTPException) as error:
-                    errors.append(repr(error))
-                    connection.close()
-                durations.append(time.monotonic() - begin)
-                if not keep:
-                    connection.close()
-
-        threads = [threading.Thread(target=client, args=(number % 2 == 0,)) for number in range(8)]
-        for thread in threads:
-            thread.start()
-        try:
-            yield durations, errors
-        finally:
-            ended.set()
-            for thread in threads:
-                thread.join()
-
-    return send
-
-
 def test_deployment_and_rollback_drop_no_request(host, run_playbook, project, traffic):
     with host.sudo():
         units = "systemctl show --property MainPID --value mailroom-web.service"
         before = host.check_output(units)
-        with traffic() as (durations, errors):
+        with traffic(8000) as (durations, errors):
             done = run_playbook("playbooks/app.yml", django_source=project("mailroom/other.py", "# A release under load.\n"))
             assert done.returncode == 0, done.stdout
             done = run_playbook("playbooks/ops/rollback.yml")
@@ -190,7 +129,7 @@ def test_release_whose_service_does_not_start_gets_no_request(host, run_playbook
     """The environment works for commands, and stops gunicorn. The old process keeps running until the new one works."""
     before = web_state(host)
     broken = {"app_environment": {"GUNICORN_CMD_ARGS": "--no-such-option"}, "app_environment_names": []}
-    with traffic() as (durations, errors):
+    with traffic(8000) as (durations, errors):
         done = run_playbook("playbooks/app.yml", **broken)
     assert done.returncode != 0
     assert "unrecognized arguments: --no-such-option" in done.stdout

@@ -118,6 +118,11 @@ def test_client_address_and_scheme_arrive(ask):
     assert "X-Forwarded-Host" not in seen and "Forwarded" not in seen
 
 
+@pytest.mark.parametrize("given", [f"{NAME}:8443", f"{NAME.upper()}:8443"])
+def test_port_in_the_request_arrives(ask, given):
+    assert json.loads(ask("/", headers={"Host": given})[2])["headers"]["Host"] == f"{NAME}:8443"
+
+
 @pytest.mark.parametrize("clients", [8, 200])
 @pytest.mark.parametrize("tls", [False, True])
 def test_clients_that_send_half_a_header_do_not_stop_others(ask, connect, clients, tls):
