@@ -92,13 +92,16 @@ app: $(APP_VENV)/.complete ## Run the application with its own database and mail
 
 # ---- Tests ----
 
-.PHONY: test test-all bench-quick test-fast lint test-unit test-app-fast test-app broker-up broker-down test-scenarios
+.PHONY: test test-all attack bench-quick test-fast lint test-unit test-app-fast test-app broker-up broker-down test-scenarios
 test: lint test-unit $(APP_VENV)/.complete ## Run all tests
 	@testbed/install
 	@tests/install
 	@$(SIDE_BY_SIDE) test-app $(addprefix molecule-,$(SCENARIOS))
 
-test-all: test molecule-cluster molecule-projects-built bench-quick ## Run everything, and each benchmark with --quick (an hour and a half)
+attack: molecule-attacks ## Attack a host with every layer, in more than 2,000 ways, and run the unit tests that attack
+	pytest -m attack
+
+test-all: test molecule-attacks molecule-cluster molecule-projects-built bench-quick ## Run everything, and each benchmark with --quick (an hour and a half)
 
 test-fast: $(VENV)/.complete $(APP_VENV)/.complete ## Run the tests that need no host (less than two minutes)
 	@$(SIDE_BY_SIDE) test-unit test-app-fast lint

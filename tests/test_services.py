@@ -40,10 +40,11 @@ HARDENING = [
     ("RestrictSUIDSGID", "yes"),
     ("LockPersonality", "yes"),
     ("MemoryDenyWriteExecute", "yes"),
+    ("NoExecPaths", "/tmp /var/tmp /var/lib -/dev/shm"),  # noqa: S108
     ("KeyringMode", "private"),
     ("SystemCallArchitectures", "native"),
     ("SystemCallFilter", "@system-service"),
-    ("SystemCallFilter", "~@privileged @resources"),
+    ("SystemCallFilter", "~@privileged @resources @keyring process_vm_readv process_vm_writev"),
     ("SystemCallFilter", "@chown"),
     ("SystemCallErrorNumber", "EPERM"),
 ]

@@ -29,10 +29,12 @@ SANDBOX = [
     ("RestrictSUIDSGID", "yes"),
     ("LockPersonality", "yes"),
     ("MemoryDenyWriteExecute", "yes"),
+    # The directories that a service can write. Otherwise a captured service could store a program there and run it.
+    ("NoExecPaths", "/tmp /var/tmp /var/lib -/dev/shm"),
     ("KeyringMode", "private"),
     ("SystemCallArchitectures", "native"),
     ("SystemCallFilter", "@system-service"),
-    ("SystemCallFilter", "~@privileged @resources"),
+    ("SystemCallFilter", "~@privileged @resources @keyring process_vm_readv process_vm_writev"),
     # gunicorn calls chown on files that it creates, even when the owner does not change.
     ("SystemCallFilter", "@chown"),
     ("SystemCallErrorNumber", "EPERM"),
