@@ -40,7 +40,7 @@ HARDENING = [
     ("RestrictSUIDSGID", "yes"),
     ("LockPersonality", "yes"),
     ("MemoryDenyWriteExecute", "yes"),
-    ("NoExecPaths", "/tmp /var/tmp /var/lib -/dev/shm"),  # noqa: S108
+    ("NoExecPaths", "/tmp /var/tmp /var/lib -/dev/shm"),  # noqa: S108 - a directive of a unit
     ("KeyringMode", "private"),
     ("SystemCallArchitectures", "native"),
     ("SystemCallFilter", "@system-service"),

@@ -6,8 +6,8 @@ import json
 import os
 import sys
 
-TARGET, MARKER = "/root/attack-target", "/var/tmp/attack-ran"  # noqa: S108 - every user may write a marker
-SKIPPED = ("/proc", "/sys", "/dev", "/tmp", "/var/tmp", "/run/lock", "/run/user", "/run/attack")  # noqa: S108
+TARGET, MARKER = "/root/attack-target", "/var/tmp/attack-ran"
+SKIPPED = ("/proc", "/sys", "/dev", "/tmp", "/var/tmp", "/run/lock", "/run/user", "/run/attack")
 PYTHON = f"python{sys.version_info[0]}.{sys.version_info[1]}"
 CODE = f"import os; open('{MARKER}-' + str(os.geteuid()), 'w').close()\n"
 SHELL = f"touch {MARKER}-$(id -u)\n"

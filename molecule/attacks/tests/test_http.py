@@ -443,7 +443,7 @@ def test_path_makes_no_log_entry(raw, door, text, journal):
     mark = uuid.uuid4().hex
     raw(door, request(f"/{mark}{text.replace(' ', '%20')}"))
     lines = [line for line in journal("--unit=mailroom-web").splitlines() if "emails: accepted" in line]
-    # The part before the forged one stands in the same line.
+    # The forged part is in the same line as the rest of the path.
     assert lines == [] or all(mark in line for line in lines)
     assert not any(character in "".join(lines) for character in "\x1b\x08\x85\u2028\u202e\0")
 

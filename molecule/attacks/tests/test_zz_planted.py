@@ -40,7 +40,7 @@ def planted(host, inside):
 
 @pytest.fixture(scope="module")
 def traces(host, planted):
-    """What an act did to root's file, and the users for whom planted code ran."""
+    """What an act did to root's file, and the users that ran planted code."""
 
     def look():
         with host.sudo():
