@@ -309,8 +309,8 @@ def run_from(directory):
 
 
 def own_directory():
-    named = os.environ.get("STATE_DIRECTORY", "").split(":")[0]
-    return named or "/tmp"
+    given = os.environ.get("ATTACK_DIRECTORY") or os.environ.get("STATE_DIRECTORY", "").split(":")[0]
+    return given or "/tmp"
 
 
 ACTS["program in /tmp"] = run_from("/tmp")
