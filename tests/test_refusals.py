@@ -279,7 +279,7 @@ REFUSED = {
     "common types": [
         ({"app_task_time_limit": "120"}, "app_task_time_limit is '120', not a whole number."),
         ({"app_allowed_senders": "@example.org"}, "app_allowed_senders is '@example.org', not a list."),
-        ({"app_firewall_rules": [443]}, "app_firewall_rules[0] is 443, not a mapping."),
+        ({"app_firewall_rules": [443]}, "app_firewall_rules[0] is not a mapping."),
         ({"wiring_one_host": "false"}, "wiring_one_host is 'false', not true or false."),
         ({"service_address": 10}, "service_address is 10, not a quoted string."),
         ({"app_database_url": ["a"]}, "app_database_url is not a quoted string."),

@@ -19,10 +19,15 @@ ALONE = [
     *("django_environment", "django_commands", "django_processes", "celery_workers", "host_package_index_url"),
     *("flower_password", "flower_cookie_secret", "flower_broker_url", "flower_broker_api", "nginx_certificate_key"),
 ]
-CASES = {f"{name}: {shape}": {name: value} for name in ALONE for shape, value in SHAPES.items()}
+# These values have the right type.
+VALID = {"app_allowed_senders: list", "django_environment: mapping"}
+CASES = {f"{name}: {shape}": {name: value} for name in ALONE for shape, value in SHAPES.items() if f"{name}: {shape}" not in VALID}
+# A text instead of a list of mappings, or of a mapping.
+MAPPINGS = ("rabbitmq_users", "rabbitmq_parameters", "postgresql_users", "django_environment", "django_commands", "celery_workers")
+CASES |= {f"{name}: text": {name: WRONG} for name in MAPPINGS}
 # Values of the right type with a secret in a wrong place.
 CASES |= {
-    "misspelt secret": {"secret_rabbitmq_ap_password": WRONG, "rabbitmq_adminstrator_password": WRONG},
+    "misspelt password": {"rabbitmq_adminstrator_password": WRONG},
     "misspelt role variable": {"flower_passwort": WRONG, "django_enviroment": {"SECRET_KEY": WRONG}},
     "password of a user as a number": {"rabbitmq_users": [{"name": "a", "password": {"text": WRONG}}]},
     "unknown key of a user": {"rabbitmq_users": [{"name": "a", "pasword": WRONG}]},
@@ -31,19 +36,15 @@ CASES |= {
     "user in a parameter's URI": {"rabbitmq_parameters": [{"component": "shovel", "vhost": "x", "name": "s", "value": URL}]},
     "unknown key of a parameter": {"rabbitmq_parameters": [{"component": "shovel", "uri": URL}]},
     "unknown name in the environment": {"app_environment": {"SECRET_KEYS": WRONG}},
-    "value of the environment with a line break": {"app_environment": {"EMAIL_URL": f"smtp://u:{WRONG}@h\nX"}},
-    "mapping in the environment": {"app_environment": {"EMAIL_URL": {"password": WRONG}}},
+    "value of the environment with a line break": {"django_environment": {"EMAIL_URL": f"smtp://u:{WRONG}@h\nX"}},
+    "mapping in the environment": {"django_environment": {"EMAIL_URL": {"password": WRONG}}},
     "standard input as a mapping": {"django_commands": [{"command": "a", "stdin": {"password": WRONG}}]},
     "unknown key of a command": {"django_commands": [{"command": "a", "input": WRONG}]},
     "environment of a process": {"django_processes": [{"name": "a", "command": ["b"], "environment": {"A": [WRONG]}}]},
     "environment of a worker": {"celery_workers": [{"name": "a", "queues": ["b"], "environment": WRONG}]},
-    "database of another scheme": {"app_database_url": f"mysql://u:{WRONG}@h/n"},
-    "database with a wrong port": {"app_database_url": f"postgresql://u:{WRONG}@h:port/n"},
     "mail server of another scheme": {"app_email_url": f"http://u:{WRONG}@h"},
     "mail server with a bracket": {"app_email_url": f"smtp://u:{WRONG}@[h"},
-    "package index with a space": {"host_package_index_url": f"https://u:{WRONG}@h/ x"},
     "broker of another scheme": {"flower_broker_url": f"redis://:{WRONG}@h"},
-    "management API of another scheme": {"flower_broker_api": f"ftp://u:{WRONG}@h"},
     "certificate key that is no key": {"nginx_certificate": "x", "nginx_certificate_key": WRONG},
     "template with an error": {"flower_password": "{{ ('" + WRONG + "' | no_such_filter) }}"},
     "template that is not closed": {"flower_password": "{{ '" + WRONG + "'"},
