@@ -98,8 +98,9 @@ test: lint test-unit $(APP_VENV)/.complete ## Run all tests
 	@tests/install
 	@$(SIDE_BY_SIDE) test-app $(addprefix molecule-,$(SCENARIOS))
 
-attack: molecule-attacks ## Attack a host with every layer, in more than 2,000 ways, and run the unit tests that attack
+attack: molecule-attacks $(APP_VENV)/.complete ## Run all attacks: on a host with every layer, and in the other tests
 	pytest -m attack
+	cd app && .venv/bin/pytest -m attack
 
 test-all: test molecule-attacks molecule-cluster molecule-projects-built bench-quick ## Run everything, and each benchmark with --quick (an hour and a half)
 
