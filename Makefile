@@ -14,6 +14,8 @@ export MOLECULE_COMMAND_BORDERS := 0
 
 # The slowest scenarios come first, so that the last ones end at about the same time.
 SCENARIOS := site site-hosts site-el9 macos projects rabbitmq rabbitmq-cluster rabbitmq43 celery django erlang postgresql any-project nginx flower firewall services ca_certificates built-collection
+# Only `make test-all` runs these.
+SLOW_SCENARIOS := release operations offline_packages monitoring cluster attacks guests projects-built certificates
 BENCHMARKS := mail_compare mail_faults mail_load mail_pace broker_celery broker_faults broker_noop deploy_under_load converge
 # How many scenarios run in parallel. A scenario mostly waits for its hosts.
 JOBS ?= 2
@@ -97,13 +99,19 @@ app: $(APP_VENV)/.complete ## Run the application with its own database and mail
 
 # ---- Tests ----
 
-.PHONY: test test-all bench-quick test-fast lint test-unit test-app-fast test-app broker-up broker-down test-scenarios
+.PHONY: test test-all attack bench-quick test-fast lint test-unit test-app-fast test-app broker-up broker-down test-scenarios
 test: lint test-unit $(APP_VENV)/.complete ## Run all tests
 	@testbed/install
 	@tests/install
 	@$(SIDE_BY_SIDE) test-app $(addprefix molecule-,$(SCENARIOS))
 
-test-all: test molecule-cluster molecule-certificates molecule-guests molecule-monitoring molecule-offline_packages molecule-operations molecule-release molecule-projects-built bench-quick ## Run everything, and each benchmark with --quick (an hour and a half)
+attack: molecule-attacks $(APP_VENV)/.complete ## Run all attacks: on a host with every layer, and in the other tests
+	pytest -m attack
+	cd app && .venv/bin/pytest -m attack
+
+test-all: test ## Run everything, also the slow scenarios, and each benchmark with --quick (two to three hours)
+	@$(SIDE_BY_SIDE) $(addprefix molecule-,$(SLOW_SCENARIOS))
+	@$(MAKE) --no-print-directory bench-quick
 
 test-fast: $(VENV)/.complete $(APP_VENV)/.complete ## Run the tests that need no host (less than two minutes)
 	@$(SIDE_BY_SIDE) test-unit test-app-fast lint

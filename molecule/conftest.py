@@ -30,15 +30,21 @@ def variables(host):
 
 
 @pytest.fixture(scope="module")
-def published(host, variables):
-    """Returns the loopback port on which a port of the host is published. If it is not published, opens an SSH tunnel to it."""
+def forwarded(host, variables):
+    """Opens an SSH tunnel to a port on the host's loopback address; returns the port on this machine."""
     with contextlib.ExitStack() as stack:
+        yield lambda port: stack.enter_context(tunnel(host, variables, port))
 
-        def port_here(port):
-            ports = variables.get("testbed_published", {})
-            return ports[str(port)] if str(port) in ports else stack.enter_context(tunnel(host, variables, port))
 
-        yield port_here
+@pytest.fixture(scope="module")
+def published(variables, forwarded):
+    """Returns the loopback port on which a port of the host is published. If it is not published, opens an SSH tunnel to it."""
+
+    def port_here(port):
+        ports = variables.get("testbed_published", {})
+        return ports[str(port)] if str(port) in ports else forwarded(port)
+
+    return port_here
 
 
 @contextlib.contextmanager

@@ -109,7 +109,7 @@ def test_without_a_similar_name_all_variables_are_listed(faults):
         ("broker_plugins", "a,b", "broker_plugins is 'a,b', not a list."),
         ("broker_plugins", None, "broker_plugins is empty, not a list."),
         ("broker_plugins", ["a", 1], "broker_plugins[1] is 1, not a quoted string."),
-        ("broker_users", ["a"], "broker_users[0] is 'a', not a mapping."),
+        ("broker_users", ["a"], "broker_users[0] is not a mapping."),
         ("broker_users", [{"name": "a", "tags": "b"}], "broker_users[0].tags is 'b', not a list."),
         ("broker_source", "snap", "broker_source is 'snap'; allowed are package, folder."),
         ("broker_users", [{"name": "a", "tags": ["b", "c"]}], "broker_users[0].tags[1] is 'c'; allowed are a, b."),

@@ -325,7 +325,7 @@ REFUSED = {
     "common types": [
         ({"app_task_time_limit": "120"}, "app_task_time_limit is '120', not a whole number."),
         ({"app_allowed_senders": "@example.org"}, "app_allowed_senders is '@example.org', not a list."),
-        ({"app_firewall_rules": [443]}, "app_firewall_rules[0] is 443, not a mapping."),
+        ({"app_firewall_rules": [443]}, "app_firewall_rules[0] is not a mapping."),
         ({"wiring_one_host": "false"}, "wiring_one_host is 'false', not true or false."),
         ({"service_address": 10}, "service_address is 10, not a quoted string."),
         ({"app_database_url": ["a"]}, "app_database_url is not a quoted string."),
@@ -450,6 +450,10 @@ REFUSED = {
             "django_processes and django_timers have the names relay, relay; each name must be unique.",
         ),
         (
+            {"django_processes": [{**PROCESS, "cpu_weight": 0}]},
+            "django_processes or django_timers has a wrong limit for relay; allowed are a memory_max such as 512M or 50%,",
+        ),
+        (
             {"django_processes": [{**PROCESS, "watchdog": 60}]},
             "django_processes has a watchdog for relay; a watchdog requires readiness notify.",
         ),
@@ -477,6 +481,13 @@ REFUSED = {
         (
             {"celery_workers": [{**WORKER, "name": "Mail@x"}]},
             "celery_workers has the names Mail@x; allowed are lower-case letters, digits, hyphens and underscores.",
+        ),
+        *(
+            (
+                {"celery_workers": [{**WORKER, **limit}]},
+                "celery_workers has a wrong limit for mail; allowed are a memory_max such as",
+            )
+            for limit in ({"memory_max": "80 %"}, {"memory_max": "101%"}, {"tasks_max": 0}, {"cpu_weight": 10001})
         ),
         ({"celery_workers": [{**WORKER, "queues": []}]}, "celery_workers has no queues for mail; allowed is one or more."),
         ({"celery_workers": [{**WORKER, "time_limit": 60, "soft_time_limit": 90}]}, LATE),

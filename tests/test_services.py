@@ -43,13 +43,14 @@ HARDENING = [
     ("KeyringMode", "private"),
     ("SystemCallArchitectures", "native"),
     ("SystemCallFilter", "@system-service"),
-    ("SystemCallFilter", "~@privileged @resources"),
+    ("SystemCallFilter", "~@privileged @resources @keyring process_vm_readv process_vm_writev"),
     ("SystemCallFilter", "@chown"),
     ("SystemCallErrorNumber", "EPERM"),
 ]
 PER_SERVICE = {
     "Type", "User", "Group", "WorkingDirectory", "EnvironmentFile", "Environment", "ExecStart", "TimeoutStartSec", "TimeoutStopSec",
-    "WatchdogSec", "MemoryMax", "LimitNOFILE", "StateDirectory", "StateDirectoryMode", "ReadWritePaths", "NotifyAccess", "Sockets",
+    "WatchdogSec", "MemoryMax", "TasksMax", "CPUWeight", "LimitNOFILE", "StateDirectory", "StateDirectoryMode", "ReadWritePaths",
+    "NoExecPaths", "NotifyAccess", "Sockets",
 }  # fmt: skip
 
 
@@ -196,12 +197,14 @@ def test_a_worker_with_defaults():
 def test_a_worker_with_every_option():
     service = as_service(
         concurrency=8, pool="threads", time_limit=60, soft_time_limit=50, prefetch_multiplier=4, max_tasks_per_child=7,
-        memory_max="1G", readiness="notify", watchdog=9,
+        memory_max="1G", tasks_max=64, cpu_weight=50, readiness="notify", watchdog=9,
     )  # fmt: skip
-    assert {name: service[name] for name in ("type", "stop_timeout", "memory_max", "watchdog")} == {
+    assert {name: service[name] for name in ("type", "stop_timeout", "memory_max", "tasks_max", "cpu_weight", "watchdog")} == {
         "type": "notify",
         "stop_timeout": 90,
         "memory_max": "1G",
+        "tasks_max": 64,
+        "cpu_weight": 50,
         "watchdog": 9,
     }
     assert service["command"][5:11] == [
@@ -218,6 +221,25 @@ def test_a_soft_limit_must_be_below_the_limit():
     too_high = [{"name": "equal", "soft_time_limit": 300}, {"name": "above", "time_limit": 60, "soft_time_limit": 61}]
     right = [{"name": "below", "soft_time_limit": 299}, {"name": "none"}]
     assert application_services.celery_workers_soft_limit_too_high(workers(*right, *too_high)) == ["equal", "above"]
+
+
+@pytest.mark.parametrize(
+    ("limits", "valid"),
+    [
+        ({}, True),
+        ({"memory_max": "512M", "tasks_max": 1, "cpu_weight": 10000}, True),
+        ({"memory_max": "100%", "cpu_weight": 1}, True),
+        ({"memory_max": "0"}, False),
+        ({"memory_max": "101%"}, False),
+        ({"memory_max": "1 G"}, False),
+        ({"memory_max": "infinity"}, False),
+        ({"tasks_max": 0}, False),
+        ({"cpu_weight": 0}, False),
+        ({"cpu_weight": 10001}, False),
+    ],
+)
+def test_limits_that_systemd_would_ignore_are_found(limits, valid):
+    assert application_services.services_with_wrong_limits([{"name": "a", **limits}]) == ([] if valid else ["a"])
 
 
 def test_processes_use_the_programs_of_the_virtual_environment():
@@ -312,7 +334,11 @@ def test_a_service_with_defaults():
         ("WorkingDirectory", "/opt/shop"),
         ("ExecStart", "/bin/web"),
         ("TimeoutStopSec", "30"),
+        ("MemoryMax", "80%"),
+        ("TasksMax", "1024"),
+        ("CPUWeight", "100"),
         ("LimitNOFILE", "65536"),
+        ("NoExecPaths", "/tmp /var/tmp /var/lib -/dev/shm"),  # noqa: S108 - a directive of a unit
     ]
     assert found["Unit"] == [
         ("Description", "Web"),
@@ -327,7 +353,8 @@ def test_a_service_with_defaults():
 def test_a_service_with_every_option():
     found = service_unit(
         type="notify", environment_file="/etc/shop", environment={"A": "100% x", "B": 1}, stop_timeout=5, watchdog=9,
-        memory_max="1G", open_files=10, state_directory="shop", writable=["/a", "/b"], directives=["PrivateUsers=no"],
+        memory_max="1G", tasks_max=64, cpu_weight=50, open_files=10, state_directory="shop", writable=["/a", "/b"],
+        directives=["PrivateUsers=no"],
     )  # fmt: skip
     assert [directive for directive in found["Service"] if directive[0] in PER_SERVICE] == [
         ("Type", "notify"),
@@ -341,10 +368,13 @@ def test_a_service_with_every_option():
         ("TimeoutStopSec", "5"),
         ("WatchdogSec", "9"),
         ("MemoryMax", "1G"),
+        ("TasksMax", "64"),
+        ("CPUWeight", "50"),
         ("LimitNOFILE", "10"),
         ("StateDirectory", "shop"),
         ("StateDirectoryMode", "0750"),
         ("ReadWritePaths", "/a /b"),
+        ("NoExecPaths", "/tmp /var/tmp /var/lib -/dev/shm /var/lib/shop /a /b"),  # noqa: S108 - a directive of a unit
     ]
     # The last of two directives counts, so a service can override the sandbox.
     assert found["Service"][-1] == ("PrivateUsers", "no")

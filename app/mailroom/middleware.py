@@ -58,6 +58,11 @@ def client_address(request: HttpRequest) -> str:
         return address
 
 
+def user_name(request: HttpRequest, credentials: dict[str, str] | None = None) -> str:
+    """Returns the user's name of a sign-in, as long as axes can store it."""
+    return str((credentials or request.POST).get("username") or "")[:255]
+
+
 def request_id(get_response: Handler) -> Handler:
     """Gives each request an id: the client's id if it is valid. Returns and logs the id."""
     sound = re.compile(r"[A-Za-z0-9._-]{1,64}")

@@ -114,6 +114,7 @@ AXES_COOLOFF_TIME = timedelta(seconds=number("SIGN_IN_LOCK_SECONDS", 900))
 AXES_LOCKOUT_PARAMETERS = [["username", "ip_address"]]
 AXES_LOCKOUT_TEMPLATE = "locked.html"
 AXES_RESET_ON_SUCCESS = True
+AXES_USERNAME_CALLABLE = "mailroom.middleware.user_name"
 AXES_CLIENT_IP_CALLABLE = "mailroom.middleware.client_address"
 # Operators and programs such as fail2ban need the user's name and the address. axes never logs the
 # password.

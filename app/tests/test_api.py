@@ -60,6 +60,7 @@ def test_accepts_an_email_and_reports_its_state(post, client):
     assert (stored.sender, stored.html) == ("News <news@example.com>", "<p>Body</p>")
 
 
+@pytest.mark.attack(kind="email: wrong fields")
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -111,12 +112,14 @@ def test_a_recipient_named_twice_gets_one_email(post):
     assert Email.objects.get().deliveries.count() == 1
 
 
+@pytest.mark.attack(kind="HTTP: keys and tokens")
 @pytest.mark.parametrize("key", [None, "wrong", ""])
 def test_refuses_a_missing_or_unknown_key(post, key):
     assert post(GOOD, key).status_code == 401
     assert not Email.objects.exists()
 
 
+@pytest.mark.attack(kind="HTTP: keys and tokens")
 def test_refuses_a_revoked_key_and_an_inactive_owner(post, api_key, user):
     ApiKey.objects.update(revoked=True)
     assert post(GOOD).status_code == 401
@@ -147,6 +150,7 @@ def test_keys_are_stored_as_hashes_only(api_key):
     assert KEY not in stored
 
 
+@pytest.mark.attack(kind="HTTP: objects of others")
 def test_emails_of_others_are_not_found(client, api_key, accept, django_user_model):
     email = accept()
     ApiKey.objects.update(owner=django_user_model.objects.create_user("mallory"))
@@ -294,6 +298,7 @@ def test_cc_bcc_and_reply_to_are_stored_once_each(post):
 ATTACHMENT = {"filename": "a.txt", "content_type": "text/plain", "content": "YQ=="}
 
 
+@pytest.mark.attack(kind="email: wrong fields")
 @pytest.mark.parametrize(
     ("field", "value"),
     [

@@ -47,6 +47,7 @@ def web(tmp_path, request):
         yield send, lambda: log.read_text().splitlines()
 
 
+@pytest.mark.attack(kind="HTTP: log forging")
 def test_path_cannot_forge_a_log_entry(web):
     send, lines = web
     forged = "2026-11-26 00:00:00,000 INFO emails.services: accepted".replace(" ", "%20")
@@ -58,6 +59,7 @@ def test_path_cannot_forge_a_log_entry(web):
     assert not [line for line in found if re.search(r"[\x00-\x1f\x7f\x85\u2028]", line)]
 
 
+@pytest.mark.attack(kind="HTTP: log forging")
 def test_request_for_an_unknown_host_is_one_line(web):
     send, lines = web
     assert send("/", Host="evil.example.com") == 400

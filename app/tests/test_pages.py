@@ -159,6 +159,7 @@ def test_page_of_an_email_shows_attempts_and_replies_and_retries(client, accept,
     assert email.deliveries.get().state == State.QUEUED
 
 
+@pytest.mark.attack(kind="HTTP: objects of others")
 def test_page_of_an_email_is_private(client, accept, django_user_model):
     url = f"/emails/{accept().pk}/"
     assert client.get(url).status_code == 302
@@ -238,6 +239,7 @@ def test_page_of_an_email_shows_its_text(client, accept, user, monkeypatch):
     assert "Only the beginning is shown." in page
 
 
+@pytest.mark.attack(kind="HTTP: scripts in pages")
 def test_html_of_an_email_is_sandboxed_and_private(client, accept, user, django_user_model):
     email = accept(html="<script>alert(1)</script><p>Body</p>")
     page_url, url = f"/emails/{email.pk}/", f"/emails/{email.pk}/html"
@@ -294,12 +296,14 @@ def test_form_shows_the_limit_error(client, user, settings):
     assert "limit of recipients" in client.post("/", FORM).content.decode()
 
 
+@pytest.mark.attack(kind="HTTP: scripts in pages")
 def test_user_input_is_escaped(client, accept, user):
     accept(subject="<script>alert(1)</script>")
     client.force_login(user)
     assert "<script>alert" not in client.get("/").content.decode()
 
 
+@pytest.mark.attack(kind="HTTP: CSRF")
 def test_form_without_a_csrf_token_is_refused(user):
     client = Client(enforce_csrf_checks=True)
     client.force_login(user)

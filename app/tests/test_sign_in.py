@@ -17,6 +17,7 @@ def attempts(settings):
     return settings.AXES_FAILURE_LIMIT
 
 
+@pytest.mark.attack(kind="sign-in")
 @pytest.mark.django_db
 @pytest.mark.parametrize("path", ["/login/", "/admin/login/"])
 def test_repeated_wrong_passwords_lock_the_user_at_this_address(client, user, attempts, path):
@@ -54,6 +55,16 @@ def test_failed_sign_in_is_logged_with_user_and_address_and_without_the_password
     assert "a-secret-guess" not in line
 
 
+@pytest.mark.attack(kind="sign-in")
+@pytest.mark.django_db
+@pytest.mark.parametrize("length", [255, 256, 10_000])
+def test_sign_in_with_a_long_name_fails_and_is_counted(client, attempts, length):
+    for _ in range(attempts - 1):
+        assert client.post("/login/", {**WRONG, "username": "a" * length}).status_code == 200
+    assert client.post("/login/", {**WRONG, "username": "a" * length}).status_code == 429
+
+
+@pytest.mark.attack(kind="sign-in")
 @pytest.mark.parametrize(
     ("peer", "header", "expected"),
     [

@@ -75,6 +75,7 @@ BAD_ADDRESSES = [
 ]
 
 
+@pytest.mark.attack(kind="email: address injection")
 @pytest.mark.parametrize("address", BAD_ADDRESSES)
 def test_refuses_an_address_that_mail_servers_refuse_or_interpret_differently(post, address):
     assert wrong_fields(post(to=[address])) == ["to"]
@@ -109,6 +110,7 @@ def test_sender_may_have_a_name(post, mailbox, sender):
         assert [each.addr_spec for each in message[header].addresses] == ["news@example.com"]
 
 
+@pytest.mark.attack(kind="email: forged sender")
 @pytest.mark.parametrize(
     "sender",
     [
@@ -153,6 +155,7 @@ def test_further_headers_arrive_unchanged(post, mailbox):
     assert {name: message[name].strip() for name in headers} == headers
 
 
+@pytest.mark.attack(kind="email: forged header")
 @pytest.mark.parametrize(
     "name",
     [
@@ -167,6 +170,7 @@ def test_refuses_reserved_and_invalid_header_names(post, name):
     assert not Email.objects.exists()
 
 
+@pytest.mark.attack(kind="email: header injection")
 @pytest.mark.parametrize(
     "headers",
     [
@@ -198,6 +202,7 @@ def test_number_of_attachments_is_limited(post, count, status):
     assert Attachment.objects.count() == (count if status == 202 else 0)
 
 
+@pytest.mark.attack(kind="HTTP: body and JSON limits")
 @pytest.mark.parametrize("way", ["emails", "emails/batch"])
 def test_100_000_empty_attachments_are_refused_quickly(api, way):
     email = GOOD | {"attachments": [{"filename": "", "content": ""}] * 100_000}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 # The time in seconds that a worker has, after its longest task, to stop its pool and close its connections.
 STOP_SECONDS = 30
 
@@ -35,13 +37,23 @@ def _worker_as_service(worker, name, app, program, log_level):
             f"--loglevel={log_level}",
         ],
         "stop_timeout": worker["time_limit"] + STOP_SECONDS,
-        **{option: worker[option] for option in ("memory_max", "watchdog") if option in worker},
+        **{option: worker[option] for option in ("memory_max", "tasks_max", "cpu_weight", "watchdog") if option in worker},
     }
 
 
 def celery_workers_soft_limit_too_high(workers):
     """Return the names of the workers whose soft time limit is not below the time limit."""
     return [worker["name"] for worker in workers if worker.get("soft_time_limit", 0) >= worker["time_limit"]]
+
+
+def services_with_wrong_limits(services):
+    """Return the names of the services with a limit that systemd would ignore: systemd.resource-control(5)."""
+    return [service["name"] for service in services if not _limits_are_valid(service)]
+
+
+def _limits_are_valid(service):
+    memory = re.fullmatch(r"[1-9][0-9]*[KMGT]?|[1-9][0-9]?%|100%", service.get("memory_max", "80%"))
+    return bool(memory) and service.get("tasks_max", 1) >= 1 and 1 <= service.get("cpu_weight", 1) <= 10000
 
 
 def django_processes_as_services(processes, name, bin_directory):
@@ -72,4 +84,5 @@ class FilterModule:
             "celery_workers_soft_limit_too_high": celery_workers_soft_limit_too_high,
             "django_processes_as_services": django_processes_as_services,
             "django_timers_as_services": django_timers_as_services,
+            "services_with_wrong_limits": services_with_wrong_limits,
         }

@@ -35,7 +35,9 @@ def mistyped(name, spec, value):
     # In Python, strings are sequences, and True and False are integers.
     disguised = (isinstance(value, str) and types is Sequence) or (isinstance(value, bool) and types is not bool)
     if disguised or not isinstance(value, types):
-        shown = "not" if spec.get("no_log") or isinstance(value, (Mapping, list)) else f"{value!r}, not"
+        # A text instead of a mapping can be the mapping's password.
+        hidden = spec.get("no_log") or "dict" in (kind, spec.get("elements")) or isinstance(value, (Mapping, list))
+        shown = "not" if hidden else f"{value!r}, not"
         yield f"{name} is {'empty, not' if value is None else shown} {wanted}."
     elif kind == "list":
         # For a list, Ansible's specs give the choices and options of an element.

@@ -32,7 +32,7 @@ SANDBOX = [
     ("KeyringMode", "private"),
     ("SystemCallArchitectures", "native"),
     ("SystemCallFilter", "@system-service"),
-    ("SystemCallFilter", "~@privileged @resources"),
+    ("SystemCallFilter", "~@privileged @resources @keyring process_vm_readv process_vm_writev"),
     # gunicorn calls chown on files that it creates, even when the owner does not change.
     ("SystemCallFilter", "@chown"),
     ("SystemCallErrorNumber", "EPERM"),
@@ -61,6 +61,13 @@ def _lines(directives):
 def _file(sections):
     """Return the text of a unit file, from a mapping of sections to their lines."""
     return "\n".join("\n".join([f"[{name}]", *lines]) + "\n" for name, lines in sections.items())
+
+
+def _writable(service, state):
+    """Return the directives of the directories that a service can write. A captured service can't store and run a program there."""
+    # Directories that a unit can write are separate mounts, so /var/lib does not include them.
+    without_programs = ["/tmp", "/var/tmp", "/var/lib", "-/dev/shm", *state, *service["writable"]]  # noqa: S108 - not a file's name
+    return [("ReadWritePaths", " ".join(service["writable"]) or None), ("NoExecPaths", " ".join(without_programs))]
 
 
 def _target(app):
@@ -121,14 +128,16 @@ def _service(service, app, user, after, standby=False):
         ("WatchdogSec", service.get("watchdog")),
         # If the kernel kills a child that uses too much memory, the service continues and replaces the child.
         ("OOMPolicy", "continue"),
-        ("MemoryMax", service.get("memory_max")),
+        ("MemoryMax", service["memory_max"]),
+        ("TasksMax", service["tasks_max"]),
+        ("CPUWeight", service["cpu_weight"]),
         ("LimitNOFILE", service["open_files"]),
         ("UMask", "0027"),
         ("StateDirectory", state_directory),
         ("StateDirectoryMode", "0750" if state_directory else None),
-        ("ReadWritePaths", " ".join(service["writable"]) or None),
     ]
-    lines = [*_lines(process), "", *_lines(SANDBOX), *service["directives"]]
+    writable = _writable(service, [f"/var/lib/{state_directory}"] if state_directory else [])
+    lines = [*_lines(process), "", *_lines([*SANDBOX, *writable]), *service["directives"]]
     install = {} if standby or scheduled else {"Install": [f"WantedBy={app}.target"]}
     return _file({"Unit": _lines(unit), "Service": lines, **install})
 
@@ -139,7 +148,7 @@ def _packaged_unit(service):
         listeners = _lines(("ListenStream", address) for address in service["listen"])
         content = _file({"Socket": ["# The empty value removes the package's addresses.", "ListenStream=", *listeners]})
         return {"name": f"{service['name']}.socket", "content": content, "packaged": True}
-    hardening = [*_lines(SANDBOX), *_lines([("ReadWritePaths", " ".join(service["writable"]) or None)])]
+    hardening = _lines([*SANDBOX, *_writable(service, [])])
     content = _file({"Service": [*(hardening if service["sandbox"] else []), *service["directives"]]})
     files = {name: service[name] for name in ("restart_on", "reload_on")}
     return {"name": f"{service['name']}.service", "content": content, "packaged": True, **files}

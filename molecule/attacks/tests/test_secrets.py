@@ -1,0 +1,164 @@
+"""Searches for every secret of the environment: on the host, in the controller's output, and in backups."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+from pathlib import Path
+from urllib.parse import quote
+
+import pytest
+
+SEARCH = Path(__file__).parents[1] / "files/search.yml"
+BROKER = {"secret_rabbitmq_app_password"}
+# The files that may contain a secret: which secrets, and the users who may read them besides root.
+PERMITTED = [
+    (r"/etc/mailroom/environments/\w+(\.environment)?", "root", "0640", None),
+    (r"/etc/mailroom/flower\.environment", "root", "0600|0640", None),
+    (r"/var/lib/rabbitmq/\.erlang\.cookie", "rabbitmq", "0400|0600", {"secret_rabbitmq_erlang_cookie"}),
+]
+# Processes have their secrets in their environment, which only their own user and root can read.
+PROCESSES = {
+    "mailroom": None,
+    "mailroom-flower": {"secret_rabbitmq_flower_password", "secret_flower_password", "secret_flower_cookie"},
+}
+
+
+@pytest.fixture
+def search(run_playbook):
+    """Returns the hits on the host that no rule permits."""
+
+    def run(**more):
+        done = run_playbook(SEARCH, search_more=more)
+        assert done.returncode == 0, done.stdout + done.stderr
+        text = re.search(r'"msg": "HITS (\[.*\])"', done.stdout)[1]
+        hits = json.loads(json.loads(f'"{text}"'))
+        return [hit for hit in hits if not permitted(*hit)]
+
+    return run
+
+
+def permitted(place, name, mode, owner):
+    if place.startswith("environ of "):
+        return owner in PROCESSES and (PROCESSES[owner] is None or name in PROCESSES[owner])
+    return any(
+        re.fullmatch(path, place) and owner == own and re.fullmatch(modes, mode) and (names is None or name in names)
+        for path, own, modes, names in PERMITTED
+    )
+
+
+def canary():
+    return "Canary" + secrets.token_hex(12)
+
+
+@pytest.mark.attack(kind="secrets on the host")
+@pytest.mark.parametrize(
+    ("leak", "place"),
+    [
+        pytest.param("echo {} >/srv/leak", "/srv/leak", id="file"),
+        pytest.param("echo 'x{}y' | base64 -w 0 >/srv/leak", "/srv/leak", id="base64"),
+        pytest.param("logger -- {}", "journal", id="journal"),
+        pytest.param("systemd-run --unit=leak sleep {}d 1000", "cmdline of sleep", id="command line"),
+        pytest.param("systemd-run --unit=leak --setenv=A={} sleep 1000", "environ of sleep", id="environment"),
+        pytest.param("systemd-run --unit=leak --setenv=A={} sleep 1000", "units", id="unit"),
+    ],
+)
+def test_search_finds_a_planted_secret(search, root, leak, place):
+    value = "7" * 20 if "sleep {}d" in leak else canary()
+    root(leak.format(value))
+    try:
+        hits = search(planted=value)
+    finally:
+        root("rm -f /srv/leak; systemctl stop leak; systemctl reset-failed leak; journalctl --rotate; journalctl --vacuum-time=1s")
+    assert place in [found for found, name, *_ in hits if name == "planted"]
+
+
+@pytest.mark.attack(kind="secrets on the host")
+def test_secrets_are_only_in_their_files(search):
+    assert search() == []
+
+
+def leaks(output, values):
+    """The names of the values in an output, also as they look in a URL."""
+    return [name for name, value in values.items() if value in output or quote(value, safe="") in output]
+
+
+@pytest.fixture(scope="module")
+def own(variables):
+    return {name: value for name, value in variables.items() if name.startswith("secret_") and name != "secret_names"}
+
+
+@pytest.fixture
+def quiet(run_playbook, own):
+    """Runs a playbook with -vvv and --diff, and requires that no secret is printed."""
+
+    def run(playbook, *arguments, fails=False, hidden=(), **variables):
+        done = run_playbook(playbook, "-vvv", "--diff", *arguments, **variables)
+        assert (done.returncode != 0) == fails, done.stdout[-3000:] + done.stderr
+        given = {name: str(value) for name, value in variables.items() if name.startswith("secret_")}
+        values = {**own, **given, **{str(number): value for number, value in enumerate(hidden)}}
+        assert leaks(done.stdout + done.stderr, own) == []
+        assert leaks(done.stdout + done.stderr, values) == []
+        return done.stdout
+
+    return run
+
+
+@pytest.mark.attack(kind="secrets in the output")
+def test_run_that_changes_every_secret_prints_none(quiet, search, own):
+    changed = {name: canary() + "a" * 30 for name in own}
+    output = quiet("site.yml", **changed)
+    assert "failed=0" in output
+    # The old and the new secrets are searched; after the second run, the new ones must be gone.
+    assert [
+        hit for hit in search(**{f"new_{name}": value for name, value in changed.items()}) if not hit[1].startswith("new_")
+    ] == []
+    quiet("site.yml", hidden=changed.values())
+    found = search(**{f"new_{name}": value for name, value in changed.items()})
+    # Releases keep the environments with which they ran, so that a rollback can use them.
+    assert [hit for hit in found if not re.fullmatch(r"/etc/mailroom/environments/.*", hit[0]) or hit[2] != "0640"] == []
+
+
+FAILURES = {
+    "erlang": ("playbooks/broker.yml", {"erlang_packages": ["no-such-package"]}),
+    "rabbitmq": ("playbooks/broker.yml", {"rabbitmq_listeners": ["192.0.2.1:5672"]}),
+    "postgresql": ("playbooks/database.yml", {"postgresql_listen_addresses": ["192.0.2.1"]}),
+    "django: not healthy": ("playbooks/app.yml", {"django_health_status": [299]}),
+    "django: no such module": ("playbooks/app.yml", {"django_wsgi": "mailroom.missing:application"}),
+    "django: database": ("playbooks/app.yml", {"app_database_url": "postgresql://mailroom:{}@127.0.0.1:5432/mailroom"}),
+    "django: command": ("playbooks/app.yml", {"django_commands": [{"command": "ensure_admin", "stdin": '{{"password": "{}"}}'}]}),
+    "celery": ("playbooks/workers.yml", {"celery_app": "mailroom.missing"}),
+    "flower": ("playbooks/flower.yml", {"flower_address": "192.0.2.1"}),
+    "nginx": ("playbooks/proxy.yml", {"nginx_upstreams": ["no such address:1"]}),
+    "mail server": ("playbooks/preflight.yml", {"app_email_url": "smtp://user:{}@127.0.0.1:9"}),
+    "package index": ("playbooks/preflight.yml", {"host_package_index_url": "http://user:{}@127.0.0.1:9/simple"}),
+    "broker": ("playbooks/smoke.yml", {"smoke_url": "http://user:{}@127.0.0.1:9/"}),
+}
+
+
+@pytest.mark.attack(kind="secrets in the output")
+@pytest.mark.parametrize(("playbook", "wrong"), FAILURES.values(), ids=FAILURES)
+def test_failure_prints_no_secret(quiet, playbook, wrong):
+    value = canary()
+    filled = json.loads(json.dumps(wrong).replace("{{{{", "{{").replace("{}", value))
+    quiet(playbook, fails=True, hidden=[value], **filled)
+
+
+@pytest.mark.attack(kind="secrets in the output")
+@pytest.mark.parametrize("name", ["backup_postgresql", "backup_rabbitmq"])
+def test_backup_prints_no_secret_and_is_private(quiet, tmp_path, name):
+    quiet(f"playbooks/ops/{name}.yml", backup_directory=str(tmp_path / "backup"))
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert files
+    assert [path for path in [*files, tmp_path / "backup"] if path.stat().st_mode & 0o077] == []
+
+
+@pytest.mark.attack(kind="secrets in the output")
+def test_secrets_that_exist_are_neither_printed_nor_changed(quiet):
+    file = Path(os.environ["MOLECULE_SCENARIO_DIRECTORY"], "inventory/group_vars/all/91-secrets.yml")
+    before = file.read_bytes()
+    quiet("playbooks/ops/create_secrets.yml")
+    assert file.read_bytes() == before
+    assert file.stat().st_mode & 0o077 == 0

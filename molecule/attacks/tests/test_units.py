@@ -1,0 +1,137 @@
+"""Attacks from inside a unit: a copy of each unit starts a probe with the unit's own sandbox."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+
+PROBE = Path(__file__).parents[1] / "files/probe.py"
+UNITS = [
+    "mailroom-web",
+    "mailroom-relay",
+    "mailroom-worker@mail",
+    "mailroom-worker@maintenance",
+    "mailroom-beat",
+    "mailroom-flower",
+    "rabbitmq-server",
+    "epmd",
+    "postgresql@17-main",
+    "nginx",
+]
+# Directives of the copy. The others are those of the unit.
+RUN = """
+[Service]
+ExecCondition=
+ExecStartPre=
+ExecStart=
+ExecStartPost=
+ExecReload=
+ExecStop=
+ExecStopPost=
+Type=oneshot
+ExecStart=/usr/bin/python3 -I -c "import sys; exec(compile(sys.stdin.read(), 'probe', 'exec'))"
+StandardInput=file:/run/attack/probe.py
+StandardOutput=file:/run/attack/{unit}.json
+StandardError=journal
+Restart=no
+PIDFile=
+WatchdogSec=0
+Sockets=
+RuntimeDirectoryPreserve=yes
+Environment=ATTACK_DIRECTORY={directory}
+{user}
+"""
+# What a unit may do, and why.
+ALLOWED = {
+    # The broker reads the memory of the host, and Erlang its network interfaces.
+    "rabbitmq-server": {"netlink socket", "read /proc/meminfo", "read /proc/cpuinfo", "read /proc/config.gz"},
+    # PostgreSQL compiles expressions, and Debian's pg_ctlcluster looks for the server's process.
+    "postgresql@17-main": {"writable and executable memory", "memory made executable", "see processes of others"},
+    # nginx has the file systems of the kernel without the processes of others.
+    "nginx": {"read /proc/meminfo", "read /proc/cpuinfo", "read /proc/config.gz"},
+}
+# nginx's main process, which is root, reads no request. Its workers, which do, have this user.
+USERS = {"nginx": "www-data"}
+# Where a unit stores its data, if it has no StateDirectory=.
+DIRECTORIES = {
+    "rabbitmq-server": "/var/lib/rabbitmq",
+    "postgresql@17-main": "/var/lib/postgresql/17/main",
+    "nginx": "/var/lib/nginx/body",
+}
+
+
+@pytest.fixture(scope="module")
+def results(host):
+    """What the probe did in the sandbox of a unit."""
+    found = {}
+
+    def look(unit):
+        if unit not in found:
+            with host.sudo():
+                found[unit] = probe(host, unit)
+        return found[unit]
+
+    return look
+
+
+def probe(host, unit):
+    lines, section = [], ""
+    for line in host.check_output(f"systemctl cat {unit}.service").splitlines():
+        section = line if line.startswith("[") else section
+        # The dependencies in [Unit] would stop or start the unit itself.
+        if section == "[Service]" or line.startswith("["):
+            lines.append(line)
+    instance = unit.partition("@")[2]
+    text = "\n".join(lines).replace("%i", instance).replace("%I", instance.replace("-", "/")) + RUN.format(
+        unit=unit, user=f"User={USERS[unit]}" if unit in USERS else ""
+    )
+    host.check_output("install -d -m 0777 /run/attack")
+    write(host, "/run/attack/probe.py", PROBE.read_text())
+    write(host, f"/run/systemd/system/attack-{unit.replace('@', '-')}.service", text)
+    host.check_output("systemctl daemon-reload")
+    done = host.run(f"systemctl start attack-{unit.replace('@', '-')}.service")
+    assert done.rc == 0, host.run(f"journalctl --no-pager -n 30 -u attack-{unit.replace('@', '-')}").stdout + done.stderr
+    return json.loads(host.check_output(f"cat /run/attack/{unit}.json"))
+
+
+def write(host, path, text):
+    quoted = text.replace("'", "'\\''")
+    host.check_output(f"printf %s '{quoted}' >{path}")
+
+
+def names():
+    """The names of the probe's acts."""
+    return sorted(runpy.run_path(str(PROBE), run_name="names")["ACTS"])
+
+
+@pytest.mark.attack(kind="from inside a unit")
+@pytest.mark.parametrize("act", names())
+@pytest.mark.parametrize("unit", UNITS)
+def test_unit_is_refused(results, unit, act):
+    assert (results(unit)[act] == "done") == (act in ALLOWED.get(unit, ()))
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_probe_itself_works(results, unit):
+    """Otherwise every attack would be refused for another reason, such as a missing Python."""
+    assert results(unit)["pid"] > 1
+    assert results(unit)["write own directory"] == "done"
+
+
+SECURITY = Path(__file__).parents[3] / "docs/security.md"
+BEGIN, END = "<!-- The scenario `attacks` compares this table with the host. -->\n", "<!-- End of the table. -->\n"
+
+
+def test_table_in_the_documentation_is_current(host, exposure, results):
+    host.run("epmd -names")  # its socket starts it
+    lines = ["| Unit | Exposure | Refused acts | Permitted acts |", "|---|---|---|---|"]
+    for unit in UNITS:
+        acts = {name: result for name, result in results(unit).items() if name in names()}
+        done = sorted(name for name, result in acts.items() if result == "done")
+        lines.append(f"| `{unit}` | {exposure(unit)} | {len(acts) - len(done)} | {', '.join(done) or 'none'} |")
+    table = "\n".join(lines) + "\n"
+    found = SECURITY.read_text().partition(BEGIN)[2].partition(END)[0]
+    assert found == table, f"Put this table into {SECURITY.name}:\n{table}"
