@@ -73,6 +73,12 @@ def test_pages_show_no_secret(url, variables, prometheus):
     assert "/alerts" not in shown
 
 
+def test_amtool_silences_an_alert(on):
+    amtool = "amtool --alertmanager.url=http://127.0.0.1:9093 --http.config.file=/etc/prometheus/amtool.yml"
+    silence = on("mon1", f"{amtool} silence add alertname=Nothing --duration=1m --comment=test")
+    assert silence in on("mon1", f"{amtool} silence query --quiet")
+
+
 def test_other_users_can_read_no_secret(host, variables, on):
     names = ("secret_monitoring_password", "secret_app_metrics_token", "secret_postgresql_monitoring_password")
     for machine in ("mon1", "site1"):
