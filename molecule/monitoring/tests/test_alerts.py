@@ -15,7 +15,7 @@ FLOWER = 'app="shop",instance="h1",task="t"'
 
 
 def growing(start, step):
-    return f"{start}+{step}x{MINUTES}"
+    return f"{start}{step:+}x{MINUTES}"
 
 
 def steady(value):

@@ -17,6 +17,10 @@ JOBS = {"node", "rabbitmq", "rabbitmq-queues", "postgresql", "flower", "app", "p
 METRIC = re.compile(r"\b(?:up|(?:node|flower|rabbitmq|erlang|pg|mailroom|backup)_\w+)\b(?:\{[^}]*\})?")
 
 
+# No task fails here.
+WITHOUT_DATA = {'flower_events_total{type="task-failed"}'}
+
+
 @pytest.fixture(scope="module")
 def prometheus(url, variables):
     """Calls Prometheus' API; returns the data."""
@@ -69,11 +73,18 @@ def test_pages_show_no_secret(url, variables, prometheus):
     assert "/alerts" not in shown
 
 
+def test_amtool_silences_an_alert(on):
+    silence = on("mon1", "amtool silence add alertname=Nothing --duration=1m --comment=test")
+    assert silence in on("mon1", "amtool silence query --quiet")
+
+
 def test_other_users_can_read_no_secret(host, variables, on):
     names = ("secret_monitoring_password", "secret_app_metrics_token", "secret_postgresql_monitoring_password")
     for machine in ("mon1", "site1"):
         for name in names:
-            found = on(machine, f"runuser -u nobody -- grep -rsl -e {variables[name]} /etc /proc/[0-9]*/cmdline || true")
+            # With brackets, the pattern does not match the command line of this search.
+            pattern = f"[{variables[name][0]}]{variables[name][1:]}"
+            found = on(machine, f"runuser -u nobody -- grep -rsl -e '{pattern}' /etc /proc/[0-9]*/cmdline || true")
             assert found == "", (machine, name)
     with host.sudo():
         assert host.check_output("stat --format='%a %U %G' /etc/prometheus/tokens/mailroom-app.token") == "640 root prometheus"
@@ -132,8 +143,9 @@ def test_metrics_of_the_rules_exist(traffic, query, eventually, file):
     assert rules
 
     def missing():
-        selectors = {selector for rule in rules for selector in METRIC.findall(rule["expr"])}
-        return {selector for selector in selectors if not query(selector)}
+        expressions = [re.sub(r"\b(by|on) \([^)]*\)", "", rule["expr"]) for rule in rules]
+        selectors = {selector for expression in expressions for selector in METRIC.findall(expression)}
+        return {selector for selector in selectors - WITHOUT_DATA if not query(selector)}
 
     eventually(lambda: missing() == set() or pytest.fail(f"no data: {missing()}"), seconds=60)
 
@@ -153,13 +165,18 @@ def test_no_alert_of_the_site_fires(query):
     assert firing <= {"HostRebooted", "ClockWrong"}
 
 
-def test_alert_of_a_stopped_service_arrives_and_is_resolved(host, on, inbox, eventually):
+def test_alert_of_a_stopped_service_arrives(host, on, inbox, eventually):
     def received(status):
         with host.sudo():
             lines = host.check_output("cat /var/tmp/alerts.jsonl 2>/dev/null || true").splitlines()
-        alerts = [alert for line in lines for alert in json.loads(line)["alerts"]]
+        alerts = [alert for line in lines if line for alert in json.loads(line)["alerts"]]
         return [alert for alert in alerts if alert["status"] == status and alert["labels"].get("name") == "mailroom-relay.service"]
 
+    def mails():
+        return len([subject for subject in inbox() if "ServiceDown" in subject])
+
+    on("mon1", "rm -f /var/tmp/alerts.jsonl")
+    before = mails()
     on("site1", "systemctl stop mailroom-relay")
     try:
         (alert, *_) = eventually(lambda: received("firing"), seconds=240)
@@ -171,7 +188,7 @@ def test_alert_of_a_stopped_service_arrives_and_is_resolved(host, on, inbox, eve
         "summary": "mailroom-relay.service on site1 does not run",
         "runbook": "docs/monitoring.md#servicedown",
     }
-    eventually(lambda: [subject for subject in inbox() if "ServiceDown" in subject])
+    eventually(lambda: mails() > before, seconds=60)
 
 
 def test_faulty_rules_are_refused_and_prometheus_keeps_the_current_ones(host, run_playbook, prometheus, tmp_path):
@@ -214,7 +231,7 @@ def test_journal_is_limited_and_kept_on_disk(on, host):
     # Random text, because journald compresses its files.
     on("mon1", "head -c 90M /dev/urandom | base64 --wrap=40000 | systemd-cat --identifier=filler; journalctl --sync")
     size = on("mon1", "du --summarize --bytes /var/log/journal | cut -f 1")
-    assert 20e6 < int(size) < 64 * 2**20
+    assert 20e6 < int(size) <= 64 * 2**20
 
 
 def test_log_of_one_email_is_in_the_order_of_time(post_email, run_playbook, eventually):
