@@ -103,7 +103,7 @@ test: lint test-unit $(APP_VENV)/.complete ## Run all tests
 	@tests/install
 	@$(SIDE_BY_SIDE) test-app $(addprefix molecule-,$(SCENARIOS))
 
-test-all: test molecule-cluster molecule-projects-built bench-quick ## Run everything, and each benchmark with --quick (an hour and a half)
+test-all: test molecule-cluster molecule-operations molecule-projects-built bench-quick ## Run everything, and each benchmark with --quick (an hour and a half)
 
 test-fast: $(VENV)/.complete $(APP_VENV)/.complete ## Run the tests that need no host (less than two minutes)
 	@$(SIDE_BY_SIDE) test-unit test-app-fast lint

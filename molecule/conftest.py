@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 
 import pytest
@@ -150,6 +151,34 @@ def inside(host):
         with host.sudo():
             pid = host.check_output(f"systemctl show --property=MainPID --value {unit}")
             return host.run(f"nsenter --mount --target {pid} runuser -u {user} -- {command}")
+
+    return run
+
+
+@pytest.fixture
+def send(site, variables):
+    """Posts an email; returns its subject and a function that returns its state."""
+    headers = {"Authorization": f"Bearer {variables['secret_app_api_key']}"}
+
+    def post():
+        subject = f"test {uuid.uuid4()}"
+        email = {"subject": subject, "text": "Hello.", "to": ["one@example.net"]}
+        answer = requests.post(f"{site}/api/emails", json=email, headers=headers, timeout=10)
+        assert answer.status_code == 202, answer.text
+        status = f"{site}/api/emails/{answer.json()['id']}"
+        return subject, lambda: requests.get(status, headers=headers, timeout=10).json()["state"]
+
+    return post
+
+
+@pytest.fixture
+def on(host):
+    """Runs a command as root on the host with this name; returns its output."""
+
+    def run(name, command):
+        other = host.get_host(f"ansible://{name}")
+        with other.sudo():
+            return other.check_output(command)
 
     return run
 

@@ -3,40 +3,11 @@
 from __future__ import annotations
 
 import json
-import uuid
 
 import pytest
 import requests
 
 BROKERS = ("mq1", "mq2", "mq3")
-
-
-@pytest.fixture
-def send(site, variables):
-    """Posts an email; returns its subject and a function that returns its state."""
-    headers = {"Authorization": f"Bearer {variables['secret_app_api_key']}"}
-
-    def post():
-        subject = f"test {uuid.uuid4()}"
-        email = {"subject": subject, "text": "Hello.", "to": ["one@example.net"]}
-        answer = requests.post(f"{site}/api/emails", json=email, headers=headers, timeout=10)
-        assert answer.status_code == 202, answer.text
-        status = f"{site}/api/emails/{answer.json()['id']}"
-        return subject, lambda: requests.get(status, headers=headers, timeout=10).json()["state"]
-
-    return post
-
-
-@pytest.fixture
-def on(host):
-    """Runs a command as root on the host with this name; returns its output."""
-
-    def run(name, command):
-        other = host.get_host(f"ansible://{name}")
-        with other.sudo():
-            return other.check_output(command)
-
-    return run
 
 
 @pytest.fixture
