@@ -162,30 +162,8 @@ def test_no_request_fails_while_a_host_is_drained_and_returns(drain, proxy, vari
 # A new host
 
 
-def test_new_host_works_and_is_removed(run_playbook, host, on, eventually):
-    """The limit must include the hosts that accept its connections."""
-    grown = inventories("grown")
-    done = run_playbook("playbooks/app.yml", *grown, "--limit", "new1")
+def test_new_host_without_the_hosts_that_must_accept_it_is_refused(run_playbook, on):
+    done = run_playbook("playbooks/app.yml", *inventories("grown"), "--limit", "new1")
     assert done.returncode != 0
     assert "new1 has no release yet, and the limit excludes mq1." in done.stdout, done.stdout
-
-    done = run_playbook("site.yml", *grown, "--limit", "new1,broker,database,proxy")
-    assert done.returncode == 0, done.stdout
-    assert "active" in on("new1", "systemctl is-active mailroom-web mailroom-relay mailroom-worker@mail").split()
-    assert on("mq1", "grep -c 'server new1:8000;' /etc/nginx/nginx.conf") == "1"
-    answer = "import urllib.request; print(urllib.request.urlopen('http://new1:8000/healthz', timeout=5).status)"
-    assert on("mq1", f'python3 -c "{answer}"') == "200"
-
-    done = run_playbook("playbooks/ops/remove_host.yml", *grown, "--limit", "all", host="new1", confirm="yes")
-    assert done.returncode == 0, done.stdout
-    assert "Now remove new1 from" in done.stdout and "new1 keeps /var/lib/mailroom, and packages" in done.stdout
-    left = "find / -xdev \\( -path /proc -o -path /sys -o -path /run \\) -prune -o -name '*mailroom*' -print"
-    assert on("new1", left).split() == ["/var/lib/mailroom"]
-    assert "mailroom" not in on("new1", "systemctl list-units --all --plain --no-legend")
-    again = run_playbook("playbooks/ops/uninstall.yml", *grown, "--limit", "new1", confirm="yes", uninstall_data=True)
-    assert again.returncode == 0, again.stdout
-    assert on("new1", left) == "" and on("new1", "getent passwd mailroom || true") == ""
-
-    done = run_playbook("site.yml", "--limit", "mq1", "--tags", "firewall,postgresql,nginx")
-    assert done.returncode == 0, done.stdout
-    assert on("mq1", "grep -c 'server new1:8000' /etc/nginx/nginx.conf || true") == "0"
+    assert on("new1", "ls -d /opt/mailroom || true") == ""
