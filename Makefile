@@ -14,7 +14,7 @@ export MOLECULE_COMMAND_BORDERS := 0
 
 # The slowest scenarios come first, so that the last ones end at about the same time.
 SCENARIOS := site site-hosts site-el9 macos projects rabbitmq rabbitmq-cluster rabbitmq43 celery django erlang postgresql any-project nginx flower firewall services ca_certificates built-collection
-BENCHMARKS := mail_compare mail_faults mail_load mail_pace broker_celery broker_faults broker_noop deploy_under_load converge
+BENCHMARKS := mail_compare mail_faults mail_load mail_pace broker_celery broker_faults broker_noop converge
 # How many scenarios run in parallel. A scenario mostly waits for its hosts.
 JOBS ?= 2
 SIDE_BY_SIDE = $(VENV)/bin/python tests/parts.py --jobs $(JOBS)
