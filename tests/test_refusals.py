@@ -528,8 +528,8 @@ REFUSED |= {
         ),
         (
             {"nginx_control_directory": "run/shop; drained"},
-            "nginx_control_directory is 'run/shop; drained'; allowed is an absolute path of letters, digits and . _ - / or an empty "
-            "string.",
+            "nginx_control_directory is 'run/shop; drained'; allowed is an absolute path of letters, digits and . _ - / or an "
+            "empty string.",
         ),
         (
             {"nginx_server_names": ["a.example.org", ".example.org", "*.example.org", "a; b"]},
