@@ -135,3 +135,15 @@ def test_table_in_the_documentation_is_current(host, exposure, results):
     table = "\n".join(lines) + "\n"
     found = SECURITY.read_text().partition(BEGIN)[2].partition(END)[0]
     assert found == table, f"Put this table into {SECURITY.name}:\n{table}"
+
+
+@pytest.mark.parametrize("unit", [unit for unit in UNITS if unit.startswith("mailroom-")])
+def test_service_has_limits(host, unit):
+    total = int(host.check_output("awk '/MemTotal/ {print $2 * 1024}' /proc/meminfo"))
+    with host.sudo():
+        text = host.check_output(f"systemctl show --property=MemoryMax,TasksMax,CPUWeight {unit}")
+    shown = dict(line.split("=") for line in text.splitlines())
+    assert shown["TasksMax"] == "1024"
+    assert shown["CPUWeight"] == ("200" if unit == "mailroom-web" else "100")
+    memory = int(shown["MemoryMax"])
+    assert memory == 512 * 2**20 if unit == "mailroom-flower" else 0.79 * total < memory < 0.81 * total
