@@ -187,7 +187,7 @@ for path in (
         "/proc/kmsg",
     ),
     *("/dev/mem", "/dev/kmsg", "/dev/sda", "/dev/vda", "/dev/net/tun", "/dev/fuse", "/dev/kvm", "/dev/console"),
-    *("/etc/ssh/ssh_host_ed25519_key", "/proc/meminfo", "/proc/cpuinfo", "/proc/config.gz", "/sys/kernel/debug/sched"),
+    *("/etc/ssh/ssh_host_ed25519_key", "/proc/meminfo", "/proc/cpuinfo", "/sys/kernel/debug/sched"),
 ):
     read(path)
 

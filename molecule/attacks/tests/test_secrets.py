@@ -12,7 +12,6 @@ from urllib.parse import quote
 import pytest
 
 SEARCH = Path(__file__).parents[1] / "files/search.yml"
-BROKER = {"secret_rabbitmq_app_password"}
 # The files that may contain a secret: which secrets, and the users who may read them besides root.
 PERMITTED = [
     (r"/etc/mailroom/environments/\w+(\.environment)?", "root", "0640", None),
@@ -94,56 +93,12 @@ def own(variables):
 def quiet(run_playbook, own):
     """Runs a playbook with -vvv and --diff, and requires that no secret is printed."""
 
-    def run(playbook, *arguments, fails=False, hidden=(), **variables):
-        done = run_playbook(playbook, "-vvv", "--diff", *arguments, **variables)
-        assert (done.returncode != 0) == fails, done.stdout[-3000:] + done.stderr
-        given = {name: str(value) for name, value in variables.items() if name.startswith("secret_")}
-        values = {**own, **given, **{str(number): value for number, value in enumerate(hidden)}}
+    def run(playbook, **variables):
+        done = run_playbook(playbook, "-vvv", "--diff", **variables)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr
         assert leaks(done.stdout + done.stderr, own) == []
-        assert leaks(done.stdout + done.stderr, values) == []
-        return done.stdout
 
     return run
-
-
-@pytest.mark.attack(kind="secrets in the output")
-def test_run_that_changes_every_secret_prints_none(quiet, search, own):
-    changed = {name: canary() + "a" * 30 for name in own}
-    output = quiet("site.yml", **changed)
-    assert "failed=0" in output
-    # The old and the new secrets are searched; after the second run, the new ones must be gone.
-    assert [
-        hit for hit in search(**{f"new_{name}": value for name, value in changed.items()}) if not hit[1].startswith("new_")
-    ] == []
-    quiet("site.yml", hidden=changed.values())
-    found = search(**{f"new_{name}": value for name, value in changed.items()})
-    # Releases keep the environments with which they ran, so that a rollback can use them.
-    assert [hit for hit in found if not re.fullmatch(r"/etc/mailroom/environments/.*", hit[0]) or hit[2] != "0640"] == []
-
-
-FAILURES = {
-    "erlang": ("playbooks/broker.yml", {"erlang_packages": ["no-such-package"]}),
-    "rabbitmq": ("playbooks/broker.yml", {"rabbitmq_listeners": ["192.0.2.1:5672"]}),
-    "postgresql": ("playbooks/database.yml", {"postgresql_listen_addresses": ["192.0.2.1"]}),
-    "django: not healthy": ("playbooks/app.yml", {"django_health_status": [299]}),
-    "django: no such module": ("playbooks/app.yml", {"django_wsgi": "mailroom.missing:application"}),
-    "django: database": ("playbooks/app.yml", {"app_database_url": "postgresql://mailroom:{}@127.0.0.1:5432/mailroom"}),
-    "django: command": ("playbooks/app.yml", {"django_commands": [{"command": "ensure_admin", "stdin": '{{"password": "{}"}}'}]}),
-    "celery": ("playbooks/workers.yml", {"celery_app": "mailroom.missing"}),
-    "flower": ("playbooks/flower.yml", {"flower_address": "192.0.2.1"}),
-    "nginx": ("playbooks/proxy.yml", {"nginx_upstreams": ["no such address:1"]}),
-    "mail server": ("playbooks/preflight.yml", {"app_email_url": "smtp://user:{}@127.0.0.1:9"}),
-    "package index": ("playbooks/preflight.yml", {"host_package_index_url": "http://user:{}@127.0.0.1:9/simple"}),
-    "broker": ("playbooks/smoke.yml", {"smoke_url": "http://user:{}@127.0.0.1:9/"}),
-}
-
-
-@pytest.mark.attack(kind="secrets in the output")
-@pytest.mark.parametrize(("playbook", "wrong"), FAILURES.values(), ids=FAILURES)
-def test_failure_prints_no_secret(quiet, playbook, wrong):
-    value = canary()
-    filled = json.loads(json.dumps(wrong).replace("{{{{", "{{").replace("{}", value))
-    quiet(playbook, fails=True, hidden=[value], **filled)
 
 
 @pytest.mark.attack(kind="secrets in the output")

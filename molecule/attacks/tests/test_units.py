@@ -34,7 +34,7 @@ ExecStopPost=
 Type=oneshot
 ExecStart=/usr/bin/python3 -I -c "import sys; exec(compile(sys.stdin.read(), 'probe', 'exec'))"
 StandardInput=file:/run/attack/probe.py
-StandardOutput=file:/run/attack/{unit}.json
+StandardOutput=truncate:/run/attack/{unit}.json
 StandardError=journal
 Restart=no
 PIDFile=
@@ -47,11 +47,11 @@ Environment=ATTACK_DIRECTORY={directory}
 # What a unit may do, and why.
 ALLOWED = {
     # The broker reads the memory of the host, and Erlang its network interfaces.
-    "rabbitmq-server": {"netlink socket", "read /proc/meminfo", "read /proc/cpuinfo", "read /proc/config.gz"},
+    "rabbitmq-server": {"netlink socket", "read /proc/meminfo", "read /proc/cpuinfo"},
     # PostgreSQL compiles expressions, and Debian's pg_ctlcluster looks for the server's process.
     "postgresql@17-main": {"writable and executable memory", "memory made executable", "see processes of others"},
     # nginx has the file systems of the kernel without the processes of others.
-    "nginx": {"read /proc/meminfo", "read /proc/cpuinfo", "read /proc/config.gz"},
+    "nginx": {"read /proc/meminfo", "read /proc/cpuinfo"},
 }
 # nginx's main process, which is root, reads no request. Its workers, which do, have this user.
 USERS = {"nginx": "www-data"}
@@ -85,9 +85,9 @@ def probe(host, unit):
         if section == "[Service]" or line.startswith("["):
             lines.append(line)
     instance = unit.partition("@")[2]
-    text = "\n".join(lines).replace("%i", instance).replace("%I", instance.replace("-", "/")) + RUN.format(
-        unit=unit, user=f"User={USERS[unit]}" if unit in USERS else ""
-    )
+    user = f"User={USERS[unit]}" if unit in USERS else ""
+    text = "\n".join(lines).replace("%i", instance).replace("%I", instance.replace("-", "/"))
+    text += RUN.format(unit=unit, directory=DIRECTORIES.get(unit, ""), user=user)
     host.check_output("install -d -m 0777 /run/attack")
     write(host, "/run/attack/probe.py", PROBE.read_text())
     write(host, f"/run/systemd/system/attack-{unit.replace('@', '-')}.service", text)
@@ -135,3 +135,15 @@ def test_table_in_the_documentation_is_current(host, exposure, results):
     table = "\n".join(lines) + "\n"
     found = SECURITY.read_text().partition(BEGIN)[2].partition(END)[0]
     assert found == table, f"Put this table into {SECURITY.name}:\n{table}"
+
+
+@pytest.mark.parametrize("unit", [unit for unit in UNITS if unit.startswith("mailroom-")])
+def test_service_has_limits(host, unit):
+    total = int(host.check_output("awk '/MemTotal/ {print $2 * 1024}' /proc/meminfo"))
+    with host.sudo():
+        text = host.check_output(f"systemctl show --property=MemoryMax,TasksMax,CPUWeight {unit}")
+    shown = dict(line.split("=") for line in text.splitlines())
+    assert shown["TasksMax"] == "1024"
+    assert shown["CPUWeight"] == ("200" if unit == "mailroom-web" else "100")
+    memory = int(shown["MemoryMax"])
+    assert memory == 512 * 2**20 if unit == "mailroom-flower" else 0.79 * total < memory < 0.81 * total
