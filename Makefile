@@ -165,7 +165,7 @@ molecule-%: $(VENV)/.complete
 
 # ---- Releases ----
 
-# The tools of a release are in an environment of their own, since no test needs them.
+# The release tools are in a separate virtual environment, because no test needs them.
 RELEASE_VENV := .venv-release
 $(RELEASE_VENV)/.complete: requirements/release.txt
 	@$(PYTHON) -m venv $(RELEASE_VENV)

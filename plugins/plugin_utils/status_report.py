@@ -128,7 +128,7 @@ def queue_findings(queue: dict[str, Any], consumed: bool) -> Iterator[Finding]:
         if not queue.get("leader"):
             yield Finding(FAULT, "", f"The queue {name} has no leader: a majority of its members is missing.")
         elif missing:
-            yield Finding(WARNING, "", f"The queue {name} misses its members on {', '.join(missing)}.")
+            yield Finding(WARNING, "", f"Members of the queue {name} do not run on {', '.join(missing)}.")
 
 
 def release_findings(hosts: list[Host]) -> Iterator[Finding]:

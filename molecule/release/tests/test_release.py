@@ -215,7 +215,7 @@ def test_second_run_at_the_same_time_is_refused(run, on, eventually):
     eventually(lambda: on("web1", f"flock -n {lock} echo free || true") == "free")
 
 
-def test_page_for_maintenance(run, url):
+def test_maintenance_page(run, url):
     for _ in range(2):
         assert run("playbooks/ops/maintenance.yml", maintenance="on").returncode == 0
         answer = requests.get(f"{url(80)}/healthz", timeout=10)
