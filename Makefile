@@ -109,7 +109,7 @@ attack: molecule-attacks $(APP_VENV)/.complete ## Run all attacks: on a host wit
 	pytest -m attack
 	cd app && .venv/bin/pytest -m attack
 
-test-all: test ## Run everything, also the slow scenarios, and each benchmark with --quick (two to three hours)
+test-all: test ## Run everything, including the slow scenarios, and each benchmark with --quick (two to three hours)
 	@$(SIDE_BY_SIDE) $(addprefix molecule-,$(SLOW_SCENARIOS))
 	@$(MAKE) --no-print-directory bench-quick
 
