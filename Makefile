@@ -109,7 +109,7 @@ attack: molecule-attacks $(APP_VENV)/.complete ## Run all attacks: on a host wit
 	pytest -m attack
 	cd app && .venv/bin/pytest -m attack
 
-test-all: test ## Run everything, also the slow scenarios, and each benchmark with --quick (two to three hours)
+test-all: test ## Run everything, including the slow scenarios, and each benchmark with --quick (two to three hours)
 	@$(SIDE_BY_SIDE) $(addprefix molecule-,$(SLOW_SCENARIOS))
 	@$(MAKE) --no-print-directory bench-quick
 
@@ -165,7 +165,7 @@ molecule-%: $(VENV)/.complete
 
 # ---- Releases ----
 
-# The tools of a release are in an environment of their own, since no test needs them.
+# The release tools are in a separate virtual environment, because no test needs them.
 RELEASE_VENV := .venv-release
 $(RELEASE_VENV)/.complete: requirements/release.txt
 	@$(PYTHON) -m venv $(RELEASE_VENV)

@@ -16,7 +16,7 @@ FIELDS = {"id": str, "package": str, "until": datetime.date, "reason": str}
 
 
 class Wrong(Exception):
-    """An exception that may not be used. The text names it and says why."""
+    """An invalid entry in exceptions.yml. The text names the entry and the reason."""
 
 
 def locks() -> list[Path]:

@@ -268,7 +268,7 @@ def login_table(environment: Environment) -> str:
         ssh_port = f" -p {connection['ansible_port']}" if "ansible_port" in connection else ""
         return f"{scheme}://localhost:{port}/ after: ssh{ssh_port} -L {port}:127.0.0.1:{port} {user}{first[group]}"
 
-    # As wiring_tls in inventories/common: only one host needs no TLS.
+    # Like wiring_tls in inventories/common: an environment with one host needs no TLS.
     used = {host for name in GROUPS if name != "proxy" for host in listing.get(name, {}).get("hosts", [])}
     broker = tunnel(15671, "broker", "https") if len(used) > 1 else tunnel(15672, "broker")
     rows = [

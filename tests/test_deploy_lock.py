@@ -74,5 +74,5 @@ def test_lock_ends_with_a_run_that_ends_or_is_killed(start, tmp_path):
 def test_lock_that_no_run_can_get_is_an_error_with_its_cause(start, tmp_path):
     (tmp_path / "lock").mkdir()
     output, _ = start(0).communicate(timeout=60)
-    assert "The lock can't be held" in output
+    assert "Can't take the lock" in output
     assert "Is a directory" in output

@@ -1,4 +1,4 @@
-"""Tests the filters, each against the program that reads its format or the documentation of its format."""
+"""Compares the output of each filter with the program that reads its format, or with the format's documentation."""
 
 from __future__ import annotations
 

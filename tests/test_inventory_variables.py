@@ -22,7 +22,10 @@ from helpers import MARK, ROOT, common_variables, playbook, wiring
 from jinja2 import UndefinedError
 
 GROUPS = {name: ["a"] for name in ("all", "ungrouped", "broker", "app", "web", "workers", "flower", "database", "proxy")}
-EXPECTED = "Required is app, with web and workers in it. Optional are broker, database, flower, proxy and monitoring."
+EXPECTED = (
+    "The group app is required, with the groups web and workers in it. The groups broker, database, flower, proxy and monitoring "
+    "are optional."
+)
 
 
 def without(*names, **more):

@@ -100,9 +100,9 @@ def test_alertmanager_without_receivers_needs_no_mail_server():
 @pytest.mark.parametrize(
     ("url", "error"),
     [
-        ("", "no host, or another scheme than smtp, smtp+tls, smtp+ssl"),
-        ("consolemail://", "no host, or another scheme"),
-        ("smtp://", "no host, or another scheme"),
+        ("", "no host, or a scheme other than smtp, smtp+tls, smtp+ssl"),
+        ("consolemail://", "no host, or a scheme other than"),
+        ("smtp://", "no host, or a scheme other than"),
         ("smtp://host:port", "a malformed host or port"),
         ("smtp+ssl://host:2465", "the scheme smtp+ssl, which Alertmanager supports only at port 465"),
     ],

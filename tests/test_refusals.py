@@ -130,15 +130,15 @@ REFUSED = {
     "certificates rules": [
         (
             {"certificates_renewal_days": 400},
-            "certificates_renewal_days is 400 and certificates_days is 397; allowed are 1 to 36500, and fewer days for the",
+            "certificates_renewal_days is 400 and certificates_days is 397; allowed are 1 to 36500, and certificates_renewal_days",
         ),
         (
             {"certificates_authority": "/nowhere.pem"},
-            "/nowhere.pem is no certificate; allowed is a text in PEM format, or the path of such a file on the controller.",
+            "/nowhere.pem is not a certificate; allowed is a text in PEM format, or the path of such a file on the controller.",
         ),
         (
             {"certificates_authority_key": MARK},
-            "certificates_authority_key, or the key of a service, is no key; allowed is a text in PEM format, or the path",
+            "certificates_authority_key or the key of a service is not a private key; allowed is a text in PEM format, or the path",
         ),
         (
             {"certificates_services": [{"name": "cache", "directory": "/etc/ssl/cache", "group": "redis", "names": []}]},

@@ -50,7 +50,7 @@ def test_release_that_was_never_activated_is_not_counted(host):
 def test_current_release_stays_when_another_was_activated_later(host):
     assert remove(host, current="a", kept=2)["complete"] == ["e", "a"]
     assert left(host) == "ae"
-    # If the workers do not work with the new environment of the current release, the run returns to the previous text.
+    # If the workers do not work with the new environment of the current release, the run returns to the previous file.
     assert left(host, "environments") == "".join(["a", "a.previous", "e"])
 
 

@@ -314,7 +314,7 @@ UNIT = {"name": "shop-web.service", "installed": True, "state": "active", "resta
         ),
         (report(queues=[queue(messages=10_001)]), "warning", "10,001 messages wait in the queue mail.v1."),
         (report(queues=[queue(leader="")]), "fault", "The queue mail.v1 has no leader"),
-        (report(queues=[queue(online=["a", "c"])]), "warning", "The queue mail.v1 misses its members on b."),
+        (report(queues=[queue(online=["a", "c"])]), "warning", "Members of the queue mail.v1 do not run on b."),
         (
             report(host(), host("web2", versions={"release": "def"})),
             "warning",

@@ -59,7 +59,7 @@ def client_address(request: HttpRequest) -> str:
 
 
 def user_name(request: HttpRequest, credentials: dict[str, str] | None = None) -> str:
-    """Returns the user's name of a sign-in, as long as axes can store it."""
+    """Returns the user name of a sign-in, truncated to the length that axes can store."""
     return str((credentials or request.POST).get("username") or "")[:255]
 
 

@@ -21,9 +21,9 @@ from typing import Any
 from ansible.errors import AnsibleActionFail
 from ansible.plugins.action import ActionBase
 
-# How the program on the host ends if another run has the lock.
+# Exit code of the program on the host if another run has the lock.
 REFUSED = 75
-# Runs on the host. A run that has just ended keeps its lock until its program fails to write, at most two seconds later.
+# Runs on the host. After a run has ended, its program keeps the lock until its next write fails, for at most two seconds.
 PROGRAM = f"""
 import fcntl, os, sys, time
 file = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT, 0o644)
@@ -63,7 +63,7 @@ class ActionModule(ActionBase):
             self.hold(run, report, options["path"], json.dumps(record))
         os.close(report)
         while True:
-            # The order matters: a holder that has ended can't get the lock any more.
+            # Check the process before reading the record: a process that has ended can't take the lock afterwards.
             ended, status = os.waitpid(holder, os.WNOHANG)
             found = self.read(options["path"])
             if ended:
@@ -108,6 +108,6 @@ class ActionModule(ActionBase):
 
     def refused(self, code: int, found: dict[str, str], error: str) -> dict[str, Any]:
         if code != REFUSED:
-            raise AnsibleActionFail(f"The lock can't be held: {error.strip()}")
+            raise AnsibleActionFail(f"Can't take the lock: {error.strip()}")
         who = f"{found.get('user')}@{found.get('controller')} since {found.get('since')}"
         raise AnsibleActionFail(f"Another run deploys this environment: {who}. Its lock ends with that run, even if it is killed.")

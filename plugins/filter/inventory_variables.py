@@ -76,8 +76,8 @@ def group_errors(groups):
             sentences.append(f"The inventory has no group {name}.")
     if sentences:
         sentences.append(
-            f"Its groups are {', '.join(own) or 'none'}. Required is app, with web and workers in it. "
-            "Optional are broker, database, flower, proxy and monitoring."
+            f"Its groups are {', '.join(own) or 'none'}. The group app is required, with the groups web and workers in it. "
+            "The groups broker, database, flower, proxy and monitoring are optional."
         )
         return sentences
     for name in ("web", "workers"):

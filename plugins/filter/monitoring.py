@@ -108,7 +108,7 @@ def mail_url_error(url):
     except ValueError:
         return "a malformed host or port"
     if scheme not in MAIL_PORTS or not host:
-        return f"no host, or another scheme than {', '.join(MAIL_PORTS)}"
+        return f"no host, or a scheme other than {', '.join(MAIL_PORTS)}"
     if scheme == "smtp+ssl" and port not in (None, 465):
         return "the scheme smtp+ssl, which Alertmanager supports only at port 465"
     return ""

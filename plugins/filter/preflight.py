@@ -61,7 +61,7 @@ def host_ports(values, app, groups):
 
 @cache
 def default_package_index():
-    """Return the URL of pip's default package index. pip has no other public interface for it than its help."""
+    """Return the URL of pip's default package index. pip shows the URL only in its help; no other public interface has it."""
     words = [sys.executable, "-m", "pip", "download", "--help"]
     # A wide terminal, so that pip does not break the URL.
     done = subprocess.run(words, env={**os.environ, "COLUMNS": "300"}, capture_output=True, text=True, check=True)

@@ -64,8 +64,8 @@ def _file(sections):
 
 
 def _writable(service, state):
-    """Return the directives of the directories that a service can write. A captured service can't store and run a program there."""
-    # Directories that a unit can write are separate mounts, so /var/lib does not include them.
+    """Return the directives that let a service write to directories, but not run programs that an attacker stores there."""
+    # Directories that a unit can write to are separate mounts, so /var/lib does not include them.
     without_programs = ["/tmp", "/var/tmp", "/var/lib", "-/dev/shm", *state, *service["writable"]]  # noqa: S108 - not a file's name
     return [("ReadWritePaths", " ".join(service["writable"]) or None), ("NoExecPaths", " ".join(without_programs))]
 
@@ -96,7 +96,7 @@ def _service(service, app, user, after, standby=False):
     """Return the unit of a service, or of its second instance, which uses the service's socket."""
     socket = f"{service['name']}.socket" if "listen" in service else None
     state_directory = service.get("state_directory")
-    # A timer starts the service. systemd starts it again only at the next time.
+    # A timer starts the service. If the service fails, systemd waits for the next time of the timer.
     scheduled = "schedule" in service
     unit = [
         ("Description", f"{service['description']}, during a restart" if standby else service["description"]),

@@ -300,7 +300,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Purge:
-    """A purge deletes all unlisted objects except this administrator, and only these virtual hosts."""
+    """A purge deletes all unlisted objects, but not this administrator, and no virtual hosts except these."""
 
     administrator: str
     vhosts: Collection[str] = ()

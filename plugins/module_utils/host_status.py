@@ -149,7 +149,7 @@ def program_versions() -> dict[str, str]:
 
 
 def certificates(root: str = "/") -> list[dict[str, Any]]:
-    """Return each certificate file that a service's configuration names, with its days left."""
+    """Return each certificate file that a service's configuration names, with the number of days until it expires."""
     paths: dict[str, str] = {}
     for pattern, setting in CERTIFICATE_SETTINGS.items():
         for file in sorted(Path(root).glob(pattern)):

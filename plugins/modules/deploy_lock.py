@@ -15,7 +15,7 @@ author: The maintainers of this bundle
 """
 
 EXAMPLES = r"""
-- name: Let no other run deploy shop
+- name: Prevent other runs from deploying shop
   django_celery.stack.deploy_lock:
     path: /run/shop-deploy.lock
 """

@@ -132,7 +132,7 @@ def topology(report: Report, found: list[Finding]) -> str:
         start = drawn[source].port([each[0] for each in edges], number)
         end = drawn[target].port([each[1] for each in edges], number)
         lines.append(edge((drawn[source].x + WIDTH, start), (drawn[target].x - 2, end), label))
-    # The labels cover all lines.
+    # Labels come after the lines, so they are drawn above them.
     parts += [line for line, _ in lines] + [text for _, text in lines]
     parts += [picture(box, levels) for box in drawn.values()]
     return "\n".join([*parts, "</svg>"])

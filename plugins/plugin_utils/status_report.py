@@ -128,7 +128,7 @@ def queue_findings(queue: dict[str, Any], consumed: bool) -> Iterator[Finding]:
         if not queue.get("leader"):
             yield Finding(FAULT, "", f"The queue {name} has no leader: a majority of its members is missing.")
         elif missing:
-            yield Finding(WARNING, "", f"The queue {name} misses its members on {', '.join(missing)}.")
+            yield Finding(WARNING, "", f"Members of the queue {name} do not run on {', '.join(missing)}.")
 
 
 def release_findings(hosts: list[Host]) -> Iterator[Finding]:
@@ -142,7 +142,7 @@ def release_findings(hosts: list[Host]) -> Iterator[Finding]:
 
 
 def email_findings(app: str, application: dict[str, Any]) -> Iterator[Finding]:
-    """Yield the findings of the project in app/. Another project's status may have other keys, and yields none."""
+    """Yield the findings of the project in app/. If another project's status has other keys, there are no findings."""
     due, unsent = application.get("oldest_due_seconds", 0), application.get("oldest_unsent_seconds", 0)
     if due > DUE_FAULT:
         yield Finding(FAULT, "", f"A due delivery has waited {duration(due)} for the relay.")

@@ -1,4 +1,4 @@
-"""Runs inside a unit: tries what a captured service would try, and prints what happened as JSON."""
+"""Runs inside a unit: tries what an attacker would try in a compromised service, and prints the results as JSON."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def act(name):
 
 
 def call(name, *arguments):
-    """Makes a system call. Any error except EPERM, EACCES and ENOSYS means that the kernel would have done it."""
+    """Makes a system call. Any error except EPERM, EACCES and ENOSYS means that the kernel permits the call."""
     ctypes.set_errno(0)
     result = LIBC.syscall(ctypes.c_long(CALLS[name][COLUMN]), *[ctypes.c_long(each) for each in arguments])
     error = ctypes.get_errno()
@@ -155,7 +155,8 @@ for directory in (
 
 def change(path):
     def attempt():
-        # Opening shows whether the unit could write; nothing is written, since the kernel is the machine's.
+        # Opening the file shows whether the unit can write to it. The probe writes nothing, because the host shares this machine's
+        # kernel.
         os.close(os.open(path, os.O_WRONLY))
 
     ACTS[f"change {path}"] = attempt

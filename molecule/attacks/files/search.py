@@ -20,7 +20,7 @@ SKIPPED = {"proc", "sys", "dev"}
 
 
 def files_with(forms):
-    """The files that contain one of the texts. grep searches the whole host within seconds."""
+    """Returns the files that contain one of the texts. grep searches the whole host within seconds."""
     places = [f"/{name}" for name in os.listdir("/") if name not in SKIPPED]
     command = ["grep", "-rlaFZ", "--devices=skip", "--file=-", *places]
     found = subprocess.run(command, input=b"\n".join(forms), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
@@ -28,7 +28,7 @@ def files_with(forms):
 
 
 def forms(value):
-    """The value, and what it looks like in a URL, in JSON and in base64."""
+    """Returns the value as it is, and as it is encoded in a URL, in JSON and in base64."""
     plain = {value, quote(value, safe=""), json.dumps(value)[1:-1]}
     encoded = {base64.b64encode(b"x" * shift + value.encode())[4 if shift else 0 : -4] for shift in range(3)}
     return {each.encode() for each in plain} | {each for each in encoded if len(each) > 12}

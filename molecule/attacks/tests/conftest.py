@@ -19,7 +19,7 @@ NAME = "mail.example.org"
 
 @pytest.fixture(scope="module")
 def published(variables, forwarded):
-    """Returns a port here for each port of the host: of nginx as clients reach it, of the others by SSH.
+    """Returns the port on this machine for a port of the host: nginx's published port, or an SSH tunnel to another service.
 
     The other services listen on the loopback address, where only an attacker with a foothold on the host reaches them.
     """
@@ -35,7 +35,7 @@ def published(variables, forwarded):
 
 @pytest.fixture(scope="module")
 def doors(published):
-    """The ports here of the proxy and of the web service behind it."""
+    """The ports on this machine of the proxy and of the web service behind it."""
     return {"nginx": published(80), "gunicorn": published(8000)}
 
 
@@ -57,7 +57,7 @@ class Answer:
 
 
 class Text:
-    """What http.client needs of a socket, for bytes that were read before."""
+    """The part of a socket that http.client uses, for bytes that were already read."""
 
     def __init__(self, data: bytes) -> None:
         self.data = data
@@ -68,7 +68,7 @@ class Text:
 
 @pytest.fixture(scope="module")
 def raw(doors):
-    """Sends bytes to a door; returns its answer when the server closes the connection or is silent for two seconds."""
+    """Sends bytes to one of the ports; returns the answer when the server closes the connection or is silent for two seconds."""
 
     def send(door, data, silence=2.0):
         with socket.create_connection(("127.0.0.1", doors[door]), timeout=silence) as connection:
@@ -176,8 +176,8 @@ def root(host):
 
 @pytest.fixture
 def journal(root):
-    """Returns what the host's journal gained since the test began."""
-    # The journal's times have a resolution of a second on its command line.
+    """Returns the entries in the host's journal since the test began."""
+    # The option --since gets whole seconds.
     time.sleep(1)
     begin = root("date +%s").stdout.strip()
     return lambda *words: root(f"journalctl --no-pager --output=cat --since=@{begin} {' '.join(words)}").stdout

@@ -282,7 +282,7 @@ MESSAGES = {
 
 @pytest.mark.attack(kind="broker: malformed messages")
 @pytest.mark.parametrize("message", MESSAGES.values(), ids=MESSAGES)
-def test_mail_goes_on_after_a_malformed_message(connect, api, post, mails, root, journal, eventually, message, request):
+def test_mail_is_still_sent_after_a_malformed_message(connect, api, post, mails, root, journal, eventually, message, request):
     workers = "mailroom-worker@mail mailroom-worker@maintenance"
     show = f"systemctl show --property=MainPID,NRestarts --value {workers}"
     before = root(show).stdout

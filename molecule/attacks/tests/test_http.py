@@ -97,11 +97,11 @@ SMUGGLING = {
 @pytest.mark.parametrize("data", SMUGGLING.values(), ids=SMUGGLING)
 def test_request_of_uncertain_length_starts_no_other_request(raw, door, data, journal):
     if door == "gunicorn" and data == SMUGGLING["list of encodings"]:
-        pytest.skip("gunicorn reads the chunks, so the length is certain; nginx passes no such request on")
+        pytest.skip("gunicorn reads the chunks, so the length is certain; nginx rejects such requests")
     answer = raw(door, data)
     # Django refuses a form without a token (403) before gunicorn reads the chunks.
     assert answer.statuses() and answer.statuses()[0] in (400, 403, 405, 411, 501), answer.data[:300]
-    # A web service that read on would have answered the request in the body with 404.
+    # If the web service had read the body as another request, it would have answered 404.
     assert 404 not in answer.statuses()
     assert '"GET /smuggled"' not in journal("--unit=mailroom-web")
 
@@ -215,7 +215,7 @@ def test_login_does_not_redirect_to_other_sites(site, signed_in, target):
     token = re.search(r'name="csrfmiddlewaretoken" value="([^"]+)"', page.text)
     assert token, page.url
     assert f'action="{target}' not in page.text
-    # The logout ends at the login page whatever `next` says; the form of the login carries only local targets.
+    # The login form contains only a local target. A logout always redirects to the login page.
     field = re.search(r'name="next" value="([^"]*)"', page.text)
     assert field is None or not field[1].strip() or (field[1].startswith("/") and not field[1].startswith(("//", "/\\")))
 
@@ -233,7 +233,7 @@ def test_form_of_another_site_is_refused(site, signed_in, path, headers):
         "to": "a@example.net",
     }
     answer = signed_in.post(f"{site}{path}", data=form, headers=headers, timeout=10, allow_redirects=False)
-    # nginx may have used up the rate of the login pages.
+    # The requests may have reached nginx's rate limit for the login pages.
     assert answer.status_code in ((403, 429) if "login" in path else (403,))
 
 
@@ -258,7 +258,7 @@ def test_login_replaces_the_session_that_an_attacker_chose(sign_in):
 
 @kind("session fixation")
 @pytest.mark.parametrize("value", ["chosen0by0an0attacker0aaaaaaaaaa", "a" * 4000, "../../etc/passwd", "' OR 1=1 --", "\x7f", "0"])
-def test_invented_session_is_nobodys(site, value):
+def test_invented_session_signs_nobody_in(site, value):
     answer = requests.get(f"{site}/", cookies={"sessionid": value}, timeout=10, allow_redirects=False)
     assert (answer.status_code, answer.headers.get("Location")) in ((302, "/login/?next=/"), (400, None))
 
@@ -318,7 +318,7 @@ def test_tokens_are_not_interchangeable(raw, variables):
 @kind("objects of others")
 @pytest.mark.parametrize("way", ["", "/replay", "/cancel"])
 @pytest.mark.parametrize("wanted", [str(uuid.UUID(int=0)), "1", "%00", "' OR 1=1--", "*"])
-def test_guessed_id_is_nothing(site, key, wanted, way):
+def test_guessed_id_is_not_found(site, key, wanted, way):
     call = requests.post if way else requests.get
     answer = call(f"{site}/api/emails/{wanted}{way}", headers=key, timeout=10)
     assert answer.status_code in (400, 404, 405, 422), answer.text
@@ -361,10 +361,10 @@ BODIES = {
 
 @kind("body and JSON limits")
 @pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
-def test_bad_body_is_refused_in_short(raw, key, body, answers_in_time, journal):
+def test_bad_body_is_refused_with_a_short_answer(raw, key, body, answers_in_time, journal):
     answer = raw("nginx", request("/api/emails", "POST", body, **key, Content_Type="application/json"), silence=10)
     assert answer.status in (400, 413, 422), answer.data[:300]
-    # 10,000 problems in one answer would make an amplifier of the API.
+    # If the answer listed 10,000 problems, attackers could cause much traffic with small requests.
     assert len(answer.body) < 5 * len(body) + 2000
     assert "Traceback" not in journal("--unit=mailroom-web")
 
@@ -439,7 +439,7 @@ FORGED = [
 @kind("log forging")
 @pytest.mark.parametrize("text", FORGED)
 @DOORS
-def test_path_makes_no_log_entry(raw, door, text, journal):
+def test_path_forges_no_log_entry(raw, door, text, journal):
     mark = uuid.uuid4().hex
     raw(door, request(f"/{mark}{text.replace(' ', '%20')}"))
     lines = [line for line in journal("--unit=mailroom-web").splitlines() if "emails: accepted" in line]
@@ -450,13 +450,13 @@ def test_path_makes_no_log_entry(raw, door, text, journal):
 
 @kind("log forging")
 @pytest.mark.parametrize("field", ["User_Agent", "Referer", "X_Request_ID", "X_Forwarded_For", "Authorization", "Cookie"])
-def test_header_makes_no_log_entry(raw, field, journal):
+def test_header_forges_no_log_entry(raw, field, journal):
     raw("gunicorn", request("/nothing", **{field: "x\x1b[31m INFO emails: accepted 1234"}))
     assert "accepted 1234" not in journal("--unit=mailroom-web")
 
 
 @kind("log forging")
-def test_user_name_makes_no_log_entry(site, journal):
+def test_user_name_forges_no_log_entry(site, journal):
     session = requests.Session()
     page = session.get(f"{site}/login/", timeout=10)
     token = re.search(r'name="csrfmiddlewaretoken" value="([^"]+)"', page.text).group(1)

@@ -110,7 +110,7 @@ def test_bad_handshake_does_not_stop_the_broker(root, published, data):
     try:
         with socket.create_connection(("127.0.0.1", published(25672)), timeout=3) as connection:
             connection.sendall(data)
-            # Without the answer to the challenge there is no "sok" at the end.
+            # The attack does not answer the challenge, so the answer of the host does not end with "sok".
             answer = connection.recv(1000)
             assert b"alive" not in answer
     except OSError:
@@ -228,7 +228,7 @@ DAMAGED = {
 
 @pytest.mark.attack(kind="PostgreSQL: protocol")
 @pytest.mark.parametrize("data", DAMAGED.values(), ids=DAMAGED)
-def test_damaged_startup_stops_nothing(root, published, data):
+def test_damaged_startup_does_not_stop_postgresql(root, published, data):
     before = root("systemctl show --property=MainPID --value 'postgresql@*'").stdout
     received = b""
     try:

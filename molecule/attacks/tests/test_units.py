@@ -1,4 +1,4 @@
-"""Attacks from inside a unit: a copy of each unit starts a probe with the unit's own sandbox."""
+"""Attacks from inside a unit: a copy of each unit starts a probe with the unit's restrictions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ UNITS = [
     "postgresql@17-main",
     "nginx",
 ]
-# Directives of the copy. The others are those of the unit.
+# Directives that differ in the copy. The others are the unit's.
 RUN = """
 [Service]
 ExecCondition=
@@ -50,7 +50,7 @@ ALLOWED = {
     "rabbitmq-server": {"netlink socket", "read /proc/meminfo", "read /proc/cpuinfo"},
     # PostgreSQL compiles expressions, and Debian's pg_ctlcluster looks for the server's process.
     "postgresql@17-main": {"writable and executable memory", "memory made executable", "see processes of others"},
-    # nginx has the file systems of the kernel without the processes of others.
+    # nginx can read the files of the kernel in /proc, but does not see other users' processes.
     "nginx": {"read /proc/meminfo", "read /proc/cpuinfo"},
 }
 # nginx's main process, which is root, reads no request. Its workers, which do, have this user.
@@ -65,7 +65,7 @@ DIRECTORIES = {
 
 @pytest.fixture(scope="module")
 def results(host):
-    """What the probe did in the sandbox of a unit."""
+    """Returns the results of the probe in a unit."""
     found = {}
 
     def look(unit):
@@ -103,7 +103,7 @@ def write(host, path, text):
 
 
 def names():
-    """The names of the probe's acts."""
+    """Returns the names of the probe's actions."""
     return sorted(runpy.run_path(str(PROBE), run_name="names")["ACTS"])
 
 
@@ -116,7 +116,7 @@ def test_unit_is_refused(results, unit, act):
 
 @pytest.mark.parametrize("unit", UNITS)
 def test_probe_itself_works(results, unit):
-    """Otherwise every attack would be refused for another reason, such as a missing Python."""
+    """Without this test, a probe that can't run, for example without Python, would count as refused attacks."""
     assert results(unit)["pid"] > 1
     assert results(unit)["write own directory"] == "done"
 
@@ -127,7 +127,7 @@ BEGIN, END = "<!-- The scenario `attacks` compares this table with the host. -->
 
 def test_table_in_the_documentation_is_current(host, exposure, results):
     host.run("epmd -names")  # its socket starts it
-    lines = ["| Unit | Exposure | Refused acts | Permitted acts |", "|---|---|---|---|"]
+    lines = ["| Unit | Exposure | Refused actions | Permitted actions |", "|---|---|---|---|"]
     for unit in UNITS:
         acts = {name: result for name, result in results(unit).items() if name in names()}
         done = sorted(name for name, result in acts.items() if result == "done")

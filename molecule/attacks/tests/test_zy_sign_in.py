@@ -10,7 +10,7 @@ import requests
 
 @pytest.fixture
 def reset(root):
-    """The attempts on a user's password are forgotten."""
+    """Deletes the counts of failed logins before and after a test."""
     root("mailroom-manage axes_reset")
     yield
     root("mailroom-manage axes_reset")

@@ -115,7 +115,7 @@ def test_management_commands_run_as_the_application(host):
         assert "[ ]" not in host.check_output("/usr/local/bin/mailroom-manage showmigrations")
 
 
-# ---- A captured service ----
+# ---- A compromised service ----
 
 PLANTED = base64.b64encode(b"import os; open('/var/lib/mailroom/planted', 'w')\n").decode()
 
@@ -133,7 +133,7 @@ def test_services_own_and_write_no_code(host):
         assert host.check_output("find / -xdev -user mailroom-build -print") == ""
 
 
-def test_code_that_a_captured_service_planted_is_not_run(host, run_playbook):
+def test_code_that_a_compromised_service_planted_is_not_run(host, run_playbook):
     """Ansible runs the host's Python as the application's user. Python runs `.pth` files of the user's site-packages."""
     version = host.check_output("python3 -c 'import sys; print(\"%d.%d\" % sys.version_info[:2])'")
     with host.sudo():

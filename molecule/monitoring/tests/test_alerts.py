@@ -37,7 +37,7 @@ HEALTHY = {
     f"node_vmstat_oom_kill{{{HOST}}}": steady(3),
     f"node_timex_offset_seconds{{{HOST}}}": steady(0.001),
     f"node_timex_sync_status{{{HOST}}}": steady(1),
-    # Last made at the minute 0.
+    # The last backup was made at minute 0.
     f'backup_last_success_timestamp_seconds{{{HOST},kind="postgresql"}}': steady(0),
     f'node_systemd_unit_state{{{HOST},name="shop-web.service",state="active"}}': steady(1),
     f'node_systemd_unit_state{{{HOST},name="shop-web.service",state="failed"}}': steady(0),

@@ -270,7 +270,7 @@ def test_lost_node_is_replaced_by_a_new_host(hosts, queue, connect, run, whole, 
     done = run("playbooks/ops/remove_broker_node.yml", rabbitmq_removed_node="node-mq3.queues")
     assert done.returncode == 0, done.stdout + done.stderr
     eventually(lambda: len(ask("mq1", f"queues/mailroom/{queue.name}")["members"]) == 2, seconds=15)
-    # The other nodes restart for a changed setting. They can restart only when the new node has joined.
+    # The other nodes restart because of a changed setting. They can restart only when the new node has joined.
     others = [hosts["mq1"], hosts["mq2"]]
     since = [host.check_output("date +%s") for host in others]
     done = run("playbooks/broker.yml", rabbitmq_settings={"channel_max": 99}, rabbitmq_stop_wait=120)

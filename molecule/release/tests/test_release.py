@@ -83,7 +83,7 @@ def test_unhealthy_release_is_switched_back_on_all_hosts_and_gets_no_request(run
     assert [state(name)[:2] for name in HOSTS] == [[release, environment] for release, environment, _ in before]
     assert errors == []
     if host_name == "web1":
-        # The release of the first host never reaches the next one.
+        # The next host never gets the release of the first one.
         assert state("web2") == before[1]
 
 
@@ -130,7 +130,7 @@ def test_urls_in_responses_have_the_port_of_the_request(url, variables):
 
 
 def worker_state(on):
-    """The starts of the workers and of beat, to see that they run without restarts."""
+    """Returns the states of the workers and of beat, and how often systemd restarted them."""
     units = "mailroom-worker@mail mailroom-worker@maintenance mailroom-beat"
     return on("hub", f"systemctl show --property ActiveState --property NRestarts --value {units} | xargs")
 
@@ -215,7 +215,7 @@ def test_second_run_at_the_same_time_is_refused(run, on, eventually):
     eventually(lambda: on("web1", f"flock -n {lock} echo free || true") == "free")
 
 
-def test_page_for_maintenance(run, url):
+def test_maintenance_page(run, url):
     for _ in range(2):
         assert run("playbooks/ops/maintenance.yml", maintenance="on").returncode == 0
         answer = requests.get(f"{url(80)}/healthz", timeout=10)
