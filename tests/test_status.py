@@ -138,8 +138,10 @@ API_ANSWERS = {
 
 
 class Api:
-    def __init__(self, url, user, password, timeout):
-        assert (url, user, password, timeout) == ("http://127.0.0.1:15672", "admin", "NeverShown", 0)
+    def __init__(self, url, user, password, timeout, ca_file):
+        wanted = ("https://127.0.0.1:15671", "/ca.pem") if ca_file else ("http://127.0.0.1:15672", None)
+        assert (url, ca_file) == wanted
+        assert (user, password, timeout) == ("admin", "NeverShown", 0)
 
     def get(self, path):
         return API_ANSWERS[path.partition("?")[0]]
@@ -151,7 +153,8 @@ BROKER = {"url": "http://127.0.0.1:15672", "user": "admin", "password": "NeverSh
 def test_broker_reports_queues_of_its_virtual_host(monkeypatch):
     monkeypatch.setattr(host_status, "ManagementApi", Api)
     assert host_status.broker(None) == {}
-    found = host_status.broker(BROKER)
+    found = host_status.broker({**BROKER, "ca_file": ""})
+    assert found == host_status.broker({**BROKER, "url": "https://127.0.0.1:15671", "ca_file": "/ca.pem"})
     assert found["versions"] == {"RabbitMQ": "4.0.5", "Erlang": "27.3"}
     assert found["queues"] == [{"name": "mail"}] and found["deprecated"] == ["a", "b"]
     assert "NeverShown" not in json.dumps(found)

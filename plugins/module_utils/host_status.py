@@ -179,7 +179,9 @@ def broker(options: Optional[dict[str, Any]]) -> dict[str, Any]:
     """Return versions, nodes, queues and used deprecated features from the management API of this host."""
     if not options:
         return {}
-    api = ManagementApi(options["url"], options["user"], options["password"], timeout=0)
+    # Without TLS, the file is an empty text.
+    ca_file = options.get("ca_file") or None
+    api = ManagementApi(options["url"], options["user"], options["password"], timeout=0, ca_file=ca_file)
     overview = api.get("overview")
     return {
         "versions": {"RabbitMQ": overview["rabbitmq_version"], "Erlang": overview["erlang_version"]},

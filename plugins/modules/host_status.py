@@ -41,6 +41,9 @@ options:
         description: The URL, without C(/api).
         type: str
         required: true
+      ca_file:
+        description: File on the host with the certificate authority of an HTTPS URL. The default is the host's trust store.
+        type: path
       user:
         description: A user with the tag C(monitoring).
         type: str
@@ -102,6 +105,7 @@ def main() -> None:
                 "type": "dict",
                 "options": {
                     "url": {"type": "str", "required": True},
+                    "ca_file": {"type": "path"},
                     "user": {"type": "str", "required": True},
                     "password": {"type": "str", "required": True, "no_log": True},
                     "vhost": {"type": "str", "required": True},
