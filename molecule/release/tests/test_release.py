@@ -165,7 +165,7 @@ def test_release_whose_workers_do_not_work_is_taken_back_on_all_hosts(run, state
 def test_environment_with_which_no_worker_answers_is_taken_back(run, state, on):
     """The web service needs no broker."""
     before = [state(name)[:2] for name in HOSTS]
-    done = run("site.yml", "--tags", "django,celery", wiring_broker_url="amqp://mailroom:wrong@127.0.0.1:5672/mailroom")
+    done = run("site.yml", "--tags", "django,celery", wiring_broker_url="amqps://mailroom:wrong@127.0.0.1:5671/mailroom")
     assert done.returncode != 0
     assert "mailroom-worker@mail" in flat(done)
     assert [state(name)[:2] for name in HOSTS] == before
