@@ -337,6 +337,17 @@ def test_urls_follow_the_sources(groups, platform, variables, urls):
     assert options(groups, platform, **variables)["urls"] == urls
 
 
+def test_host_with_an_archive_of_packages_needs_no_package_source(monkeypatch):
+    index = "file:///var/lib/offline-packages/current/index"
+    for archive in ("", "packages.tar"):
+        found = options(["app"], offline_packages_archive=archive, host_package_index_url=index)
+        assert (found["package_sources"], found["urls"]) == ((False, []) if archive else (True, [index]))
+    monkeypatch.setattr(preflight, "package_source_problems", lambda: ["apt can't read it."])
+    given = {"disk": {}, "controller_time": time.time(), "clock": 60, "names": [], "ports": {}, "urls": [], "mail_server": None}
+    assert preflight.problems({**given, "package_sources": False}) == []
+    assert preflight.problems({**given, "package_sources": True}) == ["apt can't read it."]
+
+
 @pytest.mark.parametrize(
     ("url", "server"),
     [

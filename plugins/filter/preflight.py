@@ -100,9 +100,12 @@ def preflight_options(context, names):
     groups, platform = context.resolve("group_names"), context.resolve("host_platform")
     source = context.resolve("wiring_versions").get(platform, {}).get("source", "distribution")
     email = context.resolve("app_email_url") if "workers" in groups and "app_email_url" in names else ""
+    # A run copies the archive with all packages to the host.
+    offline = bool(values.get("offline_packages", "offline_packages_archive"))
     return {
         "ports": host_ports(values, context.resolve("app_name"), groups),
-        "urls": host_urls(values, platform, source, groups),
+        "package_sources": not offline,
+        "urls": [] if offline else host_urls(values, platform, source, groups),
         **({"mail_server": server} if (server := mail_server(email)) else {}),
     }
 

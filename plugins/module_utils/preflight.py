@@ -191,7 +191,7 @@ def problems(options: dict[str, Any]) -> list[str]:
         *clock_problems(options["controller_time"], options["clock"]),
         *name_problems(options["names"]),
         *port_problems(options["ports"]),
-        *package_source_problems(),
+        *(package_source_problems() if options["package_sources"] else []),
         *url_problems(options["urls"]),
         *mail_problems(options["mail_server"]),
     ]

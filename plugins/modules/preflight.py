@@ -39,6 +39,10 @@ options:
     description: TCP ports, each with a regular expression of the systemd units that may use it.
     type: dict
     default: {}
+  package_sources:
+    description: Whether the package sources of apt or dnf must respond.
+    type: bool
+    default: true
   urls:
     description: URLs that must respond, with any status.
     type: list
@@ -101,6 +105,7 @@ def main() -> None:
             "clock": {"type": "float", "required": True},
             "names": {"type": "list", "elements": "str", "default": []},
             "ports": {"type": "dict", "default": {}},
+            "package_sources": {"type": "bool", "default": True},
             "urls": {"type": "list", "elements": "str", "default": []},
             "mail_server": {
                 "type": "dict",
