@@ -92,6 +92,12 @@ def test_connections_between_hosts_use_tls(many, one, tmp_path):
     assert wired(tmp_path, ONE | {"database": ["db1"]})["db1"]["postgresql_tls"]
 
 
+def test_one_host_with_a_broker_elsewhere_needs_no_authority(tmp_path):
+    elsewhere = {"app_broker_url": "amqps://a@mq.example.org/a", "flower_broker_url": "amqps://b@mq.example.org/a"}
+    (alone,) = wired(tmp_path, {name: hosts for name, hosts in ONE.items() if name != "broker"}, **elsewhere).values()
+    assert (alone["postgresql_tls"], alone["flower_broker_ca_file"]) == (False, "")
+
+
 def test_several_hosts_reach_broker_and_database(many):
     assert many["mq1"]["rabbitmq_listeners"] == ["0.0.0.0:5671"]
     assert many["mq1"]["postgresql_listen_addresses"] == ["*"]
