@@ -285,7 +285,9 @@ def test_only_the_monitoring_host_reaches_the_metrics_of_the_others(tmp_path):
 
 
 def test_monitoring_on_the_only_host_opens_nothing(tmp_path):
-    hosts = wired(tmp_path, ONE | {"monitoring": ["host1"]}, wiring_monitoring_clients=["192.0.2.0/24"])
+    variables = {"wiring_monitoring_clients": ["192.0.2.0/24"], "app_allowed_hosts": ["mail.example.org"]}
+    hosts = wired(tmp_path, ONE | {"monitoring": ["host1"]}, **variables)
+    assert hosts["host1"]["django_environment"]["ALLOWED_HOSTS"] == ["mail.example.org", "127.0.0.1"]
     assert hosts["host1"]["firewall_rules"] == [{"ports": [9090, 9093], "sources": ["192.0.2.0/24"]}]
     assert hosts["host1"]["django_web_listen"] == ["127.0.0.1:8000"]
     assert hosts["host1"]["monitoring_exporter_address"] == "127.0.0.1"
