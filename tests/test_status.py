@@ -112,6 +112,7 @@ def test_certificates_that_configurations_name_have_days_left(tmp_path, programs
         "etc/nginx/nginx.conf": "  ssl_certificate /etc/a.pem;\n  ssl_certificate_key /etc/a.key;\n  # ssl_certificate /no.pem;\n",
         "etc/rabbitmq/rabbitmq.conf": "ssl_options.certfile = /etc/b.pem\nmanagement.ssl_options.certfile = /etc/b.pem\n",
         "etc/postgresql/17/main/postgresql.conf": "ssl_cert_file = '/etc/ssl/certs/ssl-cert-snakeoil.pem'\n",
+        "var/lib/pgsql/data/conf.d/50-ansible.conf": "ssl_cert_file = '/etc/c.pem'\n",
     }.items():
         (tmp_path / path).parent.mkdir(parents=True)
         (tmp_path / path).write_text(text)
@@ -126,6 +127,7 @@ def test_certificates_that_configurations_name_have_days_left(tmp_path, programs
     assert host_status.certificates(str(tmp_path)) == [
         {"path": "/etc/a.pem", "file": "nginx.conf", "days": 10},
         {"path": "/etc/b.pem", "file": "rabbitmq.conf", "error": "Could not open /etc/b.pem"},
+        {"path": "/etc/c.pem", "file": "50-ansible.conf", "error": "Could not open /etc/b.pem"},
     ]
 
 

@@ -30,6 +30,7 @@ CERTIFICATE_SETTINGS = {
     "etc/postgresql/*/*/postgresql.conf": r"^\s*ssl_cert_file\s*=\s*'([^']+)'",
     "etc/postgresql/*/*/conf.d/*.conf": r"^\s*ssl_cert_file\s*=\s*'([^']+)'",
     "var/lib/pgsql/data/postgresql.conf": r"^\s*ssl_cert_file\s*=\s*'([^']+)'",
+    "var/lib/pgsql/data/conf.d/*.conf": r"^\s*ssl_cert_file\s*=\s*'([^']+)'",
 }
 QUEUE_COLUMNS = "name,type,durable,messages,messages_ready,messages_unacknowledged,consumers,members,online,leader,state"
 NODE_COLUMNS = "name,running,mem_alarm,disk_free_alarm,partitions,fd_used,fd_total,mem_used,mem_limit,disk_free,disk_free_limit"
