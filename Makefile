@@ -180,13 +180,13 @@ audit: $(RELEASE_VENV)/.complete ## Look for known vulnerabilities in all locks 
 	@$(RELEASE_VENV)/bin/python requirements/audit.py
 
 collection: $(VENV)/.complete $(RELEASE_VENV)/.complete ## Build the collection and its bills of materials in dist/; SIGN=KEY signs it with this key of gpg
-	@rm -rf dist && mkdir dist
+	@mkdir -p dist && rm -f dist/*.tar.gz dist/*.cdx.json dist/MANIFEST.json.asc
 	@ansible-galaxy collection build --output-path dist
 	@for lock in $(DEPLOYED); do \
 		name=$${lock%/files/requirements.txt}; name=$${name%.txt}; \
 		$(RELEASE_VENV)/bin/cyclonedx-py requirements --output-reproducible --output-file dist/$${name//\//-}.cdx.json $$lock; \
 	done
-	@$(if $(SIGN),tar --extract --to-stdout --file dist/*.tar.gz MANIFEST.json | \
+	@$(if $(SIGN),tar --extract --to-stdout --file dist/django_celery-stack-*.tar.gz MANIFEST.json | \
 		gpg --local-user '$(SIGN)' --armor --detach-sign --output dist/MANIFEST.json.asc)
 	@ls -1 dist
 

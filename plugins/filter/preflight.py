@@ -55,6 +55,7 @@ def host_ports(values, app, groups):
         "web": (values.ports("django", "django_web_listen"), rf"{app}-web(-standby)?\.(service|socket)"),
         "flower": (values.ports("flower", "flower_port"), rf"{app}-flower\.service"),
         "proxy": (["80", "443"], r"nginx\.service"),
+        "monitoring": (["9090", "9093"], r"prometheus(-alertmanager)?\.service"),
     }
     return {port: pattern for group, (ports, pattern) in layers.items() if group in groups for port in ports}
 
