@@ -13,8 +13,9 @@ from emails.states import UNFINISHED, State
 
 class Command(BaseCommand):
     help = (
-        "Prints JSON: the numbers of deliveries of the last 24 hours by state, the number that failed or are held, and the"
-        " ages in seconds of the oldest unsent and of the oldest due delivery."
+        "Prints JSON: the numbers of deliveries of the last 24 hours by state, the number that"
+        " failed or are held, and the ages in seconds of the oldest unsent and of the oldest due"
+        " delivery."
     )
 
     def handle(self, **_: Any) -> None:
