@@ -268,10 +268,19 @@ def test_locks_pin_packages_with_hashes_and_without_an_index(lock):
 # Workflows
 
 
-def test_workflow_runs_every_scenario_of_make_test():
-    scenarios = re.search(r"^SCENARIOS := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
+@pytest.mark.parametrize("variable, job", [("SCENARIOS", "scenario"), ("SLOW_SCENARIOS", "slow")])
+def test_workflow_runs_every_scenario_of_the_makefile(variable, job):
+    scenarios = re.search(rf"^{variable} := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
     jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]
-    assert jobs["scenario"]["strategy"]["matrix"]["scenario"] == scenarios
+    assert jobs[job]["strategy"]["matrix"]["scenario"] == scenarios
+
+
+def test_every_scenario_is_in_one_of_both_lists():
+    text = (ROOT / "Makefile").read_text()
+    listed = re.findall(r"^(?:SLOW_)?SCENARIOS := (.*)$", text, re.MULTILINE)
+    # `default` is a link to `site`, and `mac` runs only on a Mac.
+    found = {path.parent.name for path in ROOT.glob("molecule/*/molecule.yml")} - {"default", "mac"}
+    assert sorted(" ".join(listed).split()) == sorted(found)
 
 
 def test_workflows_are_valid():
