@@ -338,7 +338,7 @@ def test_a_service_with_defaults():
         ("TasksMax", "1024"),
         ("CPUWeight", "100"),
         ("LimitNOFILE", "65536"),
-        ("NoExecPaths", "/tmp /var/tmp /var/lib -/dev/shm"),  # noqa: S108 - a directive of a unit
+        ("NoExecPaths", "/tmp /var/tmp -/dev/shm"),  # noqa: S108 - a directive of a unit
     ]
     assert found["Unit"] == [
         ("Description", "Web"),
@@ -374,7 +374,7 @@ def test_a_service_with_every_option():
         ("StateDirectory", "shop"),
         ("StateDirectoryMode", "0750"),
         ("ReadWritePaths", "/a /b"),
-        ("NoExecPaths", "/tmp /var/tmp /var/lib -/dev/shm /var/lib/shop /a /b"),  # noqa: S108 - a directive of a unit
+        ("NoExecPaths", "/tmp /var/tmp -/dev/shm /var/lib/shop /a /b"),  # noqa: S108 - a directive of a unit
     ]
     # The last of two directives counts, so a service can override the sandbox.
     assert found["Service"][-1] == ("PrivateUsers", "no")

@@ -350,12 +350,12 @@ def test_the_packaged_broker_gets_the_sandbox_and_its_exceptions(rendered):
     assert unit["Service"] == [
         *sandbox,
         ("ReadWritePaths", "/var/lib/rabbitmq /var/log/rabbitmq"),
-        ("NoExecPaths", "/tmp /var/tmp /var/lib -/dev/shm /var/lib/rabbitmq /var/log/rabbitmq"),  # noqa: S108 - a directive of a unit
+        ("NoExecPaths", "/tmp /var/tmp -/dev/shm /var/lib/rabbitmq /var/log/rabbitmq"),  # noqa: S108 - a directive of a unit
         ("LimitNOFILE", "100000"),
         ("ProcSubset", "all"),
         ("RestrictAddressFamilies", "AF_NETLINK"),
     ]
-    without_programs = ("NoExecPaths", "/tmp /var/tmp /var/lib -/dev/shm")  # noqa: S108 - a directive of a unit
+    without_programs = ("NoExecPaths", "/tmp /var/tmp -/dev/shm")  # noqa: S108 - a directive of a unit
     assert sections(rendered["other"]["epmd.service"]) == {"Service": [*sandbox, without_programs]}
 
 

@@ -65,8 +65,8 @@ def _file(sections):
 
 def _writable(service, state):
     """Return the directives that let a service write to directories, but not run programs that an attacker stores there."""
-    # Directories that a unit can write to are separate mounts, so /var/lib does not include them.
-    without_programs = ["/tmp", "/var/tmp", "/var/lib", "-/dev/shm", *state, *service["writable"]]  # noqa: S108 - not a file's name
+    # systemd would mount a directory above them too, such as /var/lib, but writable, although ProtectSystem=strict protects it.
+    without_programs = ["/tmp", "/var/tmp", "-/dev/shm", *state, *service["writable"]]  # noqa: S108 - not a file's name
     return [("ReadWritePaths", " ".join(service["writable"]) or None), ("NoExecPaths", " ".join(without_programs))]
 
 
