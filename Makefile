@@ -128,7 +128,7 @@ lint: $(VENV)/.complete $(APP_VENV)/.complete ## Lint roles, playbooks, Python a
 	check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 test-unit: $(VENV)/.complete ## Run the unit tests, with the coverage of plugins/
-	pytest --cov=plugins --cov-report=term
+	pytest -m "not slow" --cov=plugins --cov-report=term
 
 test-app-fast: $(APP_VENV)/.complete ## Run the application's tests that need no broker and no browser
 	cd app && .venv/bin/pytest -m "not browser and not broker"

@@ -75,6 +75,10 @@ def outputs(tmp_path_factory):
     return playbook("-vvv", "-i", folder, "playbooks/validate.yml", ANSIBLE_STRATEGY="free", ANSIBLE_FORKS="4")
 
 
+# The run with a host per case takes several minutes.
+pytestmark = pytest.mark.slow
+
+
 @pytest.mark.attack(kind="variables: secret of a wrong type")
 @pytest.mark.parametrize("case", CASES)
 def test_wrong_value_is_refused_without_showing_the_secret(outputs, case):
