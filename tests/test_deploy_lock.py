@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import yaml
+from ansible.errors import AnsibleActionFail
+from ansible.plugins.action import ActionBase
+from ansible_collections.django_celery.stack.plugins.action import deploy_lock
+from ansible_collections.django_celery.stack.plugins.modules import deploy_lock as documentation
 from helpers import ROOT
 
 
@@ -76,3 +83,127 @@ def test_lock_that_no_run_can_get_is_an_error_with_its_cause(start, tmp_path):
     output, _ = start(0).communicate(timeout=60)
     assert "Can't take the lock" in output
     assert "Is a directory" in output
+
+
+# The plugin in this process
+
+
+@pytest.fixture
+def plugin(tmp_path, monkeypatch):
+    """The plugin with a connection to this machine. Its lock ends with the process `run`."""
+    monkeypatch.setattr(ActionBase, "run", lambda self, tmp, task_vars: {})
+    options = {"path": str(tmp_path / "lock")}
+    monkeypatch.setattr(ActionBase, "validate_argument_spec", lambda self, spec: (None, options))
+    plugin = object.__new__(deploy_lock.ActionModule)
+    plugin._task = SimpleNamespace(check_mode=False)
+
+    def execute(command):
+        done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+        return {"rc": done.returncode, "stdout": done.stdout, "stderr": done.stderr}
+
+    plugin._low_level_execute_command = execute
+    with subprocess.Popen(["sleep", "60"]) as run:
+        monkeypatch.setattr(os, "getppid", lambda: run.pid)
+        yield plugin
+        run.kill()
+
+
+def test_lock_is_not_taken_in_check_mode(plugin, tmp_path):
+    plugin._task.check_mode = True
+    assert plugin.run() == {"skipped": True}
+    assert not (tmp_path / "lock").exists()
+
+
+def test_result_has_the_record_in_the_lock_file(plugin, tmp_path):
+    result = plugin.run()
+    assert result["changed"] is False
+    assert result["holder"] == json.loads((tmp_path / "lock").read_text())
+
+
+def test_lock_of_another_process_is_refused_with_its_record(plugin, tmp_path):
+    record = {"user": "alice", "controller": "laptop", "since": "yesterday", "run": "1"}
+    with (tmp_path / "lock").open("w") as file:
+        file.write(json.dumps(record))
+        file.flush()
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(AnsibleActionFail, match="alice@laptop since yesterday"):
+            plugin.run()
+
+
+def test_lock_file_that_is_a_directory_is_an_error(plugin, tmp_path):
+    (tmp_path / "lock").mkdir()
+    with pytest.raises(AnsibleActionFail, match="Is a directory"):
+        plugin.run()
+
+
+class Ended(Exception):
+    """Instead of the end of this process. The argument is the exit status."""
+
+
+@pytest.mark.parametrize("rc, status", [(0, 0), (deploy_lock.REFUSED, deploy_lock.REFUSED), (255, 1)])
+def test_holder_ends_with_the_status_of_the_program(plugin, monkeypatch, rc, status):
+    def end(code):
+        raise Ended(code)
+
+    monkeypatch.setattr(os, "_exit", end)
+    monkeypatch.setattr(os, "setsid", lambda: None)
+    monkeypatch.setattr(deploy_lock.signal, "signal", lambda number, action: None)
+    monkeypatch.setattr(plugin, "end_with", lambda run: None)
+    plugin._low_level_execute_command = lambda command: {"rc": rc, "stdout": "", "stderr": "the cause"}
+    read, write = os.pipe()
+    with pytest.raises(Ended, match=str(status)):
+        plugin.hold(1, write, "/lock", "{}")
+    os.close(write)
+    assert os.read(read, 100) == b"the cause"
+
+
+def test_holder_reports_a_broken_connection(plugin, monkeypatch):
+    def end(code):
+        raise Ended(code)
+
+    def fail(command):
+        raise OSError("no connection")
+
+    monkeypatch.setattr(os, "_exit", end)
+    monkeypatch.setattr(os, "setsid", lambda: None)
+    monkeypatch.setattr(deploy_lock.signal, "signal", lambda number, action: None)
+    monkeypatch.setattr(plugin, "end_with", lambda run: None)
+    plugin._low_level_execute_command = fail
+    read, write = os.pipe()
+    with pytest.raises(Ended, match="1"):
+        plugin.hold(1, write, "/lock", "{}")
+    os.close(write)
+    assert os.read(read, 100) == b"no connection"
+
+
+def test_holder_ends_when_the_run_has_ended(plugin, monkeypatch):
+    killed = []
+
+    def kill_group(group, signal):
+        killed.append((group, signal))
+        raise Ended
+
+    monkeypatch.setattr(os, "killpg", kill_group)
+    monkeypatch.setattr(deploy_lock.time, "sleep", lambda seconds: None)
+    answers = iter([None, ProcessLookupError()])
+
+    def exists(process, signal):
+        if error := next(answers):
+            raise error
+
+    monkeypatch.setattr(os, "kill", exists)
+    with pytest.raises(Ended):
+        plugin.end_with(1)
+    monkeypatch.undo()
+    assert killed == [(0, deploy_lock.signal.SIGKILL)]
+
+
+def test_documentation_has_the_options_of_the_plugin(plugin, monkeypatch):
+    specs = []
+    monkeypatch.setattr(ActionBase, "validate_argument_spec", lambda self, spec: (specs.append(spec), {"path": ""}))
+    plugin._task.check_mode = True
+    plugin.run()
+    documented = yaml.safe_load(documentation.DOCUMENTATION)["options"]
+    assert {name: (spec["type"], spec["required"]) for name, spec in specs[0].items()} == {
+        name: (option["type"], option["required"]) for name, option in documented.items()
+    }

@@ -3,29 +3,12 @@
 from __future__ import annotations
 
 import re
-import uuid
 
 import pytest
 import requests
 
 RECOVERY = "database system was not properly shut down"
 JOBS = ["django_celery.stack.services : Manage the jobs of mailroom/celery"]
-
-
-@pytest.fixture
-def send(site, variables):
-    """Posts an email; returns its subject and a function that returns its state."""
-    headers = {"Authorization": f"Bearer {variables['secret_app_api_key']}"}
-
-    def post():
-        subject = f"test {uuid.uuid4()}"
-        email = {"subject": subject, "text": "Hello.", "to": ["one@example.net"]}
-        answer = requests.post(f"{site}/api/emails", json=email, headers=headers, timeout=5)
-        assert answer.status_code == 202, answer.text
-        status = f"{site}/api/emails/{answer.json()['id']}"
-        return subject, lambda: requests.get(status, headers=headers, timeout=5).json()["state"]
-
-    return post
 
 
 @pytest.fixture
