@@ -16,7 +16,7 @@ export MOLECULE_COMMAND_BORDERS := 0
 SCENARIOS := site site-hosts site-el9 macos projects rabbitmq rabbitmq-cluster rabbitmq43 celery django erlang postgresql any-project nginx flower firewall services ca_certificates built-collection
 # Only `make test-all` runs these.
 SLOW_SCENARIOS := release operations offline_packages monitoring cluster attacks guests projects-built certificates
-BENCHMARKS := mail_compare mail_faults mail_load mail_pace broker_celery broker_faults broker_noop converge
+BENCHMARKS := mail_compare mail_faults mail_load mail_pace broker_celery broker_faults broker_noop deploy_under_load converge
 # How many scenarios run in parallel. A scenario mostly waits for its hosts.
 JOBS ?= 2
 SIDE_BY_SIDE = $(VENV)/bin/python tests/parts.py --jobs $(JOBS)

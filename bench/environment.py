@@ -1,4 +1,4 @@
-"""Creates, converges, accesses and removes the brokers of the benchmarks."""
+"""Creates, converges, accesses and removes the hosts of the benchmarks."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -18,12 +19,13 @@ PROJECT = Path(__file__).resolve().parents[1]
 # By the number of nodes.
 INVENTORIES = {1: PROJECT / "bench" / "broker", 3: PROJECT / "bench" / "cluster"}
 BIN = PROJECT / ".venv" / "bin"
+FOLDER = PROJECT / ".ansible" / "bench"
 HOST = "bench1"
 VHOST = "mailroom"
 
 
 class Environment:
-    """The inventory in use, which `broker` sets."""
+    """The inventory in use."""
 
     inventory = INVENTORIES[1]
 
@@ -40,8 +42,8 @@ def run(*words: object, check: bool = True, **more) -> subprocess.CompletedProce
     return done
 
 
-def testbed(*words: object, check: bool = True) -> subprocess.CompletedProcess[str]:
-    return run(BIN / "python", "-m", "testbed", words[0], "--inventory", Environment.inventory, *words[1:], check=check)
+def testbed(*words: object, **more) -> subprocess.CompletedProcess[str]:
+    return run(BIN / "python", "-m", "testbed", words[0], "--inventory", Environment.inventory, *words[1:], **more)
 
 
 def on_host(script: str, host: str = HOST, check: bool = True) -> str:
@@ -77,6 +79,46 @@ def broker(keep: bool, nodes: int = 1) -> Iterator[None]:
             secrets().unlink(missing_ok=True)
 
 
+def write_inventory(name: str, groups: dict, **variables: object) -> Path:
+    """Write an inventory for testbed/, with a mail catcher, in .ansible/bench."""
+    inventory = FOLDER / name
+    shutil.rmtree(inventory, ignore_errors=True)
+    files = inventory / "group_vars" / "all"
+    files.mkdir(parents=True)
+    (files / "00-common").symlink_to(PROJECT / "inventories" / "common")
+    (files / "20-testbed.yml").symlink_to(PROJECT / "testbed" / "vars.yml")
+    (files / "21-mailroom.yml").symlink_to(PROJECT / "testbed" / "mailroom.yml")
+    own = {"testbed_platform": "debian13", "testbed_mail_catcher": True} | variables
+    (files / "30-bench.yml").write_text(yaml.safe_dump(own))
+    (inventory / "hosts.yml").write_text(yaml.safe_dump({"all": {"children": groups}}))
+    return inventory
+
+
+def by_hand() -> float:
+    """Run bench/hand-typed.sh on a separate host; return its duration in seconds."""
+    before, Environment.inventory = Environment.inventory, write_inventory("hand", {"hand": {"hosts": {"hand": None}}})
+    testbed("up")
+    try:
+        for path in generated().get("testbed_ca_certificates", []):
+            name = f"/usr/local/share/ca-certificates/{Path(path).stem}.crt"
+            script = f"mkdir -p {Path(name).parent} && cat >{name}"
+            testbed("exec", "hand", "--", "sh", "-c", script, input=Path(path).read_text())
+        begin = time.monotonic()
+        done = testbed("exec", "hand", "--", "bash", input=(PROJECT / "bench" / "hand-typed.sh").read_text())
+        seconds = time.monotonic() - begin
+        say("  " + ", ".join(done.stdout.split("\n")[:-2]))
+        return seconds
+    finally:
+        testbed("down")
+        Environment.inventory = before
+
+
+def generated(host: str | None = None) -> dict:
+    """The variables that testbed/ wrote for a host, or for all hosts."""
+    path = f"host_vars/{host}/testbed.yml" if host else "group_vars/all/90-testbed.yml"
+    return yaml.safe_load((Environment.inventory / path).read_text())
+
+
 def secrets() -> Path:
     return Environment.inventory / "group_vars" / "all" / "91-secrets.yml"
 
@@ -86,5 +128,4 @@ def secret(name: str) -> str:
 
 
 def published(port: int, host: str = HOST) -> int:
-    found = yaml.safe_load((Environment.inventory / "host_vars" / host / "testbed.yml").read_text())
-    return found["testbed_published"][str(port)]
+    return generated(host)["testbed_published"][str(port)]

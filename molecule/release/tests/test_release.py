@@ -259,3 +259,37 @@ def test_failure_after_a_killed_run_returns_to_the_release_before_both(run, run_
     assert done.returncode != 0
     assert "mailroom is not healthy on web2" in flat(done)
     assert [state(name)[0] for name in HOSTS] == before
+
+
+# The steps of a deployment at which a run is killed, in their order.
+STEPS = [
+    "Release | Unpack the source",
+    "Release | Collect the static files",
+    "Commands | Check the project and migrate its database",
+    "Drain | Forward requests to the other web hosts",
+    "Switch | Replace the environment file",
+    "Switch | Point the link to the release",
+    "Manage the units of mailroom/django",
+    "Undrain | Forward requests to the host again",
+    "Clean | Set the time of the activation",
+]
+
+
+def test_run_that_is_killed_at_any_step_is_repaired_by_the_next(run, run_until, state, on, project, traffic):
+    """Each run is killed at a later step than the one before. The last run completes."""
+    before = [state(name)[0] for name in HOSTS]
+    source = project("mailroom/other.py", "# A release of killed runs.\n")
+    with traffic(80) as (durations, errors):
+        for step in STEPS:
+            run_until(step, django_source=source)
+            assert errors == [], step
+        done = run("playbooks/app.yml", django_source=source)
+        assert done.returncode == 0, done.stdout
+        after = [state(name)[0] for name in HOSTS]
+        done = run("playbooks/app.yml", django_source=source)
+        assert re.findall(r"changed=([1-9]\d*)", done.stdout) == [], done.stdout
+    assert len(set(after)) == 1
+    assert after != before
+    assert on("hub", "ls /etc/nginx/mailroom-control") == ""
+    assert len(durations) > 100
+    assert (errors, max(durations) < 5) == ([], True), sorted(durations)[-10:]
