@@ -75,3 +75,8 @@ def test_host_that_the_environment_needs_is_not_removed(inventory, groups, extra
 def test_uninstall_requires_confirmation(inventory):
     words = ["-i", inventory(**GROUPS), "playbooks/ops/uninstall.yml", "--limit", "web1", "--extra-vars", '{"confirm": "no"}']
     assert refusal(playbook(*words)) == "This stops mailroom on web1. To confirm, type yes, or add -e confirm=yes"
+
+
+def test_removal_of_a_host_requires_confirmation(inventory):
+    words = ["-i", inventory(**GROUPS), "playbooks/ops/remove_host.yml", "--extra-vars", '{"host": "web2"}']
+    assert refusal(playbook(*words)) == "This stops mailroom on web2 and removes it from there. To confirm, add -e confirm=yes"
