@@ -25,6 +25,7 @@ UNSUPPORTED = {
     "monitoring": {"EL", "macOS"},
     "nginx": {"macOS"},
     "offline_packages": {"EL", "macOS"},
+    "valkey": {"macOS"},
 }
 BY_HAND = re.compile(r"<!-- Handwritten -->\n(.*?)\n<!-- End of the handwritten part -->", re.DOTALL)
 

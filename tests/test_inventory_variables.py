@@ -23,7 +23,7 @@ from jinja2 import UndefinedError
 
 GROUPS = {name: ["a"] for name in ("all", "ungrouped", "broker", "app", "web", "workers", "flower", "database", "proxy")}
 EXPECTED = (
-    "The group app is required, with the groups web and workers in it. The groups broker, database, flower, proxy and monitoring "
+    "The group app is required, with the groups web and workers in it. The groups broker, database, cache, flower, proxy and monitoring "
     "are optional."
 )
 
@@ -79,14 +79,15 @@ def test_distance_counts_typing_errors(one, other, mistakes):
     assert distance(one, other) == distance(other, one) == mistakes
 
 
-def test_second_database_is_refused_unless_each_is_a_separate_environment():
-    groups = {"broker": ["a"], "database": ["a", "b"]}
-    assert host_count_errors("b", groups, {"wiring_database": "b"}) == []
-    assert host_count_errors("c", groups, {"wiring_database": "a"}) == []
-    (sentence,) = host_count_errors("b", groups, {"wiring_database": "a"})
+@pytest.mark.parametrize("group", ["database", "cache"])
+def test_second_server_is_refused_unless_each_is_a_separate_environment(group):
+    groups = {"broker": ["a"], group: ["a", "b"]}
+    assert host_count_errors("b", groups, {f"wiring_{group}": "b"}) == []
+    assert host_count_errors("c", groups, {f"wiring_{group}": "a"}) == []
+    (sentence,) = host_count_errors("b", groups, {f"wiring_{group}": "a"})
     assert sentence == (
-        "The group database has the hosts a, b; allowed is one, or several if each host is a separate environment, with "
-        "wiring_database set to the host's name."
+        f"The group {group} has the hosts a, b; allowed is one, or several if each host is a separate environment, with "
+        f"wiring_{group} set to the host's name."
     )
 
 

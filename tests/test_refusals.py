@@ -27,6 +27,7 @@ LAYERS = {
     "celery": "workers",
     "flower": "flower",
     "nginx": "proxy",
+    "valkey": "cache",
 }
 
 USER = {"name": "worker", "password": f"{MARK}worker"}
@@ -176,6 +177,29 @@ REFUSED = {
             {"certificates_authority": "", "postgresql_certificate_key": ""},
             "certificates_authority is empty, and postgresql needs a certificate; allowed is the certificate of a CA.",
         ),
+    ],
+    "valkey certificate": [
+        ({"valkey_certificate": "/nowhere.pem"}, "The certificate of valkey has no key; a certificate needs its key."),
+    ],
+    "valkey authority": [
+        (
+            {"certificates_authority": "", "valkey_certificate_key": ""},
+            "certificates_authority is empty, and valkey needs a certificate; allowed is the certificate of a CA.",
+        ),
+    ],
+    "valkey types": [
+        ({"valkey_port": "6379"}, "valkey_port is '6379', not a whole number."),
+        ({"valkey_eviction": "lru"}, "valkey_eviction is 'lru'; allowed are noeviction, allkeys-lru,"),
+        ({"valkey_maxmemory": "1gb"}, "valkey_maxmemory is not a variable of the role valkey, did you mean valkey_max_memory?"),
+    ],
+    "valkey": [
+        ({"valkey_password": f"{MARK[:5]}"}, "valkey_password has fewer than 12 characters; allowed are 12 or more."),
+        (
+            {"valkey_addresses": ["*", "192.0.2.1", "::1", "cache.example"]},
+            "valkey_addresses is *, 192.0.2.1, ::1, cache.example; allowed are *, IPv4 addresses and IPv6 addresses.",
+        ),
+        ({"valkey_port": 0}, "valkey_port is 0; allowed is 1 to 65535."),
+        ({"valkey_max_memory": "2 GB"}, "valkey_max_memory is '2 GB'; allowed are sizes such as 256mb and 2gb."),
     ],
     # The roles' rules.
     "rabbitmq": [

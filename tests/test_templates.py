@@ -59,6 +59,9 @@ HOSTS = {
         "flower_read_only": True,
         "flower_max_tasks": 123,
         "flower_memory_max": "99M",
+        "valkey_port": 6380,
+        "valkey_eviction": "allkeys-lfu",
+        "valkey_persistent": False,
     },
     "cluster": {
         "rabbitmq_nodes": [
@@ -76,6 +79,7 @@ HOSTS = {
         "rabbitmq_management_listener": "127.0.0.1:15671",
         "flower_broker_url": "amqps://broker.example",
         "flower_broker_ca_file": "/etc/ssl/ca.pem",
+        "valkey_tls": True,
     },
     "worker alone": {"django_web": False, "django_processes": [], "celery_beat": False},
 }
@@ -89,6 +93,7 @@ TEMPLATES = {
     "environment": "django/templates/environment.j2",
     "manage": "django/templates/manage.j2",
     "celeryconfig.py": "flower/templates/celeryconfig.py.j2",
+    "valkey.conf": "valkey/templates/valkey.conf.j2",
 }
 # Other texts that a role writes to a file or runs.
 EXPRESSIONS = {
@@ -115,14 +120,14 @@ def rendered(tmp_path_factory):
     folder = tmp_path_factory.mktemp("templates")
     common_variables(folder)
     # The precedence is the same as in a role: the inventory overrides defaults, and vars_files override the inventory.
-    defaults = [yaml.safe_load((ROOT / f"roles/{role}/defaults/main.yml").read_text()) for role in ROLES]
+    defaults = [yaml.safe_load((ROOT / f"roles/{role}/defaults/main.yml").read_text()) for role in (*ROLES, "valkey")]
     hosts = {"hosts": HOSTS, "vars": {name: value for values in defaults for name, value in values.items()}}
     (folder / "hosts.json").write_text(json.dumps({"all": hosts}))
     (folder / "group_vars/all/10-wired.json").write_text(json.dumps(WIRED))
     # A playbook, like a role, finds files next to it.
     (folder / "files").symlink_to(ROOT / "roles/flower/files")
     files = [ROOT / f"roles/{role}/vars/main{name}.yml" for role, name in (("services", ""), ("django", ""), ("celery", "/main"))]
-    files += [ROOT / "roles/flower/vars/main.yml"]
+    files += [ROOT / f"roles/{role}/vars/main.yml" for role in ("flower", "valkey")]
     files += [ROOT / f"roles/rabbitmq/vars/{name}.yml" for name in ("main/main", "Debian", "main/checklist", "main/services")]
     tasks = [{"debug": {"msg": "{{ __services_units }}"}, "vars": services_of(role)} for role in ROLES[1:]]
     tasks += [{"debug": {"msg": f"{{{{ lookup('template', '{ROOT}/roles/{source}') }}}}"}} for source in TEMPLATES.values()]
@@ -160,6 +165,16 @@ def test_broker_with_tls_has_no_port_without_it(rendered):
     unit = rendered["tls"]["rabbitmq-server.service"]
     assert "ExecReload=/usr/sbin/rabbitmqctl eval 'ssl:clear_pem_cache().'" in unit
     assert "ExecReload" not in rendered["usual"]["rabbitmq-server.service"]
+
+
+def test_cache_configuration(rendered):
+    def lines(host):
+        return rendered[host]["valkey.conf"].splitlines()
+
+    assert {"port 6379", "maxmemory 256mb", "maxmemory-policy volatile-lru", "appendonly yes"} <= set(lines("usual"))
+    assert {"port 6380", "maxmemory-policy allkeys-lfu", "appendonly no"} <= set(lines("alternative"))
+    assert {"port 0", "tls-port 6379"} <= set(lines("tls"))
+    assert MARK not in rendered["usual"]["valkey.conf"]
 
 
 def test_flower_verifies_the_broker(rendered):

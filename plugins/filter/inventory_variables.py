@@ -19,12 +19,13 @@ from jinja2 import UndefinedError, pass_context
 
 COLLECTION = Path(__file__).resolve().parents[2]
 REQUIRED_GROUPS = ("app", "web", "workers")
-OPTIONAL_GROUPS = ("broker", "database", "flower", "proxy", "monitoring")
+OPTIONAL_GROUPS = ("broker", "database", "cache", "flower", "proxy", "monitoring")
 # The roles that validate.yml checks, by the inventory group on whose hosts they run.
 ROLES = {
     "all": ("offline_packages", "ca_certificates", "certificates", "firewall", "monitoring"),
     "broker": ("erlang", "rabbitmq"),
     "database": ("postgresql",),
+    "cache": ("valkey",),
     "app": ("django",),
     "workers": ("celery",),
     "flower": ("flower",),
@@ -77,7 +78,7 @@ def group_errors(groups):
     if sentences:
         sentences.append(
             f"Its groups are {', '.join(own) or 'none'}. The group app is required, with the groups web and workers in it. "
-            "The groups broker, database, flower, proxy and monitoring are optional."
+            "The groups broker, database, cache, flower, proxy and monitoring are optional."
         )
         return sentences
     for name in ("web", "workers"):
@@ -95,12 +96,13 @@ def host_count_errors(host, groups, values):
             f"The group broker has the hosts {', '.join(brokers)}; allowed is one, three, or a larger odd number. A cluster of two "
             "stops if it loses either broker, and four can lose no more brokers than three can."
         )
-    databases = groups.get("database", [])
-    if host in databases and len(databases) > 1 and values.get("wiring_database") != host:
-        sentences.append(
-            f"The group database has the hosts {', '.join(databases)}; allowed is one, or several if each host is a separate "
-            "environment, with wiring_database set to the host's name."
-        )
+    for group in ("database", "cache"):
+        hosts = groups.get(group, [])
+        if host in hosts and len(hosts) > 1 and values.get(f"wiring_{group}") != host:
+            sentences.append(
+                f"The group {group} has the hosts {', '.join(hosts)}; allowed is one, or several if each host is a separate "
+                f"environment, with wiring_{group} set to the host's name."
+            )
     return sentences
 
 

@@ -52,6 +52,7 @@ def host_ports(values, app, groups):
             r"rabbitmq-server\.service|epmd\.(service|socket)",
         ),
         "database": (values.ports("postgresql", "postgresql_port"), r"postgresql([@-].*)?\.service"),
+        "cache": (values.ports("valkey", "valkey_port"), r"valkey(-server)?\.service"),
         "web": (values.ports("django", "django_web_listen"), rf"{app}-web(-standby)?\.(service|socket)"),
         "flower": (values.ports("flower", "flower_port"), rf"{app}-flower\.service"),
         "proxy": (["80", "443"], r"nginx\.service"),

@@ -231,6 +231,13 @@ def test_missing_static_files_are_reported(deployment, case):
     assert f"WARNING: {case}, so no static files were collected." in deployment.output
 
 
+@of_projects({COOKIECUTTER: "5"})
+def test_processes_share_the_cache(deployment, case, host):
+    manage(host, f"shell --command \"from django.core.cache import cache; cache.set('key', {case}, 60)\"")
+    found = manage(host, "shell --command \"from django.core.cache import cache; print(cache.get('key'))\"")
+    assert found.splitlines()[-1] == case
+
+
 @of_projects({NEW: "5"})
 def test_command_of_the_page_runs_on_the_host(deployment, case, host):
     (command,) = (block for block in blocks(deployment.section, "sh") if block.startswith("sudo "))
