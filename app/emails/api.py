@@ -1,7 +1,10 @@
 """The API: authentication and error responses. The calls are in api_….py."""
 
 import logging
+from collections.abc import Callable
+from typing import Any
 
+from django.contrib.auth.decorators import login_required
 from django.core.exceptions import RequestDataTooBig, ValidationError
 from django.db import InterfaceError, OperationalError
 from django.http import HttpRequest, HttpResponse
@@ -12,6 +15,7 @@ from ninja.security import HttpBearer
 
 from emails import api_emails, api_keys, api_suppressions
 from emails.api_schemas import errors_by_field
+from emails.conf import conf
 from emails.models import ApiKey
 from emails.services import Conflict, OverLimit
 
@@ -30,7 +34,23 @@ class BearerKey(HttpBearer):
         return api_keys.authenticate(token)
 
 
-api = NinjaAPI(title="Mailroom", version="1", urls_namespace="api", auth=BearerKey())
+def documentation_access(view: Callable[..., HttpResponse]) -> Callable[..., HttpResponse]:
+    """Require a sign-in for a page of the API's documentation, unless API_DOCS_PUBLIC is true."""
+    for_users = login_required(view)
+
+    def page(request: HttpRequest, *args: Any, **kwargs: Any) -> HttpResponse:
+        return (view if conf.API_DOCS_PUBLIC else for_users)(request, *args, **kwargs)
+
+    return page
+
+
+api = NinjaAPI(
+    title="Mailroom",
+    version="1",
+    urls_namespace="api",
+    auth=BearerKey(),
+    docs_decorator=documentation_access,
+)
 api.add_decorator(cache_control(no_store=True), mode="view")
 api.add_router("/emails", api_emails.router, tags=["emails"])
 api.add_router("/suppressions", api_suppressions.router, tags=["suppressions"])

@@ -61,6 +61,10 @@ def texts(value: Any) -> str | None:
     return None if good else "a list of strings"
 
 
+def true_or_false(value: Any) -> str | None:
+    return None if isinstance(value, bool) else "True or False"
+
+
 def one_of(*allowed: str) -> Check:
     return lambda value: None if value in allowed else " or ".join(map(repr, allowed))
 
@@ -119,6 +123,10 @@ class Conf:
     # Maximum number of SMTP connections of all workers together; 0: one per worker process.
     SMTP_CONNECTIONS = Setting(0, whole(0))
     DOMAIN_LIMITS = Setting[dict[str, dict[str, float]]]({}, domain_limits)
+
+    # ---- API ----
+    # Whether the API's documentation needs no sign-in.
+    API_DOCS_PUBLIC = Setting(False, true_or_false)
 
     # ---- Relay, retention, metrics ----
     RELAY_POLL_SECONDS = Setting[float](1.0, seconds(0.05))

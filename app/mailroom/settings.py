@@ -211,6 +211,7 @@ EMAILS_RELAY_POLL_SECONDS = number("RELAY_POLL_SECONDS", 1.0, minimum=0.05)
 EMAILS_RELAY_THREADS = number("RELAY_THREADS", 4)
 EMAILS_SMTP_CONNECTIONS = number("SMTP_CONNECTIONS", 0, minimum=0)
 EMAILS_DOMAIN_LIMITS = limits("DOMAIN_LIMITS")
+EMAILS_API_DOCS_PUBLIC = boolean("API_DOCS_PUBLIC", DEBUG)
 EMAILS_METRICS_TOKEN = env.str("METRICS_TOKEN", "")
 
 # --- Celery -----------------------------------------------------------------------------------

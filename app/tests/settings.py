@@ -12,6 +12,7 @@ os.environ.update(
     EMAIL_URL="smtp://127.0.0.1:1",
     EMAIL_TIMEOUT="2",
     DEFAULT_FROM_EMAIL="Mailroom <mailroom@example.org>",
+    API_DOCS_PUBLIC="true",
     ALLOWED_SENDERS="news@example.com,@example.net",
     MAX_RECIPIENTS="3",
     LOG_LEVEL="INFO",

@@ -192,6 +192,16 @@ def test_api_documentation_needs_no_cdn(client):
     assert "https://" not in page
 
 
+@pytest.mark.attack
+@pytest.mark.parametrize("path", ["/api/docs", "/api/openapi.json"])
+def test_api_documentation_needs_a_login_unless_it_is_public(client, user, settings, path):
+    settings.EMAILS_API_DOCS_PUBLIC = False
+    response = client.get(path)
+    assert (response.status_code, response["Location"]) == (302, f"/login/?next={path}")
+    client.force_login(user)
+    assert client.get(path).status_code == 200
+
+
 # Idempotency
 
 

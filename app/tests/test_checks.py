@@ -40,6 +40,7 @@ def test_defaults_are_valid():
         ("MAX_RECIPIENTS", 0, "a whole number, 1 or more"),
         ("MAX_RECIPIENTS", "50", "a whole number, 1 or more"),
         ("MAX_RECIPIENTS", True, "a whole number, 1 or more"),
+        ("API_DOCS_PUBLIC", "no", "True or False"),
         ("MAX_ATTACHMENTS", -1, "a whole number, 0 or more"),
         ("MAX_EMAIL_BYTES", 1e6, "a whole number, 1 or more"),
         ("MAX_BATCH", 0, "a whole number, 1 or more"),

@@ -40,6 +40,7 @@ def values(**variables) -> dict:
         ("SECRET_KEY", ""),
         ("DEBUG", "flase"),
         ("HTTPS_ONLY", "2"),
+        ("API_DOCS_PUBLIC", "2"),
         ("PREPARED_STATEMENTS", "maybe"),
         ("DATABASE_URL", ""),
         ("DATABASE_URL", "mysql://user:password@host/name"),
