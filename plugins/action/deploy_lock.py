@@ -63,14 +63,14 @@ class ActionModule(ActionBase):
             self.hold(run, report, options["path"], json.dumps(record))
         os.close(report)
         while True:
-            # Check the process before reading the record: a process that has ended can't take the lock afterwards.
+            # Check the process before reading the record, since a process that has ended can't take the lock later.
             ended, status = os.waitpid(holder, os.WNOHANG)
             found = self.read(options["path"])
             if ended:
                 return self.refused(os.waitstatus_to_exitcode(status), found, os.fdopen(errors).read())
             if found.get("run") == record["run"]:
                 os.close(errors)
-                # The lock changes no state that outlives the run.
+                # The run does not report a change, since the lock ends with the run.
                 return {**result, "changed": False, "holder": record}
             time.sleep(0.3)
 

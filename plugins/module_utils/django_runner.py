@@ -125,7 +125,7 @@ def unknown_migrations(_: str) -> None:
         loader = MigrationLoader(connection)
         unknown += [".".join(key) for key in loader.applied_migrations if key not in loader.disk_migrations]
     if unknown:
-        sys.exit("The database has migrations that this release does not know: " + ", ".join(sorted(set(unknown))) + ".")
+        sys.exit("The database has migrations that this release does not contain: " + ", ".join(sorted(set(unknown))) + ".")
 
 
 def healthy_response(request: str) -> None:

@@ -108,7 +108,7 @@ def last_line(done: subprocess.CompletedProcess[str]) -> str:
 
 
 def mail_problems(server: Optional[dict[str, Any]]) -> Iterator[str]:
-    """Say EHLO to the mail server. No login, no email."""
+    """Send EHLO to the mail server. Sends no login and no email."""
     if not server:
         return
     host, port = server["host"], server["port"]
@@ -153,7 +153,7 @@ def processes_with(inodes: set[str], folder: str = "/proc") -> Iterator[int]:
                 if any(os.readlink(link) in wanted for link in (process / "fd").iterdir()):
                     yield int(process.name)
             except OSError:
-                # The process ended.
+                # The process has ended.
                 continue
 
 

@@ -72,7 +72,7 @@ class Box(NamedTuple):
         return TITLE + ROW * max(len(self.hosts) + bool(self.note), 1)
 
     def port(self, ends: list[str], number: int) -> int:
-        """Return the height at which edge `number` ends at this box. `ends` has the box of each edge."""
+        """Return the vertical position at which edge `number` ends at this box. `ends` contains the box of each edge."""
         here = [index for index, box in enumerate(ends) if box == ends[number]]
         return self.y + self.height * (here.index(number) + 1) // (len(here) + 1)
 

@@ -57,7 +57,7 @@ class Answer:
 
 
 class Text:
-    """The part of a socket that http.client uses, for bytes that were already read."""
+    """Gives http.client bytes that were already read, as if they came from a socket."""
 
     def __init__(self, data: bytes) -> None:
         self.data = data
@@ -198,7 +198,7 @@ def pytest_runtest_makereport(item, call):
 
 
 def pytest_terminal_summary(terminalreporter):
-    terminalreporter.section("attacks that were seen to fail, by kind")
+    terminalreporter.section("attacks that failed, by kind")
     for kind in sorted(PASSED | OTHERS):
         others = f", {OTHERS[kind]} succeeded or could not run" if OTHERS[kind] else ""
         terminalreporter.line(f"{PASSED[kind]:>5}  {kind}{others}")

@@ -48,7 +48,7 @@ USERS = ["mailroom", "mailroom-build", "mailroom-flower", "postgres", "nobody", 
 @pytest.mark.attack(kind="Erlang distribution")
 @pytest.mark.parametrize("user", USERS)
 @pytest.mark.parametrize("command", ["rabbitmqctl status", "rabbitmqctl list_users", "cat /var/lib/rabbitmq/.erlang.cookie"])
-def test_other_users_do_not_know_the_cookie(root, user, command):
+def test_other_users_can_not_use_the_cookie(root, user, command):
     done = root(f"cd / && runuser -u {user} -- {command}")
     assert done.rc != 0
     assert "administrator" not in done.stdout
@@ -203,7 +203,7 @@ def test_application_role_is_refused(published, variables, statement):
 
 
 @pytest.mark.attack(kind="PostgreSQL: privileges")
-def test_application_role_ends_no_session_of_another(published, variables, root):
+def test_application_role_can_not_end_sessions_of_other_roles(published, variables, root):
     with login(published, user="mailroom", dbname="mailroom", password=variables["secret_postgresql_app_password"]) as connection:
         pids = root("pgrep --uid postgres --full 'checkpointer|autovacuum launcher'").stdout.split()
         assert pids

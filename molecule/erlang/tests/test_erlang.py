@@ -96,7 +96,7 @@ def test_removed_package_is_reinstalled(host, newer_release, run_playbook):
     assert host.package(name).version != version
 
 
-# Refused packages, on the EL stand-in, which has invalid repositories.
+# Packages that the role must refuse. Only the stand-in of EL has repositories with such packages.
 
 
 @pytest.fixture(scope="module")
