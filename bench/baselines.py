@@ -1,6 +1,6 @@
 """A Django project in one file.
 
-It sends email by the methods that bench/mail_compare compares with app/. The code follows their documentation.
+The project sends email by the methods that bench/mail_compare compares with app/. The code follows the methods' documentation.
 """
 
 from __future__ import annotations

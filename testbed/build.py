@@ -95,7 +95,7 @@ def image_of(host: Host) -> Image:
 
 
 def ensure(images: set[Image]) -> None:
-    """Build those of `images` and of their bases that are missing. Builds run in parallel.
+    """Build the missing images in `images`, and their missing bases. Builds run in parallel.
 
     Raise TestbedError when a step of a build fails.
     """

@@ -1,7 +1,7 @@
 """Adapts the testbed to the machine that runs the hosts.
 
-This covers the Podman command line, the limits that Podman may set, and the machine's package mirrors and certificates. The code
-reads all of this from the machine, and assumes no specific machine.
+This module returns the Podman command line, the limits that Podman may set, and the machine's package mirrors and certificates. It
+reads all values from the machine, and assumes no specific machine.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def _guards() -> Iterator[tuple[Path, list[bytes]]]:
 def _namespace_of_running_hosts() -> str | None:
     """Return /proc/PID/ns/mnt of a monitor process, if a container of the testbed runs.
 
-    That namespace has Podman's mounts. With it, the testbed can still use running hosts after the namespace's file has been lost.
+    The monitor's namespace has Podman's mounts. So the testbed can still use running hosts if the namespace's file has been lost.
     """
     for process, words in _guards():
         with contextlib.suppress(OSError):

@@ -145,7 +145,7 @@ def compared(actual, wanted, administrator=None, removable=()):
     return compare(actual, wanted, Purge(administrator, removable) if administrator else None)
 
 
-# The role refuses a listed administrator, and a virtual host that is both listed and to be removed. So the data excludes them.
+# The role refuses a listed administrator, and a virtual host that is both listed and purged. So the generated data has neither.
 def purged(actual, wanted, administrator):
     wanted = {**wanted, "users": [user for user in wanted["users"] if user["name"] != administrator]}
     return wanted, {vhost["name"] for vhost in actual["vhosts"]} - mentioned(wanted)

@@ -449,7 +449,7 @@ def test_group_errors_hide_all_others(errors):
 
 @pytest.mark.parametrize("inventory_dir", [None, "", "/nowhere"])
 def test_an_inventory_without_the_common_variables_is_refused(errors, folder, monkeypatch, inventory_dir):
-    # An inventory that is a list of hosts has no folder, and the working directory does not count as its folder.
+    # An inventory that is a list of hosts has no folder. The filter must not use the working directory instead.
     monkeypatch.chdir(folder)
     assert errors(inventory_dir=inventory_dir, sources=["a,"]) == [
         "The inventory has no folder group_vars/all/00-common: link inventories/common there, as docs/new-environment.md shows."

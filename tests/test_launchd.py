@@ -105,7 +105,7 @@ gui/501/org.example.agent = {
 # The line that replaces the exit code after a signal, on macOS 26.6:
 # https://github.com/maoyadongsh/siq-agent-security/pull/66
 KILLED = ("last terminating signal = Terminated: 15", "last terminating signal = Killed: 9")
-# The lines of a job that could not be started, here because its log could not be created, on macOS 26.2:
+# The lines of a job that could not be started because its log could not be created, on macOS 26.2:
 # https://github.com/yasinBursali/DreamServer/issues/328
 NOT_STARTED = ("state = spawn scheduled", "last exit code = 78: EX_CONFIG")
 # `launchctl print-disabled gui/501`, on macOS 13 and later, and on older systems:

@@ -100,7 +100,7 @@ EXPRESSIONS = {
     "flower.environment": "{{ __flower_environment | django_celery.stack.environment_file }}",
     "release steps": "{{ __django_release_steps }}",
 }
-# Directives of HARDENING that a packaged unit keeps as its package set them.
+# Directives of HARDENING that a packaged unit does not get.
 OWN_UNITS = {"Restart", "RestartSec", "KillMode", "OOMPolicy", "UMask"}
 NO_UNITS = {*TEMPLATES, *EXPRESSIONS}
 
@@ -124,7 +124,7 @@ def rendered(tmp_path_factory):
     hosts = {"hosts": HOSTS, "vars": {name: value for values in defaults for name, value in values.items()}}
     (folder / "hosts.json").write_text(json.dumps({"all": hosts}))
     (folder / "group_vars/all/10-wired.json").write_text(json.dumps(WIRED))
-    # A playbook, like a role, finds files next to it.
+    # Ansible looks for files next to a playbook, as in a role.
     (folder / "files").symlink_to(ROOT / "roles/flower/files")
     files = [ROOT / f"roles/{role}/vars/main{name}.yml" for role, name in (("services", ""), ("django", ""), ("celery", "/main"))]
     files += [ROOT / f"roles/{role}/vars/main.yml" for role in ("flower", "valkey")]

@@ -113,7 +113,7 @@ class Delivery(models.Model):
     uncertain_attempts = models.PositiveIntegerField(default=0)
     # When the relay next processes the delivery: for an attempt, or when a lease ends. None: never.
     due_at = models.DateTimeField(null=True, blank=True)
-    # When the relay last leased the delivery to publish it. None: not since it became due.
+    # When the relay last leased the delivery. None: not since the delivery became due.
     published_at = models.DateTimeField(null=True, blank=True, editable=False)
     # No attempt starts after this time.
     expires_at = models.DateTimeField()

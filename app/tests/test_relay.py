@@ -165,7 +165,7 @@ def test_worker_lost_after_the_data_makes_the_delivery_uncertain(delivery, setti
 
 
 def test_lease_ends_deliveries_with_whole_and_fractional_waits(accept):
-    """One worker was lost before the data, and another after it. They have different waits."""
+    """One worker died before the data, and another after the data. The waits differ."""
     before, after = (accept().deliveries.get() for _ in range(2))
     claim(before)
     begin(claim(after))
@@ -285,7 +285,7 @@ def test_expired_delivery_is_not_published(accept, published):
 
 
 def test_leases_of_a_dead_relay_are_recovered_after_half_a_minute(delivery, published):
-    """They are published again only if the queue is empty."""
+    """The deliveries are published again only if the queue is empty."""
     deliveries.lease(1)
     assert not deliveries.is_waiting_for_worker()
     assert deliveries.requeue_lost(queue_is_empty=True) == 0

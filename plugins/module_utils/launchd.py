@@ -59,7 +59,7 @@ def parse_print(text: str) -> dict[str, str]:
 
 
 def parse_disabled(text: str) -> list[str]:
-    """Return the labels that `launchctl print-disabled` shows as disabled. Older systems show true."""
+    """Return the labels that `launchctl print-disabled` shows as disabled. Older systems show them as true."""
     return re.findall(r'"([^"]+)" => (?:disabled|true)$', text, re.MULTILINE)
 
 

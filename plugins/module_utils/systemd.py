@@ -227,12 +227,12 @@ class Units:
         names = [unit["name"] for unit in acted]
         if of_sockets:
             self.systemctl("stop", "--", *of_sockets, fail=False)
-        # This resets the start limit and the count of restarts. `settle` detects by this count that a unit died.
+        # `reset-failed` resets the start limit and the count of restarts. `settle` detects by this count that a unit died.
         self.systemctl("reset-failed", "--", *names, fail=False)
-        # If systemd is already about to restart a unit, a start of the unit counts as a restart.
+        # For a unit that systemd is already restarting, systemd would count a start as another automatic restart.
         activating = [name for name in self.started if states.get(name, {}).get("ActiveState") == "activating"]
         restart = self.restarted + activating
-        # One call per verb lets systemd stop and start the units in parallel, in the order that the units require.
+        # With one call per verb, systemd stops and starts the units in parallel, in the order that the units require.
         self.act([("restart", restart), ("start", [name for name in names if name not in restart])], names)
         self.settle(acted)
 

@@ -139,7 +139,7 @@ def topology(report: Report, found: list[Finding]) -> str:
 
 
 def edge(start: tuple[int, int], end: tuple[int, int], label: str) -> tuple[str, str]:
-    """Return the line of an edge and its label, which is near the end, where no other edge is."""
+    """Return the line of an edge and its label. The label is near the end of the line, where no other edge is."""
     centre = (start[0] + end[0]) // 2
     path = f"M{start[0]} {start[1]}C{centre} {start[1]} {centre} {end[1]} {end[0]} {end[1]}"
     return (

@@ -83,7 +83,7 @@ EPMD = {"kill": b"k", "stop the broker": b"srabbit", "dump": b"d"}
 @pytest.mark.attack(kind="Erlang distribution")
 @pytest.mark.parametrize("request_", EPMD.values(), ids=EPMD)
 def test_port_mapper_keeps_the_broker_registered(root, published, request_):
-    root("epmd -names")  # its socket starts it
+    root("epmd -names")  # epmd.socket starts epmd
     try:
         with socket.create_connection(("127.0.0.1", published(4369)), timeout=3) as connection:
             connection.sendall(struct.pack(">H", len(request_)) + request_)

@@ -126,7 +126,7 @@ BEGIN, END = "<!-- The scenario `attacks` compares this table with the host. -->
 
 
 def test_table_in_the_documentation_is_current(host, exposure, results):
-    host.run("epmd -names")  # its socket starts it
+    host.run("epmd -names")  # epmd.socket starts epmd
     lines = ["| Unit | Exposure | Refused actions | Permitted actions |", "|---|---|---|---|"]
     for unit in UNITS:
         acts = {name: result for name, result in results(unit).items() if name in names()}
