@@ -41,7 +41,7 @@ def _complete(value, spec):
 def with_defaults(value, role, variable):
     """Return the value of a role's variable, with the defaults of nested options. Unknown keys are kept.
 
-    The role is an argument, because role_path belongs to the role whose task evaluates the expression, which can be another role.
+    The role is an argument, because another role's task can evaluate the expression. Then role_path is the path of that role.
     """
     options = _options(role)
     if variable not in options:

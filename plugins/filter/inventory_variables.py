@@ -37,7 +37,7 @@ SPECIFICATIONS = ("app_variable_specs", "wiring_variable_specs")
 
 
 def distance(one, other):
-    """Return the edit distance: how many letters to add, remove, replace or swap with the next one, to get the other word."""
+    """Return the edit distance of two words. An edit adds, removes or replaces a letter, or swaps two neighbouring letters."""
     before: list[int] = []
     row = list(range(len(other) + 1))
     for i, letter in enumerate(one, 1):

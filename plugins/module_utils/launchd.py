@@ -49,7 +49,7 @@ def parse(content: str, name: str) -> PropertyList:
 
 
 def parse_print(text: str) -> dict[str, str]:
-    """Return the values that `launchctl print` shows for a job, without those of its endpoints, which have a deeper indentation."""
+    """Return the values that `launchctl print` shows for a job. Skip more deeply indented values, which belong to its endpoints."""
     values: dict[str, str] = {}
     for line in text.splitlines():
         match = re.match(r"\t(\w[\w ]*) = (.*)$", line)

@@ -44,7 +44,7 @@ def used_releases(directory: str, proc: str = "/proc") -> set[str]:
 def remove_old(directory: str, environments: str, current: str, kept: int, check: bool) -> dict[str, Any]:
     """Remove all releases but the current one, those in use and the last activated ones, `kept` in total.
 
-    Incomplete releases do not count, and are removed. In `environments`, only the files of the remaining releases stay, and the
+    Incomplete releases are not counted, and are removed. In `environments`, only the files of the remaining releases stay, and the
     previous version of the current file. A run returns to that version if the workers fail.
     Return the removed and the complete releases by name.
     """

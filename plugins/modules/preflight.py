@@ -88,7 +88,7 @@ problems:
   returned: always
   sample: ["Port 5432 is used by other.service. Stop it, or choose another port for one of them."]
 warned:
-  description: Problems with O(memory). They are warnings, since a host may work with less memory.
+  description: Problems with O(memory). These problems are warnings, since a host may work with less memory.
   type: list
   elements: str
   returned: always

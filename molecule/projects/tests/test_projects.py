@@ -28,7 +28,7 @@ ASGI, PACKAGE = "ASGI, a `src` directory, no manage.py", "A package from an inde
 GIT = "From a git repository"
 # The folder with the project, unless the page creates the project.
 PROJECTS = {NEW: None, REQUIREMENTS: "example", COOKIECUTTER: "cookiecutter", ASGI: "src", PACKAGE: None}
-# The projects of each scenario. Those of projects-built need minutes for a compiler, or for many packages.
+# The projects of each scenario. The projects of projects-built need minutes for a compiler, or for many packages.
 SCENARIOS = {"projects": (NEW, REQUIREMENTS, ASGI), "projects-built": (COOKIECUTTER, PACKAGE)}
 HERE = SCENARIOS[Path(os.environ["MOLECULE_SCENARIO_DIRECTORY"]).name]
 # The headers that a proxy sends.
