@@ -232,7 +232,7 @@ def _run_npm_in_a_container(directory: Path, base: str) -> None:
 def _pack_node_modules(directory: Path) -> None:
     """Pack the packages into one archive, because thousands of small files are slow to copy.
 
-    The archive excludes source maps and type declarations, which are half of the size.
+    The archive excludes source maps and type declarations, which make up half of the size.
     """
 
     def leave_out(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:

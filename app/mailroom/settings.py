@@ -200,7 +200,7 @@ EMAILS_MAX_RECIPIENTS = number("MAX_RECIPIENTS", 50)
 EMAILS_MAX_ATTACHMENTS = number("MAX_ATTACHMENTS", 50, minimum=0)
 EMAILS_MAX_EMAIL_BYTES = number("MAX_EMAIL_BYTES", 10 * 1024**2)
 EMAILS_MAX_BATCH = number("MAX_BATCH", 500)
-# For JSON with attachments in base64; the form's fields are smaller.
+# JSON bodies contain attachments in base64. The form's fields are smaller.
 DATA_UPLOAD_MAX_MEMORY_SIZE = EMAILS_MAX_EMAIL_BYTES * 2 + 65536
 EMAILS_RECIPIENTS_PER_HOUR = number("RECIPIENTS_PER_HOUR", 0, minimum=0)
 EMAILS_DEADLINE_SECONDS = number("DEADLINE_SECONDS", 86400)

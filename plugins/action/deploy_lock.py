@@ -75,7 +75,7 @@ class ActionModule(ActionBase):
             time.sleep(0.3)
 
     def hold(self, run: int, report: int, path: str, record: str) -> None:
-        """Hold the lock until the process `run` ends. This is a separate process, so it never returns."""
+        """Hold the lock until the process `run` ends. This method runs in a separate process and never returns."""
         code = 1
         try:
             os.setsid()

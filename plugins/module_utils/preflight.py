@@ -96,7 +96,7 @@ def package_source_problems() -> Iterator[str]:
                 if done.returncode:
                     yield f"apt can't read {url} ({last_line(done)}). Correct /etc/apt/sources.list.d, or allow the connection."
         elif shutil.which("dnf"):
-            # dnf keeps the keys that it accepts for metadata in its cache, so the answer changes nothing on the host.
+            # dnf stores the keys of metadata that it accepts in its cache. The cache is temporary, so the host does not change.
             done = run("dnf", "--quiet", "--assumeyes", f"--setopt=cachedir={folder}", "makecache")
             if done.returncode:
                 yield f"dnf can't read its repositories ({last_line(done)}). Correct /etc/yum.repos.d, or allow the connection."

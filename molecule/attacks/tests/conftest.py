@@ -21,7 +21,7 @@ NAME = "mail.example.org"
 def published(variables, forwarded):
     """Returns the port on this machine for a port of the host: nginx's published port, or an SSH tunnel to another service.
 
-    The other services listen on the loopback address, where only an attacker with a foothold on the host reaches them.
+    The other services listen on the loopback address, where only an attacker who already runs programs on the host reaches them.
     """
     known = {80: variables["testbed_published"]["80"]}
 
