@@ -20,7 +20,7 @@ HELLOS = {
 @pytest.mark.attack(kind="network: from another host")
 @pytest.mark.parametrize("port", PORTS)
 def test_service_does_not_answer_another_host(variables, port):
-    """The testbed publishes the port of the host's address, on which the service must not listen."""
+    """The testbed publishes this port of the host's network address. The service must listen only on the loopback address."""
     hello = HELLOS.get(port, b"GET / HTTP/1.0\r\n\r\n")
     received = b""
     try:
