@@ -300,7 +300,7 @@ def test_import_of_a_celery_application_imports_its_tasks(project, tmp_path):
 
 @pytest.fixture
 def modules(here, tmp_path):
-    """Writes modules of the project, and forgets them afterwards."""
+    """Writes modules of the project, and removes them from Python's cache afterwards."""
     before = set(sys.modules)
 
     def write(texts):

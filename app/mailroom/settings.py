@@ -60,7 +60,7 @@ MIDDLEWARE = [
     "django.contrib.auth.middleware.AuthenticationMiddleware",
     "django.contrib.messages.middleware.MessageMiddleware",
     "django.middleware.clickjacking.XFrameOptionsMiddleware",
-    # Must be the last: it replaces the response to a refused sign-in.
+    # This middleware must be the last: it replaces the response to a refused sign-in.
     "axes.middleware.AxesMiddleware",
 ]
 

@@ -273,7 +273,7 @@ def test_two_workers_with_the_same_name_keep_running(system, mailbox):
 
 
 def test_worker_survives_a_half_open_connection(system, mailbox):
-    """For the broker, the old connection still owns the queues."""
+    """The broker has not noticed that the old connection, which owns the queues, is lost."""
     with (
         Wire().running() as wire,
         system.relay(),

@@ -1,4 +1,4 @@
-"""Holds a lock on a host until the run of Ansible ends, however it ends.
+"""Holds a lock on a host until the run of Ansible ends, even if the run fails or is killed.
 
 Ansible runs no task after a failed or killed run, so no task could release the lock. Instead, a process on the host has the lock,
 and a process on the controller keeps the connection to it for as long as the run exists. The kernel releases the lock with the

@@ -211,7 +211,7 @@ def test_stop_ends_at_its_limit(hosts, queue, whole, ask, eventually):
 
 
 def test_changed_cookie_and_settings_reach_all_nodes_without_an_outage(hosts, queue, connect, whole, run, variables):
-    """The playbook restarts the nodes one after another. Meanwhile, a client publishes without an error that it can't retry."""
+    """The playbook restarts the nodes one after another. Meanwhile, a client publishes, and retries succeed."""
     published, stop = [], threading.Event()
 
     def publish_all_the_time():

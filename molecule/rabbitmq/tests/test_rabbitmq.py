@@ -107,7 +107,7 @@ def test_queues_are_quorum_queues_by_default(api, connect):
 
 
 def test_transient_nonexclusive_queues_are_denied(connect):
-    """The role denies them on all versions, as RabbitMQ 4.3 does by default."""
+    """The role denies such queues on all versions, as RabbitMQ 4.3 does by default."""
     with pytest.raises(amqp.exceptions.AMQPError, match="transient_nonexcl_queues"):
         connect().channel().queue_declare("celeryev.test", durable=False, exclusive=False, auto_delete=True)
 
