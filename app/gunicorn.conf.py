@@ -1,4 +1,4 @@
-"""Gunicorn reads this file from its working directory. Its command line overrides it."""
+"""Settings of gunicorn, which reads this file from its working directory. Options override them."""
 
 import logging
 from typing import Any

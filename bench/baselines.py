@@ -1,6 +1,6 @@
 """A Django project in one file.
 
-It sends email by the methods that bench/mail_compare compares with app/. The code follows their documentation.
+The project sends email by the methods that bench/mail_compare compares with app/. The code follows the methods' documentation.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from django.http import JsonResponse  # noqa: E402 - as above
 from django.urls import path  # noqa: E402 - as above
 
 # Celery's defaults, except for the names that the broker's user may use and the exchange type: for a direct exchange, Celery would
-# publish to the default exchange, which that user may not.
+# publish to the default exchange, which that user may not use.
 names = {"task_default_queue": "mail.baselines", "task_default_exchange_type": "topic"}
 app = Celery("baselines", broker=os.environ["BROKER_URL"], **names)
 app.set_default()

@@ -35,7 +35,7 @@ def say(text: str) -> None:
 
 
 def run(*words: object, check: bool = True, **more) -> subprocess.CompletedProcess[str]:
-    """Run a command on this machine; if `check` and it fails, print its output and exit."""
+    """Run a command on this machine. If it fails and `check` is true, print its output and exit."""
     done = subprocess.run([*map(str, words)], cwd=PROJECT, capture_output=True, text=True, check=False, **more)
     if check and done.returncode:
         sys.exit(f"{' '.join(map(str, words))} failed\n{done.stdout[-3000:]}{done.stderr[-2000:]}")

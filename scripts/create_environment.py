@@ -100,7 +100,7 @@ def domain(text: str) -> str:
 
 
 def mail(text: str) -> str:
-    """Return the URL of the mail server. A user in it gets the password from a secret."""
+    """Return the URL of the mail server. If the URL has a user, a secret contains the password."""
     wrong = Wrong(f"MAIL must be a URL such as smtp+tls://user@smtp.example.com:587, with the scheme {', '.join(SCHEMES)}.")
     try:
         url = urlsplit(text)
@@ -347,7 +347,7 @@ def run(options: argparse.Namespace, terminal: bool) -> None:
             value("platform", f"Platform of the hosts ({', '.join(PLATFORMS)})", platform, PLATFORMS[0]),
         )
 
-    # It comes first, because the next run recognizes an incomplete environment by it.
+    # vault.yml comes first. If it exists, the next run completes the environment.
     environment.create(environment.vault, vault_file(environment.password))
     environment.create_password()
     environment.create(environment.folder / ".gitignore", GITIGNORE)

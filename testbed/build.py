@@ -95,7 +95,7 @@ def image_of(host: Host) -> Image:
 
 
 def ensure(images: set[Image]) -> None:
-    """Build those of `images` and of their bases that are missing. Builds run in parallel.
+    """Build the missing images in `images`, and their missing bases. Builds run in parallel.
 
     Raise TestbedError when a step of a build fails.
     """
@@ -232,7 +232,7 @@ def _run_npm_in_a_container(directory: Path, base: str) -> None:
 def _pack_node_modules(directory: Path) -> None:
     """Pack the packages into one archive, because thousands of small files are slow to copy.
 
-    The archive excludes source maps and type declarations, which are half of the size.
+    The archive excludes source maps and type declarations, which make up half of the size.
     """
 
     def leave_out(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:

@@ -72,7 +72,7 @@ def definition(host: Host) -> dict[str, object]:
 
 
 def _options(host: Host) -> list[str]:
-    """Return the `podman run` options that differ by kind of container."""
+    """Return the `podman run` options that differ between hosts and the mail catcher."""
     if host.name == MAIL:
         return ["--systemd=false", *machine.limits()]
     return machine.host_options()

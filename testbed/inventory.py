@@ -44,7 +44,7 @@ class Inventory:
 
     @property
     def stack(self) -> str:
-        """The name prefix of all objects of this inventory in this clone."""
+        """The prefix of the names of this inventory's containers, network and keys."""
         return stack_name(CLONE, self.directory)
 
 

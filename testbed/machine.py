@@ -1,7 +1,7 @@
 """Adapts the testbed to the machine that runs the hosts.
 
-This covers the Podman command line, the limits that Podman may set, and the machine's package mirrors and certificates. The code
-reads all of this from the machine, and assumes no specific machine.
+This module returns the Podman command line, the limits that Podman may set, and the machine's package mirrors and certificates. It
+reads all values from the machine, and assumes no specific machine.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-# systemd on a host applies a unit's sandbox only if it may mount and create namespaces. Without these capabilities, systemd
-# silently skips most of ProtectSystem=, PrivateUsers= and similar directives, and tests of the sandbox would test nothing.
+# systemd on a host needs these capabilities to mount and to create namespaces for a unit's sandbox. Without them, it silently skips
+# most of ProtectSystem=, PrivateUsers= and similar directives, and tests of the sandbox would test nothing.
 CAPABILITIES = ("SYS_ADMIN", "NET_ADMIN", "SYS_PTRACE")
 
 # A unit's LoadCredential= and private mounts propagate only from a shared root mount.
@@ -35,7 +35,7 @@ class TestbedError(Exception):
     __test__ = False  # pytest would collect the class by its name
 
 
-# State: keys, locks and the mount namespace, shared by all clones on the machine.
+# All clones on the machine share this state: keys, locks and the mount namespace.
 
 
 def state_directory() -> Path:
@@ -81,7 +81,7 @@ def _mounts(pid: str = "self") -> dict[str, tuple[str, str]]:
 
 @functools.cache
 def needs_namespace() -> bool:
-    """Return whether /sys/fs/cgroup is not a single pure cgroup2 tree.
+    """Return whether /sys/fs/cgroup has a layout other than a single pure cgroup2 tree.
 
     crun and systemd reject the hybrid layout. A mount namespace with pure cgroup2 works with both, and does not change the machine.
     """
@@ -105,7 +105,7 @@ def _guards() -> Iterator[tuple[Path, list[bytes]]]:
 def _namespace_of_running_hosts() -> str | None:
     """Return /proc/PID/ns/mnt of a monitor process, if a container of the testbed runs.
 
-    That namespace has Podman's mounts. With it, the testbed can still use running hosts after the namespace's file has been lost.
+    The monitor's namespace has Podman's mounts. So the testbed can still use running hosts if the namespace's file has been lost.
     """
     for process, words in _guards():
         with contextlib.suppress(OSError):
@@ -135,7 +135,7 @@ def _namespace() -> Path:
         if _is_pinned(path):
             return path
         directory.mkdir(exist_ok=True)
-        # A namespace can't be pinned on a mount that propagates into it.
+        # A namespace can't be pinned on a mount that propagates into the namespace.
         kind, optional = _mounts().get(str(directory), ("", ""))
         if not kind:
             _run(["mount", "--bind", str(directory), str(directory)])

@@ -46,7 +46,7 @@ def conflicts(
 def is_free(port: int) -> bool:
     """Return whether `port` on the machine's loopback is free."""
     with socket.socket() as probe:
-        # Connections in TIME_WAIT do not count.
+        # Connections in TIME_WAIT do not occupy the port.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))

@@ -29,7 +29,7 @@ FIRST_STAYS = ("exchanges", "queues")
 
 
 def imported(actual, sent):
-    """The definitions after an import: each imported object replaces the object with the same key, and other objects stay."""
+    """The definitions after an import. An imported object replaces the object with the same key. Other objects stay."""
     result = copy.deepcopy(actual)
     for kind, keys in KEYS.items():
         found = {tuple(entry[key] for key in keys): entry for entry in result.get(kind, [])}

@@ -72,7 +72,7 @@ def test_ansible_doc_lists_every_role_with_its_short_descriptions(installed):
     assert {name: role["entry_points"] for name, role in listed.items()} == {
         f"{NAME}.{role}": {entry: spec["short_description"] for entry, spec in specs(role).items()} for role in ROLES
     }
-    # This is the output for a person, who also sees the roles of other collections.
+    # The output for a person, which also lists the roles of other collections.
     text = installed.run("ansible-doc", "-t", "role", "--list")
     assert [role for role in ROLES if f"{NAME}.{role}:" not in text] == []
 

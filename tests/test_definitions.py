@@ -145,7 +145,7 @@ def compared(actual, wanted, administrator=None, removable=()):
     return compare(actual, wanted, Purge(administrator, removable) if administrator else None)
 
 
-# The role refuses a listed administrator, and a virtual host that is both listed and to be removed. So the data excludes them.
+# The role refuses a listed administrator, and a virtual host that is both listed and purged. So the generated data has neither.
 def purged(actual, wanted, administrator):
     wanted = {**wanted, "users": [user for user in wanted["users"] if user["name"] != administrator]}
     return wanted, {vhost["name"] for vhost in actual["vhosts"]} - mentioned(wanted)
@@ -423,7 +423,7 @@ def test_each_kind_is_imported_compared_and_deleted(kind):
     assert sent == entry
     exported = imported({}, found.to_import)
     assert not compare(exported, variables)
-    # A purge while the object is not listed. A permission is deleted only if its user stays.
+    # Run a purge without the object in the variables. A permission is deleted separately only if its user stays.
     users = [{"name": "u", "password": "right"}] if "permissions" in kind else []
     kept = {**variables, "users": users} if users else {}
     purged = compare(exported, kept, Purge("admin", {"v/1"} if kind == "vhosts" else ()))

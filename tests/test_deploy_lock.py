@@ -137,7 +137,7 @@ def test_lock_file_that_is_a_directory_is_an_error(plugin, tmp_path):
 
 
 class Ended(Exception):
-    """Instead of the end of this process. The argument is the exit status."""
+    """Replaces the end of this process. The argument is the exit status."""
 
 
 @pytest.mark.parametrize("rc, status", [(0, 0), (deploy_lock.REFUSED, deploy_lock.REFUSED), (255, 1)])

@@ -76,7 +76,7 @@ def test_directory_without_a_group_keeps_its_own(tmp_path):
     assert not state(directories=[entry(path, "0750", group=None)]).result["changed"]
 
 
-def test_file_in_the_place_of_a_directory_is_refused(tmp_path):
+def test_file_instead_of_a_directory_is_refused(tmp_path):
     (tmp_path / "a").write_text("")
     with pytest.raises(Failure, match=r"/a must be a directory, but is not"):
         state(directories=[entry(tmp_path / "a")])
@@ -116,7 +116,7 @@ def test_secret_is_in_no_diff(tmp_path):
     assert "old-secret" not in repr(host.result) and "new-secret" not in repr(host.result)
 
 
-def test_new_file_is_closed_before_it_has_its_text(tmp_path, monkeypatch):
+def test_new_file_is_private_before_its_text_is_written(tmp_path, monkeypatch):
     """A reader who opens the temporary file early must not see a secret that is written later."""
     path, seen = tmp_path / "a", []
     fchmod = os.fchmod
@@ -210,7 +210,7 @@ def test_user_with_another_home_or_shell_is_corrected(monkeypatch, programs, fou
     assert programs() == ["usermod --home /var/lib/app --shell /usr/sbin/nologin app"]
 
 
-def test_user_as_listed_stays(monkeypatch, programs):
+def test_user_that_matches_the_list_is_not_changed(monkeypatch, programs):
     passwd(monkeypatch, app=("/var/lib/app", "/usr/sbin/nologin"))
     assert not state(users=[APP]).result["changed"]
     assert programs() == []
@@ -262,7 +262,7 @@ def test_check_mode_on_an_empty_host_changes_nothing(tmp_path, monkeypatch, prog
     assert programs() == []
 
 
-def test_check_mode_tells_of_attributes(tmp_path):
+def test_check_mode_reports_attributes(tmp_path):
     path = tmp_path / "a"
     path.write_text("text\n")
     path.chmod(0o666)
@@ -336,7 +336,7 @@ def test_program_that_holds_the_lock_of_dpkg_is_named(dpkg, tmp_path, monkeypatc
         process.communicate("\n")
 
 
-def test_paths_and_links(tmp_path):
+def test_existing_paths_and_targets_of_links_are_reported(tmp_path):
     (tmp_path / "release").mkdir()
     (tmp_path / "current").symlink_to(tmp_path / "release")
     (tmp_path / "dangling").symlink_to("/nowhere")

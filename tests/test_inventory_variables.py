@@ -23,8 +23,8 @@ from jinja2 import UndefinedError
 
 GROUPS = {name: ["a"] for name in ("all", "ungrouped", "broker", "app", "web", "workers", "flower", "database", "proxy")}
 EXPECTED = (
-    "The group app is required, with the groups web and workers in it. The groups broker, database, cache, flower, proxy and monitoring "
-    "are optional."
+    "The group app is required, with the groups web and workers in it. The groups broker, database, cache, flower, proxy and "
+    "monitoring are optional."
 )
 
 
@@ -436,7 +436,7 @@ def errors(folder):
     return find
 
 
-def test_a_sound_host_has_no_errors(errors):
+def test_a_valid_host_has_no_errors(errors):
     assert errors() == []
     assert errors(app_database_url=f"postgresql://u:{MARK}@db/shop", wiring_port=5, app_environment={"DEBUG": True}) == []
 
@@ -449,7 +449,7 @@ def test_group_errors_hide_all_others(errors):
 
 @pytest.mark.parametrize("inventory_dir", [None, "", "/nowhere"])
 def test_an_inventory_without_the_common_variables_is_refused(errors, folder, monkeypatch, inventory_dir):
-    # An inventory that is a list of hosts has no folder, and the working directory does not count as its folder.
+    # An inventory that is a list of hosts has no folder. The filter must not use the working directory instead.
     monkeypatch.chdir(folder)
     assert errors(inventory_dir=inventory_dir, sources=["a,"]) == [
         "The inventory has no folder group_vars/all/00-common: link inventories/common there, as docs/new-environment.md shows."
@@ -582,7 +582,7 @@ def broker_errors(errors, folder):
         {"rabbitmq_version": "4.2", "host_platform": "ubuntu2604"},
     ],
 )
-def test_versions_that_the_distribution_has_or_does_not_matter(broker_errors, changes):
+def test_possible_versions_are_accepted(broker_errors, changes):
     assert broker_errors(**changes) == []
 
 

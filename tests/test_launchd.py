@@ -105,7 +105,7 @@ gui/501/org.example.agent = {
 # The line that replaces the exit code after a signal, on macOS 26.6:
 # https://github.com/maoyadongsh/siq-agent-security/pull/66
 KILLED = ("last terminating signal = Terminated: 15", "last terminating signal = Killed: 9")
-# The lines of a job that could not be started, here because its log could not be created, on macOS 26.2:
+# The lines of a job that could not be started because its log could not be created, on macOS 26.2:
 # https://github.com/yasinBursali/DreamServer/issues/328
 NOT_STARTED = ("state = spawn scheduled", "last exit code = 78: EX_CONFIG")
 # `launchctl print-disabled gui/501`, on macOS 13 and later, and on older systems:
@@ -114,23 +114,23 @@ DISABLED = '\n\tdisabled services = {\n\t\t"org.example.a" => enabled\n\t\t"org.
 DISABLED_ONCE = 'disabled services = {\n\t"org.example.a" => false\n\t"org.example.b" => true\n}\n'
 # Errors of launchctl, by action: exit code, standard error, and the address of the publication.
 REFUSALS = {
-    "print what is not loaded": (
+    "print a job that is not loaded": (
         113,
         'Bad request.\nCould not find service "nope" in domain for user gui: 501\n',
         "https://github.com/sglavoie/dev-helpers/blob/e88273dd457ffb72100703f255f277dbcd9594fa/swift/heartbeat/Tests/HeartbeatCoreTests/LaunchctlFixtures.swift",
     ),
     # The first source has the error number, the second source has the text.
-    "print a domain that is not there": (
+    "print a domain that does not exist": (
         112,
         "Bad request.\nCould not find domain for user gui: 99999\n",
         "https://github.com/lidge-jun/opencodex/issues/1770 https://github.com/Wamphyre/macOS_Silverback-Debloater/issues/2",
     ),
-    "bootout what is not loaded": (
+    "bootout a job that is not loaded": (
         3,
         "Boot-out failed: 3: No such process\n",
         "https://github.com/DeterminateSystems/nix-installer/issues/1148",
     ),
-    "bootout what takes its time": (
+    "bootout a slow job": (
         36,
         "Boot-out failed: 36: Operation now in progress\n",
         "https://github.com/osquery/osquery/issues/5698",
@@ -152,12 +152,12 @@ REFUSALS = {
         "https://github.com/DeterminateSystems/nix-installer/issues/530",
     ),
     # This is only the text from launchctl load, because no record of the error number was found.
-    "bootstrap what others may write": (
+    "bootstrap a file that others may write": (
         122,
         "Bootstrap failed: 122: Path had bad ownership/permissions\n",
         "https://github.com/munkireport/munkireport-php/issues/1468",
     ),
-    "bootstrap into a domain that is not there": (
+    "bootstrap into a domain that does not exist": (
         125,
         "Bootstrap failed: 125: Domain does not support specified action\n",
         "https://github.com/nix-community/home-manager/issues/4413",
@@ -328,7 +328,7 @@ def test_process_without_a_record_of_its_start_is_restarted(mac, tmp_path):
     assert mac.run(listed)["restarted"] == ["a"]
 
 
-def test_only_the_owners_orphans_are_removed(mac):
+def test_only_unlisted_jobs_of_the_owner_are_removed(mac):
     mac.run(mac.job("a"), mac.job("gone"))
     mac.run(mac.job("theirs"), owner="app/celery")
     result = mac.run(mac.job("a"))
@@ -503,18 +503,18 @@ def test_stand_in_prints_a_job_that_could_not_be_started(mac, tmp_path):
 def test_stand_in_has_the_errors_of_the_records(mac, tmp_path):
     """Compares texts and numbers."""
     done = {}
-    done["print what is not loaded"] = mac.call("print", f"{mac.domain}/nope")
-    done["print a domain that is not there"] = mac.call("print", "gui/99999")
-    done["bootout what is not loaded"] = mac.call("bootout", f"{mac.domain}/nope")
+    done["print a job that is not loaded"] = mac.call("print", f"{mac.domain}/nope")
+    done["print a domain that does not exist"] = mac.call("print", "gui/99999")
+    done["bootout a job that is not loaded"] = mac.call("bootout", f"{mac.domain}/nope")
     done["bootstrap no property list"] = mac.call("bootstrap", mac.domain, mac.write("bad", "no plist"))
-    done["bootstrap what others may write"] = mac.call("bootstrap", mac.domain, mac.write("open", plist("open"), 0o666))
+    done["bootstrap a file that others may write"] = mac.call("bootstrap", mac.domain, mac.write("open", plist("open"), 0o666))
     slow = "trap 'sleep 2; exit' TERM; : >ready; while :; do sleep 0.1; done"
     good = mac.write("good", plist("good", slow, WorkingDirectory=str(mac.home), ExitTimeOut=20))
-    done["bootstrap into a domain that is not there"] = mac.call("bootstrap", "gui/99999", good)
+    done["bootstrap into a domain that does not exist"] = mac.call("bootstrap", "gui/99999", good)
     assert mac.call("bootstrap", mac.domain, good).returncode == 0
     done["bootstrap what is loaded"] = mac.call("bootstrap", mac.domain, good)
     until((tmp_path / "ready").exists)
-    done["bootout what takes its time"] = mac.call("bootout", f"{mac.domain}/good")
+    done["bootout a slow job"] = mac.call("bootout", f"{mac.domain}/good")
     until(lambda: mac.state("good") is None)
     mac.call("disable", f"{mac.domain}/good")
     done["bootstrap what is disabled"] = mac.call("bootstrap", mac.domain, good)

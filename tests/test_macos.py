@@ -338,7 +338,7 @@ def test_a_mac_that_cannot_run_the_database_is_rejected(answers, case):
     assert "".join(refusals).startswith(SERVERS[case][3])
 
 
-def test_root_must_be_told_the_owner_of_homebrew(answers):
+def test_root_requires_the_owner_of_homebrew(answers):
     assert answers["agents"]["server of nobody: right"] == answers["daemons"]["server: right"] == []
     (refusal,) = answers["daemons"]["server of nobody: right"]
     assert refusal.startswith("host_homebrew_user is empty and Ansible runs as root")

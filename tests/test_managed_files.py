@@ -1,4 +1,4 @@
-"""Tests that mark, find, read and write files with an owner."""
+"""Tests the functions that mark, find, read and write the files of an owner."""
 
 from __future__ import annotations
 

@@ -128,7 +128,7 @@ def test_virtual_environment_that_is_missing_is_named(project, tmp_path):
 
 
 @pytest.mark.parametrize(("unchanged", "changed"), [(None, True), ("^one process", False), ("^two", True), ("", False)])
-def test_change_is_told_by_the_output(project, unchanged, changed):
+def test_output_shows_whether_something_changed(project, unchanged, changed):
     (result,) = project({"command": "one", "unchanged": unchanged})
     assert result["changed"] is changed
 
@@ -300,7 +300,7 @@ def test_import_of_a_celery_application_imports_its_tasks(project, tmp_path):
 
 @pytest.fixture
 def modules(here, tmp_path):
-    """Writes modules of the project, and forgets them afterwards."""
+    """Writes modules of the project, and removes them from Python's cache afterwards."""
     before = set(sys.modules)
 
     def write(texts):
@@ -402,7 +402,7 @@ def test_runner_refuses_a_database_file_in_the_release(modules, engine, name, co
     assert ("in the release" in result["stderr"]) == bool(code)
 
 
-def test_settings_that_do_not_load_are_left_to_the_check(modules):
+def test_settings_that_do_not_load_are_reported_by_the_check(modules):
     modules({"django/conf": BROKEN_SETTINGS})
     assert django_runner.run(django_runner.databases_outside_release, "outside", None)["code"] == 0
 
@@ -416,7 +416,7 @@ class MigrationLoader:
 
 
 @pytest.mark.parametrize(("applied", "error"), [([("shop", "0001")], ""), ([("shop", "0001"), ("shop", "0003")], "shop.0003")])
-def test_runner_names_migrations_that_the_release_does_not_know(modules, applied, error):
+def test_runner_names_migrations_that_the_release_lacks(modules, applied, error):
     modules(
         {
             "django/__init__": "def setup():\n    pass\n",

@@ -199,7 +199,7 @@ def test_python_depends_on_the_platform(values, host, python, package):
         (facts("MacOSX", "26.1", "Darwin"), "python3.13"),
     ],
 )
-def test_python_is_one_that_the_locks_have_packages_for(found, python):
+def test_locks_have_packages_for_the_python_of_the_platform(found, python):
     assert platform_python(found) == python
 
 

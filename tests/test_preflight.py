@@ -188,7 +188,7 @@ def test_connection_with_tls_uses_tls(mail_server, monkeypatch):
 # Ports
 
 
-def test_port_of_a_stranger_is_found(listener, closed_port, monkeypatch):
+def test_port_that_another_process_uses_is_found(listener, closed_port, monkeypatch):
     # If systemd runs on the machine, the name of the test's unit is not known.
     monkeypatch.setattr(preflight, "unit_of", lambda process: "mine.service" if process == os.getpid() else "other")
     monkeypatch.setattr(preflight, "socket_units", lambda _port: [])
@@ -198,14 +198,14 @@ def test_port_of_a_stranger_is_found(listener, closed_port, monkeypatch):
     assert problem == f"Port {listener} is used by mine.service. Stop it, or choose another port for one of them."
 
 
-def test_port_of_a_strange_socket_unit_is_found(listener, monkeypatch):
+def test_port_that_another_socket_unit_uses_is_found(listener, monkeypatch):
     monkeypatch.setattr(preflight, "processes_with", lambda _inodes: [1])
     monkeypatch.setattr(preflight, "socket_units", lambda _port: ["shop-web.socket"])
     assert "is used by shop-web.socket." in only(preflight.port_problems({str(listener): r"mailroom-web\.socket"}))
     assert list(preflight.port_problems({str(listener): r"shop-web\.socket"})) == []
 
 
-def test_socket_units_are_those_of_the_port(programs):
+def test_socket_units_of_a_port_are_found(programs):
     lines = "127.0.0.1:8000 mailroom-web.socket mailroom-web.service\n[::]:18000 b.socket b.service\n/run/c c.socket c.service\n"
     programs("systemctl", f"print({lines!r})".replace("\\n'", "'"))
     assert preflight.socket_units(8000) == ["mailroom-web.socket"]
@@ -235,7 +235,7 @@ def test_process_that_ends_is_ignored(tmp_path):
     assert list(preflight.processes_with({"42"}, str(tmp_path))) == [8]
 
 
-def test_listening_sockets_are_those_of_the_port_in_state_listen(tmp_path):
+def test_listening_sockets_of_a_port_are_found(tmp_path):
     row = "   0: 0100007F:{port:04X} 00000000:0000 {state} 00000000:00000000 00:00000000 00000000 0 0 {inode} 1 0 100 0 0 10 0\n"
     rows = [(5672, "0A", 1), (5672, "01", 2), (5673, "0A", 3)]
     (tmp_path / "tcp").write_text(
@@ -308,7 +308,7 @@ def test_default_package_index_is_the_one_that_pip_uses(monkeypatch):
         ("nginx.service", "443"),
     ],
 )
-def test_units_of_the_bundle_are_no_strangers(unit, port):
+def test_units_of_the_bundle_may_use_their_ports(unit, port):
     assert re.fullmatch(options(["broker", "database", "web", "proxy"])["ports"][port], unit)
 
 
@@ -422,6 +422,6 @@ def test_report_names_the_host_of_each_problem():
     }
 
 
-def test_commands_run_in_the_language_of_the_messages(programs):
+def test_commands_print_english_messages(programs):
     programs("show", "import os; print(os.environ['LC_ALL'])")
     assert preflight.run("show").stdout == "C\n"

@@ -224,7 +224,7 @@ REFUSED = {
         ),
         (
             CLUSTER | {"rabbitmq_nodes": [*NODES[:2], {"name": "mq1"}]},
-            "rabbitmq_nodes lists mq1, mq2, mq1; each node must have a name of its own.",
+            "rabbitmq_nodes lists mq1, mq2, mq1; each name must be unique.",
         ),
         (
             CLUSTER | {"rabbitmq_nodes": [*NODES[:2], {"name": "mq3", "address": "mq3.example"}]},
@@ -680,7 +680,7 @@ ACCEPTED = {
         (versions("4.3", "29"), "WARNING: RabbitMQ 4.3 on Erlang 29"),
         ({**versions("4.2.8", "26.2.5"), "rabbitmq_listeners": ["[::1]:5672"]}, ""),
         ({"rabbitmq_erlang_cookie": MARK[:20], "secret_rabbitmq_app_password": "{{ 'quoted' ~ 'A1' }}"}, ""),
-        # The distribution ships the versions in the inventory; no table contains the platform.
+        # The distribution ships the versions in the inventory. The tables don't contain this platform.
         ({"host_platform": "ubuntu2604", "rabbitmq_version": "4.1", "erlang_version": "27"}, ""),
     ],
     "postgresql accepted": [({}, "")],
@@ -739,7 +739,7 @@ def expanded(value, task_vars, seen=()):
 
 
 def read_together():
-    """The sets of variables that a rule of a role reads. Cases with variables of the same set could affect each other's message."""
+    """One set of variables per rule of a role. Cases with variables of the same set could change each other's message."""
     sets = []
     for file in sorted(ROOT.glob("roles/*/tasks/validate.yml")):
         role = file.parts[-3]
@@ -872,7 +872,7 @@ def test_run_fails_without_contacting_a_host_or_showing_a_secret(validation):
     assert MARK[:11] not in output
 
 
-def test_every_role_is_validated_and_has_a_case_here():
+def test_every_role_is_validated_and_has_a_case():
     validated = (ROOT / "playbooks/validate.yml").read_text()
     with_validation = [path.parts[-3] for path in ROOT.glob("roles/*/tasks/validate.yml")]
     assert [role for role in with_validation if f"name: django_celery.stack.{role}\n" not in validated] == []

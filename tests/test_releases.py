@@ -41,13 +41,13 @@ def test_only_complete_releases_are_counted(host):
 
 
 def test_release_that_was_never_activated_is_not_counted(host):
-    """Its environment is still staged, because the application rejected it."""
+    """The environment of that release is still staged, because the application rejected the release."""
     (host / "environments" / "e").rename(host / "environments" / "e.new")
     assert remove(host, current="d", kept=2) == {"removed": ["a", "b", "e", "x", "y"], "complete": ["d", "c"]}
     assert left(host, "environments") == "cd"
 
 
-def test_current_release_stays_when_another_was_activated_later(host):
+def test_current_release_stays_if_another_one_was_activated_later(host):
     assert remove(host, current="a", kept=2)["complete"] == ["e", "a"]
     assert left(host) == "ae"
     # If the workers do not work with the new environment of the current release, the run returns to the previous file.
@@ -55,7 +55,7 @@ def test_current_release_stays_when_another_was_activated_later(host):
 
 
 def test_previous_environment_of_another_release_is_removed(host):
-    """It can contain secrets that are no longer valid."""
+    """This file can contain secrets that are no longer valid."""
     assert remove(host, current="e", kept=5)["complete"] == ["e", "d", "c", "b", "a"]
     assert left(host, "environments") == "abcde"
 

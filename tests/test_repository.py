@@ -69,7 +69,7 @@ def test_spec_validates_all_variables_of_the_role(role):
 def test_every_public_variable_is_set_by_a_test(role):
     """If no test sets a variable, the variable may have no effect.
 
-    Scenarios set most, the host `alternative` of test_templates.py the rest.
+    Scenarios set most variables. The host `alternative` of test_templates.py sets the others.
     """
     places = ("molecule", "tests", "inventories", "testbed")
     texts = [file.read_text() for file in FILES if file.parts[len(ROOT.parts)] in places and file.suffix in (".py", ".yml")]
@@ -167,7 +167,7 @@ SCENARIOS = sorted(path.parent.name for path in ROOT.glob("molecule/*/molecule.y
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_playbooks_and_tests_of_a_scenario_have_the_same_inventories(scenario):
     config = yaml.safe_load((ROOT / ".config/molecule/config.yml").read_text())
-    # Otherwise Testinfra gets Molecule's inventory, and ignores ANSIBLE_INVENTORY.
+    # Without this variable, Testinfra would use Molecule's inventory and ignore ANSIBLE_INVENTORY.
     assert config["verifier"]["options"]["ansible-inventory"] is False
     shared = config["ansible"]
     own = yaml.safe_load((ROOT / f"molecule/{scenario}/molecule.yml").read_text()).get("ansible", {})

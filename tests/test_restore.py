@@ -1,4 +1,4 @@
-"""Tests the checks of a backup's files on the controller. The host does not exist, so a restore that passes them is unreachable."""
+"""Tests the checks of a backup's files on the controller. A restore that passes them fails later, since its host does not exist."""
 
 from __future__ import annotations
 

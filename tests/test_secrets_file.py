@@ -80,7 +80,7 @@ def test_new_file_is_encrypted_if_ansible_has_a_vault_password(file):
     assert secrets_file.add_secrets(file, ["secret_one"], vault) == ([], False)
 
 
-def test_file_without_encryption_stays_so(file):
+def test_unencrypted_file_stays_unencrypted(file):
     write(file, OWN)
     secrets_file.add_secrets(file, ["secret_two"], VAULT)
     assert file.read_text().startswith(OWN)
@@ -154,7 +154,7 @@ def test_unsupported_file_is_not_changed(file, text, reason):
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])
-def test_killed_run_loses_nothing_and_the_next_one_repairs(file, monkeypatch, step):
+def test_killed_run_loses_nothing_and_the_next_run_completes_it(file, monkeypatch, step):
     write(file, OWN)
 
     def killed(*_arguments):
@@ -258,7 +258,7 @@ def test_the_action_names_the_file_and_the_reason(file, content, reason):
     assert str(caught.value) == f"{file} {reason}. Nothing was changed."
 
 
-def test_the_action_takes_the_options_that_its_module_documents():
+def test_the_action_accepts_the_options_that_its_module_documents():
     documented = yaml.safe_load(documentation.DOCUMENTATION)["options"]
     with (
         mock.patch.object(secrets_file.ActionModule, "validate_argument_spec", side_effect=KeyboardInterrupt) as validate,

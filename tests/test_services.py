@@ -276,7 +276,7 @@ def test_words_are_quoted_for_systemd(value, text):
     assert systemd.quote(value) == text
 
 
-def test_command_lines_take_variables_literally():
+def test_variables_in_command_lines_are_escaped():
     command = ["/bin/echo", "$HOME", "${x} y", "%h", "mail@%h"]
     assert systemd.command_line(command) == '/bin/echo $$HOME "$${x} y" %%h mail@%%h'
 
@@ -395,7 +395,7 @@ def test_an_application_has_a_target_and_its_services_are_restarted_for_their_fi
     assert (relay["name"], relay["restart_on"]) == ("relay.service", [])
 
 
-def test_a_socket_comes_before_its_service_which_requires_it():
+def test_a_socket_precedes_its_service_which_requires_it():
     _, socket, web = units({"listen": ["127.0.0.1:8000", "/run/x.sock"]})
     assert socket["name"] == "web.socket"
     assert sections(socket["content"]) == {
@@ -421,7 +421,7 @@ def test_a_standby_differs_from_its_service_in_socket_restart_and_installation()
     own, other = sections(web["content"]), sections(standby["content"])
     assert other["Unit"] == [("Description", "Web, during a restart"), *own["Unit"][1:]]
     assert set(other["Service"]) ^ set(own["Service"]) == {("Sockets", "web.socket"), ("Restart", "always"), ("Restart", "no")}
-    # Without an installation, systemd does not start it at boot.
+    # Without a section [Install], systemd does not start the standby at boot.
     assert "Install" not in other
 
 

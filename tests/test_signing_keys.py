@@ -54,7 +54,7 @@ def test_long_keys_several_keys_and_armour_without_headers():
 
 
 def test_key_in_a_second_armour_is_found():
-    """A package manager may read both blocks, so the second block must be checked too."""
+    """A package manager may read both blocks, so the lookup must check the second block too."""
     text = armour(packet(KEY)) + "text between\n" + armour(packet(LONG_KEY))
     assert openpgp_fingerprints(text) == [fingerprint(KEY), fingerprint(LONG_KEY)]
 

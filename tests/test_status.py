@@ -40,7 +40,7 @@ def test_system_has_name_memory_and_clock(tmp_path):
     assert 99 < found["seconds_off"] < 110
 
 
-def test_system_without_files_of_linux_is_named_by_python(tmp_path):
+def test_python_names_a_system_without_the_files_of_linux(tmp_path):
     found = host_status.system(time.time(), str(tmp_path))
     assert found["name"] and found["memory"]["total"] == 0
 
@@ -107,7 +107,7 @@ def test_versions_of_nginx_and_postgresql(programs):
     assert host_status.program_versions() == {"nginx": "1.26.3"}
 
 
-def test_certificates_that_configurations_name_have_days_left(tmp_path, programs):
+def test_remaining_days_of_certificates_in_configurations_are_reported(tmp_path, programs):
     for path, text in {
         "etc/nginx/nginx.conf": "  ssl_certificate /etc/a.pem;\n  ssl_certificate_key /etc/a.key;\n  # ssl_certificate /no.pem;\n",
         "etc/rabbitmq/rabbitmq.conf": "ssl_options.certfile = /etc/b.pem\nmanagement.ssl_options.certfile = /etc/b.pem\n",
@@ -342,13 +342,13 @@ def test_each_fault_and_warning_is_found(changed, level, text):
 
 
 @pytest.mark.parametrize("name", ["celery_delayed_7", "mail@web1.celery.pidbox"])
-def test_messages_in_queues_that_celery_declares_are_no_finding(name):
+def test_messages_in_queues_that_celery_declares_are_not_reported(name):
     found = report(queues=[queue(), queue(name, consumers=0, messages=3)])
     assert status_report.findings(found) == []
     assert name in status_report.table(found, [])
 
 
-def test_messages_in_a_queue_that_is_not_durable_are_no_finding():
+def test_messages_in_a_queue_that_is_not_durable_are_not_reported():
     assert status_report.findings(report(queues=[queue(), queue("celeryev.1", consumers=0, messages=3, durable=False)])) == []
 
 
@@ -384,7 +384,7 @@ def test_host_that_does_not_answer_is_in_table_and_page():
 
 
 class Checker(HTMLParser):
-    """Collects open elements, so that a test sees elements that are not closed, and addresses of other files."""
+    """Collects the elements that are not closed, and the addresses of other files."""
 
     def __init__(self):
         super().__init__()
@@ -460,7 +460,7 @@ def test_age_of_backups_on_the_controller(tmp_path):
     ]
 
 
-def test_report_takes_broker_and_application_of_the_first_host_that_has_them():
+def test_report_has_broker_and_application_from_the_first_host_with_them():
     application = {"needs_operator": 1}
     broker = {"node": "rabbit@b", "nodes": [], "queues": [], "deprecated": []}
     hosts = [

@@ -266,7 +266,7 @@ def test_failed_start_reports_the_journals_of_failed_units(host, tmp_path):
         "Failed to start Ranch listener in ranch_tcp:listen([]) for reason eaddrinuse (address already in use)",
     ],
 )
-def test_start_that_fails_for_a_port_in_use_shows_who_listens(host, tmp_path, line):
+def test_start_that_fails_for_a_port_in_use_shows_the_listeners(host, tmp_path, line):
     executable(tmp_path / "bin/journalctl", f"print({line!r})")
     ss = "import sys\nassert '--processes' in sys.argv\nprint('127.0.0.1:8000 users:((\"other\",pid=7))')"
     executable(tmp_path / "bin/ss", ss)
@@ -277,9 +277,9 @@ def test_start_that_fails_for_a_port_in_use_shows_who_listens(host, tmp_path, li
     assert line in message
 
 
-def test_unit_that_died_and_was_restarted_is_not_up(host):
+def test_unit_that_systemd_had_to_restart_is_an_error(host):
     host.state = {**host.state, "revived": ["a.service"]}
-    # The first query precedes the start.
+    # The module sends the first query before the start.
     result = host.run(service("a", settle=0.2))
     assert result["failed"]
     assert "a.service was started but did not keep running: it is active" in result["msg"]
@@ -436,7 +436,7 @@ def test_check_mode_reports_a_disabled_unit_and_does_not_enable_it(host):
     assert host.calls() == []
 
 
-def test_only_the_owners_orphans_are_removed(host):
+def test_only_unlisted_units_of_the_owner_are_removed(host):
     target = {"name": "app.target", "content": "[Unit]\n", "shared": True}
     host.run(target, service("a"), service("gone"))
     host.run(target, service("theirs"), owner="app/celery")
@@ -495,7 +495,7 @@ def test_unit_that_does_not_stay_up_fails_with_its_journal(host):
     assert host.run(service("a", settle=0.2))["failed"]
 
 
-def test_failing_unit_is_up_after_its_repair(host):
+def test_failing_unit_runs_after_its_repair(host):
     host.state = {**host.state, "mortal": ["a.service"]}
     assert host.run(service("a", settle=0.2))["failed"]
     host.state = {**host.state, "mortal": []}

@@ -95,12 +95,12 @@ TEMPLATES = {
     "celeryconfig.py": "flower/templates/celeryconfig.py.j2",
     "valkey.conf": "valkey/templates/valkey.conf.j2",
 }
-# Other texts that a role writes to a file or runs.
+# Texts without a template that a role writes to a file or runs.
 EXPRESSIONS = {
     "flower.environment": "{{ __flower_environment | django_celery.stack.environment_file }}",
     "release steps": "{{ __django_release_steps }}",
 }
-# Directives of HARDENING that a packaged unit keeps as its package set them.
+# Directives of HARDENING that a packaged unit does not get.
 OWN_UNITS = {"Restart", "RestartSec", "KillMode", "OOMPolicy", "UMask"}
 NO_UNITS = {*TEMPLATES, *EXPRESSIONS}
 
@@ -124,7 +124,7 @@ def rendered(tmp_path_factory):
     hosts = {"hosts": HOSTS, "vars": {name: value for values in defaults for name, value in values.items()}}
     (folder / "hosts.json").write_text(json.dumps({"all": hosts}))
     (folder / "group_vars/all/10-wired.json").write_text(json.dumps(WIRED))
-    # A playbook, like a role, finds files next to it.
+    # Ansible looks for files next to a playbook, as in a role.
     (folder / "files").symlink_to(ROOT / "roles/flower/files")
     files = [ROOT / f"roles/{role}/vars/main{name}.yml" for role, name in (("services", ""), ("django", ""), ("celery", "/main"))]
     files += [ROOT / f"roles/{role}/vars/main.yml" for role in ("flower", "valkey")]
@@ -178,7 +178,7 @@ def test_cache_configuration(rendered):
 
 
 def test_flower_verifies_the_broker(rendered):
-    """Kombu writes a broker's name into the options, and the next broker has another name."""
+    """Kombu writes the first broker's name into the options, but the next broker has another name."""
     values = {}
     exec(rendered["tls"]["celeryconfig.py"], values)  # noqa: S102 - a file of the role
     options = values["broker_use_ssl"]
@@ -201,7 +201,7 @@ def test_broker_configuration_by_default(rendered):
     assert "listeners.tcp.2" not in found
     # The broker may have to write all of its memory to the disk.
     assert float(found["disk_free_limit.relative"]) >= float(found["vm_memory_high_watermark.relative"])
-    # Settings without effect since RabbitMQ 4.3, and features that it denies.
+    # Settings that have no effect since RabbitMQ 4.3, and features that RabbitMQ 4.3 denies.
     assert not [name for name in found if name.startswith("cluster_")]
     assert "true" not in [value for name, value in found.items() if name.startswith("deprecated_features")]
 
@@ -212,7 +212,7 @@ def test_broker_configuration_with_other_variables(rendered):
     assert len(found) == len(settings(text))
     assert (found["listeners.tcp.1"], found["listeners.tcp.2"]) == ("[::]:5673", "127.0.0.1:5674")
     assert (found["management.tcp.ip"], found["management.tcp.port"]) == ("::1", "15673")
-    # The broker does not start with a setting of a plugin that is not enabled.
+    # The broker does not start if rabbitmq.conf has a setting of a plugin that is not enabled.
     assert not [name for name in found if name.startswith("prometheus")]
     assert found["deprecated_features.permit.transient_nonexcl_queues"] == "true"
     assert found["deprecated_features.permit.global_qos"] == "true"
@@ -226,7 +226,7 @@ def test_broker_configuration_with_other_variables(rendered):
     assert found["ssl_options.verify"] == "verify_peer"
 
 
-def test_a_node_on_the_loopback_resolves_its_name_there(rendered):
+def test_a_node_on_the_loopback_resolves_its_name_to_the_loopback(rendered):
     usual, other = (rendered[host] for host in ("usual", "other"))
     assert dict(settings(usual["rabbitmq-env.conf"]))["ERL_EPMD_ADDRESS"] == "127.0.0.1"
     assert '{host, {127, 0, 0, 1}, ["node"]}.' in usual["erl_inetrc"]
@@ -236,7 +236,7 @@ def test_a_node_on_the_loopback_resolves_its_name_there(rendered):
     assert other["epmd.socket"].endswith("ListenStream=\nListenStream=4369\n")
 
 
-def test_node_of_a_cluster_knows_the_other_nodes(rendered):
+def test_node_of_a_cluster_lists_the_other_nodes(rendered):
     cluster = rendered["cluster"]
     found = dict(settings(cluster["rabbitmq.conf"]))
     assert [found[f"cluster_formation.classic_config.nodes.{number}"] for number in (1, 2, 3)] == [

@@ -43,7 +43,7 @@ def plain_machine(monkeypatch, tmp_path):
     """A machine on which Podman needs no workaround, with a temporary state directory."""
     monkeypatch.setenv("TESTBED_STATE", str(tmp_path / "state"))
     monkeypatch.setattr(machine, "needs_namespace", lambda: False)
-    # These containers do not exist, so Podman can't tell their addresses.
+    # These containers do not exist, so Podman can't return their addresses.
     monkeypatch.setattr(generated, "_ip", lambda container: "192.0.2.1")
 
 

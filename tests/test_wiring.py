@@ -86,9 +86,9 @@ def test_connections_between_hosts_use_tls(many, one, tmp_path):
     )
     assert one["django_environment"]["BROKER_CA_FILE"] == one["flower_broker_ca_file"] == ""
     assert "sslmode" not in one["django_environment"]["DATABASE_URL"]
-    # A client connects to its own host by 127.0.0.1, and to others by their addresses.
+    # A client uses 127.0.0.1 for its own host, and the addresses of other hosts.
     assert many["mq1"]["rabbitmq_certificate_names"] == ["mq1", "localhost", "127.0.0.1"]
-    # Only the database has another host.
+    # Only the database is on another host.
     assert wired(tmp_path, ONE | {"database": ["db1"]})["db1"]["postgresql_tls"]
 
 
@@ -106,7 +106,7 @@ def test_several_hosts_reach_broker_and_database(many):
     assert many["worker3"]["wiring_broker_url"] == f"amqps://mailroom:{MARK}secretrabbitmqapppassword@mq1:5671/mailroom"
 
 
-def test_brokers_form_a_cluster_that_every_client_knows(tmp_path):
+def test_every_client_has_the_urls_of_all_brokers(tmp_path):
     brokers = ["mq1", "mq2", "mq3.example"]
     hosts = wired(tmp_path, MANY | {"broker": brokers, "flower": ["mq2"], "database": ["db1"]}, seed="1")
     again = wired(tmp_path, MANY | {"broker": brokers, "flower": ["mq2"], "database": ["db1"]}, seed="2")
@@ -141,7 +141,7 @@ def test_cluster_lists_addresses(tmp_path):
     assert hosts["web1"]["rabbitmq_nodes"] == hosts["mq2"]["rabbitmq_nodes"]
 
 
-def test_one_broker_is_no_cluster(many, one):
+def test_one_broker_has_no_cluster_settings(many, one):
     for values in (many["mq1"], one):
         assert values["rabbitmq_nodes"] == []
         assert values["rabbitmq_distribution_address"] == "127.0.0.1"

@@ -46,7 +46,7 @@ def list_suppressions(
     summary="Suppress an address",
 )
 def suppress(request: Request, suppression: SuppressionIn) -> Any:
-    """Refuses the owner's emails to the address from now on. 200: it is suppressed already."""
+    """Refuses the owner's emails to the address. Returns 200 if it is already suppressed."""
     try:
         check_address(suppression.address)
     except ValidationError as error:

@@ -117,8 +117,8 @@ class Conf:
     DEADLINE_SECONDS = Setting(86400, seconds(1))
     RETRY_SECONDS = Setting[float](30.0, seconds(0.1))
     UNCERTAIN_POLICY = Setting("resend", one_of("resend", "hold"))
-    # Seconds within which a worker's attempt must end. Afterwards, the relay takes the delivery
-    # back.
+    # Seconds within which a worker's attempt must end. Afterwards, the relay can lease the
+    # delivery again.
     SENDING_LEASE_SECONDS = Setting[float](600, seconds(5))
     # Maximum number of SMTP connections of all workers together; 0: one per worker process.
     SMTP_CONNECTIONS = Setting(0, whole(0))

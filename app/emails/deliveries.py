@@ -23,9 +23,9 @@ SQL = load("deliveries.sql")
 
 # How long a published message may wait in the queue before the delivery is published again.
 PUBLISHED_LEASE = timedelta(minutes=10)
-# A publication counts as lost if the queue is empty and no worker received it within this time,
+# A publication is lost if the queue is empty and no worker received it within this time,
 LOST_AFTER = timedelta(seconds=30)
-# or if a worker received a publication that is this much newer.
+# or if a worker received another publication that was sent this much later.
 OVERTAKEN_BY = timedelta(seconds=60)
 REQUEUE_BATCH = 1000
 BEGINNING_OF_TIME = datetime(1970, 1, 1, tzinfo=UTC)

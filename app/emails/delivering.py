@@ -20,9 +20,8 @@ T = TypeVar("T")
 
 # Seconds between attempts to reach the database, for example while it restarts.
 DATABASE_PAUSES = (0.2, 0.5, 1, 2, 3, 5, 5, 5, 5)
-# A chunk has as many emails as a worker sends in about this time, so that few emails become
-# uncertain when a worker dies. With a fast server, a chunk has many emails; with a slow one, a
-# single email.
+# The time in which a worker should send a chunk of emails. A fast server gets large chunks, a slow
+# server gets single emails. With small chunks, few emails become uncertain when a worker dies.
 CHUNK_SECONDS = 0.25
 LARGEST_CHUNK = 20
 

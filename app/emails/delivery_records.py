@@ -18,7 +18,7 @@ class Leased:
 
 @dataclass
 class Lease:
-    """The deliveries that a call has leased. `reached`: no earlier due delivery is left."""
+    """The deliveries that a call has leased. No delivery that was due before `reached` is left."""
 
     published_at: datetime | None = None
     deliveries: list[Leased] = field(default_factory=list)

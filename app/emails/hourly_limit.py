@@ -38,7 +38,7 @@ class Remaining:
         self.recipients = limit - sent
 
     def check(self, email: Email, count: int) -> None:
-        """Raises OverLimit, unless an email with the same key exists, because it adds none."""
+        """Raises OverLimit, unless the key exists: a repeated request adds no recipients."""
         if count <= self.recipients:
             return
         key = email.idempotency_key

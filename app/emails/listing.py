@@ -51,8 +51,8 @@ def count_by_state(owner: Any, text: str = "") -> dict[str, int | None]:
 
     if not text:
         return {state: bounded(find(owner, state=state)).count() for state in ("", *State.values)}
-    # If few emails match, a search reads all of the owner's emails. So one search is for all
-    # counts.
+    # If few emails match, a search reads all of the owner's emails. So all counts use one
+    # search.
     matching = list(bounded(find(owner, text=text)).values_list("pk", flat=True))
     counts: dict[str, int | None] = {"": len(matching)}
     if len(matching) > COUNT_LIMIT:

@@ -83,7 +83,7 @@ def is_utf8(content: bytes) -> bool:
 class ShortHeaders(Compat32):
     """Writes short ASCII headers without folding them.
 
-    Folding would not change such headers, and takes a third of the time for a whole message.
+    Such headers need no folding. Folding takes a third of the time that a message needs.
     """
 
     LONGEST = 76

@@ -111,9 +111,9 @@ class Delivery(models.Model):
     failed_by = models.CharField(max_length=8, choices=FailedBy, default="", blank=True)
     attempts = models.PositiveIntegerField(default=0)
     uncertain_attempts = models.PositiveIntegerField(default=0)
-    # When the relay processes it next, for a new attempt or at the end of a lease. None: never.
+    # When the relay next processes the delivery: for an attempt, or when a lease ends. None: never.
     due_at = models.DateTimeField(null=True, blank=True)
-    # When the relay last leased it for publishing. None: not published since it became due.
+    # When the relay last leased the delivery. None: not since the delivery became due.
     published_at = models.DateTimeField(null=True, blank=True, editable=False)
     # No attempt starts after this time.
     expires_at = models.DateTimeField()

@@ -90,7 +90,7 @@ class Publisher:
         return time.monotonic() - self._repaired > REPAIR_SECONDS
 
     def _next_floor(self) -> datetime:
-        """The due time from which to search.
+        """The due time at which a search for due deliveries starts.
 
         While an old transaction is open, vacuum can't remove index entries of finished deliveries.
         A search from the floor skips these entries. Every REPAIR_SECONDS, the search covers

@@ -50,7 +50,7 @@ def fetch(statement: str, values: Any = None, *, prepare: bool | None = None) ->
 
 
 class _Cursor(psycopg.Cursor[Row]):
-    """Sends the values as parameters.
+    """Sends values as parameters, separate from the statement.
 
     Django's cursor would put the values into the text, so the server would plan each execution.
     """

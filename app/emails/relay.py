@@ -83,12 +83,12 @@ class Relay:
             self._listening = connection.connection
         deadline = time.monotonic() + min(conf.RELAY_POLL_SECONDS, 10)
         while not self._stopping.is_set() and (left := deadline - time.monotonic()) > 0:
-            # This calls psycopg's connection directly, so Django must translate its errors.
+            # This uses psycopg's connection directly, so Django must translate psycopg's errors.
             with connection.wrap_database_errors:
                 notifications = list(self._listening.notifies(timeout=min(left, 0.5), stop_after=1))
                 if notifications:
-                    # Cleared before the wait: a later notification may be for emails that the next
-                    # query misses.
+                    # Only notifications before the wait are discarded. The next query may miss the
+                    # emails of a later notification, which must cause another query.
                     list(self._listening.notifies(timeout=0))
                     self._stopping.wait(NOTIFY_SETTLE_SECONDS)
                     return

@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 SQL = load("emails.sql")
 CHANNEL = "emails_due"
 # A process sends at most one NOTIFY within this time. After a NOTIFY, the relay waits twice as long
-# before it queries, so it sees the emails that were stored meanwhile.
+# before it queries. So the query finds emails that were stored after the NOTIFY.
 NOTIFY_SECONDS = 0.01
 
 _notified_at = float("-inf")

@@ -120,7 +120,7 @@ def abort(backend: EmailBackend) -> None:
 
 
 def reset_or_abort(backend: EmailBackend, code: int) -> None:
-    """Resets the connection for the next email after a refusal, or aborts it."""
+    """Resets the connection for the next email after a refusal, or aborts the connection."""
     if code == 421 or backend.connection is None:
         return abort(backend)
     if _kept.announced is not None:  # the next email's commands have been sent

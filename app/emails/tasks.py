@@ -36,7 +36,7 @@ OPTIONS: dict[str, Any] = {
 
 @contextmanager
 def requeued_without_database() -> Iterator[None]:
-    """Requeues the message if the database is down. Celery would acknowledge it."""
+    """Requeues the message if the database is down. By default, Celery would acknowledge it."""
     try:
         yield
     except DatabaseError as error:

@@ -33,7 +33,7 @@ def content_security_policy(get_response: Handler) -> Handler:
 
 
 def no_store(get_response: Handler) -> Handler:
-    """No cache keeps an answer of the API, which can contain addresses and texts of emails."""
+    """Forbids caches to store the API's responses, which can contain addresses and texts."""
 
     def middleware(request: HttpRequest) -> HttpResponseBase:
         response = get_response(request)
@@ -45,8 +45,8 @@ def no_store(get_response: Handler) -> Handler:
 
 
 def client_address(request: HttpRequest) -> str:
-    """Returns the client's address. Only a proxy may tell the address in X-Forwarded-For."""
-    # Django's test client sends no address to a signal of a sign-in without a request.
+    """Returns the client's address. Reads X-Forwarded-For only in requests from a proxy."""
+    # If Django's test client signs in without a request, the signal has no address.
     address: str = request.META.get("REMOTE_ADDR", "")
     # gunicorn leaves the address empty if the proxy connects to a Unix socket.
     if address and not any(ip_address(address) in network for network in settings.PROXIES):

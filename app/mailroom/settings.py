@@ -60,7 +60,7 @@ MIDDLEWARE = [
     "django.contrib.auth.middleware.AuthenticationMiddleware",
     "django.contrib.messages.middleware.MessageMiddleware",
     "django.middleware.clickjacking.XFrameOptionsMiddleware",
-    # Must be the last: it replaces the response to a refused sign-in.
+    # This middleware must be the last: it replaces the response to a refused sign-in.
     "axes.middleware.AxesMiddleware",
 ]
 
@@ -73,7 +73,7 @@ LOGOUT_REDIRECT_URL = "login"
 TEMPLATES = [
     {
         "BACKEND": "django.template.backends.django.DjangoTemplates",
-        # The site's error pages and its template for the API documentation.
+        # The site's error pages, and its template for the API documentation.
         "DIRS": [BASE_DIR / "mailroom" / "templates"],
         "APP_DIRS": True,
         "OPTIONS": {
@@ -121,8 +121,8 @@ AXES_CLIENT_IP_CALLABLE = "mailroom.middleware.client_address"
 AXES_SENSITIVE_PARAMETERS: list[str] = []
 # Successful sign-ins are not stored; Django stores the last one of each user.
 AXES_DISABLE_ACCESS_LOG = True
-# Proxies on other hosts. A request from them, or from this host, comes from the address that its
-# X-Forwarded-For header ends with.
+# Proxies on other hosts. For a request from one of them or from this host, the client's address
+# is the last one in the X-Forwarded-For header.
 PROXIES = networks("PROXIES")
 
 STATIC_URL = "/static/"
@@ -138,11 +138,11 @@ STORAGES = {
 
 # --- Transport security -----------------------------------------------------------------------
 
-# It is false only if the site is served over plain HTTP, as in a sandbox or a test.
+# HTTPS_ONLY is false only if the site is served over plain HTTP, as in a sandbox or a test.
 HTTPS_ONLY = boolean("HTTPS_ONLY", not DEBUG)
 SECURE_SSL_REDIRECT = SESSION_COOKIE_SECURE = CSRF_COOKIE_SECURE = HTTPS_ONLY
 SECURE_HSTS_SECONDS = 30 * 86400 if HTTPS_ONLY else 0
-# Probes use plain HTTP from the same machine, and Prometheus from the monitoring host.
+# Health checks on the same machine and Prometheus on the monitoring host use plain HTTP.
 SECURE_REDIRECT_EXEMPT = [r"^healthz$", r"^metrics$"]
 # includeSubDomains and preload are not set, because other hosts of the domain may lack HTTPS.
 SILENCED_SYSTEM_CHECKS = ["security.W005", "security.W021"]
@@ -200,7 +200,7 @@ EMAILS_MAX_RECIPIENTS = number("MAX_RECIPIENTS", 50)
 EMAILS_MAX_ATTACHMENTS = number("MAX_ATTACHMENTS", 50, minimum=0)
 EMAILS_MAX_EMAIL_BYTES = number("MAX_EMAIL_BYTES", 10 * 1024**2)
 EMAILS_MAX_BATCH = number("MAX_BATCH", 500)
-# For JSON with attachments in base64; the form's fields are smaller.
+# JSON bodies contain attachments in base64. The form's fields are smaller.
 DATA_UPLOAD_MAX_MEMORY_SIZE = EMAILS_MAX_EMAIL_BYTES * 2 + 65536
 EMAILS_RECIPIENTS_PER_HOUR = number("RECIPIENTS_PER_HOUR", 0, minimum=0)
 EMAILS_DEADLINE_SECONDS = number("DEADLINE_SECONDS", 86400)

@@ -26,8 +26,8 @@ class Mailbox:
         self.lax = False
         self.hangs_up = False
         self.reply = "250 taken"
-        self.replies = []  # in order; afterwards `reply`
-        self.sender_replies = []  # in order; afterwards "250 fine"
+        self.replies = []  # used in this order, and then `reply`
+        self.sender_replies = []  # used in this order, and then "250 fine"
         self.recipient_reply = "250 fine"
         self.messages = []
         self.connections = 0

@@ -19,7 +19,7 @@ def test_list_of_emails_is_stored_completely_or_not_at_all():
     assert get_connection().send_messages([good, good]) == 2
 
 
-def test_recipients_see_each_other_as_the_sender_wrote_them():
+def test_recipients_of_the_projects_emails_see_each_other():
     both = ["bob@example.org", "carol@example.org"]
     EmailMessage("Hello", "Body", None, both).send()
     send_email.delay("Hello", "Body", None, both)

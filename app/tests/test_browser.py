@@ -86,7 +86,7 @@ def send(page, subject: str) -> None:
 
 
 def in_thread(act):
-    """Runs `act` in another thread, because Playwright's event loop forbids queries in this one."""
+    """Runs `act` in another thread, because Playwright's event loop forbids queries in its own."""
 
     def run():
         try:

@@ -50,7 +50,7 @@ def test_worker_of_a_queue_of_this_app_is_prepared(shop, named):
 
 
 def test_publishers_of_the_project_have_no_quorum_queue(shop):
-    """If they had quorum queues, Celery would log a warning for each of their tasks with an eta."""
+    """With a quorum queue, Celery would log a warning for each of the project's eta tasks."""
     assert set(shop.amqp.queues) == {"celery"}
     assert detect_quorum_queues(shop, "amqp") == (False, "")
 

@@ -340,7 +340,7 @@ def test_any_email_backend_can_deliver(delivery, settings):
 
 
 class ProviderError(Exception):
-    """An error like django-anymail's."""
+    """An error with an HTTP status, like those of django-anymail."""
 
     def __init__(self, status_code):
         super().__init__("no")

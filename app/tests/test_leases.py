@@ -114,7 +114,7 @@ def test_earlier_attempt_cannot_unclaim_the_current_one(delivery):
 
 
 def test_attempts_of_any_durations_end_together(accept):
-    """The durations belong to buckets that are integers and floats in the source."""
+    """The buckets of these durations have integers and floats as upper bounds."""
     claimed = [claim(accept().deliveries.get()) for _ in range(4)]
     ended = [
         Ended(each.id, each.number, Step(State.SENT, None), 250, "OK", seconds)

@@ -67,7 +67,7 @@ def test_request_for_an_unknown_host_is_one_line(web):
     def of_request() -> list[str]:
         return [each for each in lines() if "evil.example.com" in each or '"GET /" 400' in each]
 
-    eventually(lambda: len(of_request()) == 2)  # one of Django's, one of gunicorn's
+    eventually(lambda: len(of_request()) == 2)  # one line of Django, one of gunicorn
     assert "Traceback" not in "".join(lines())
 
 

@@ -1,4 +1,4 @@
-"""Tests that messages are the same as Django's. They are only written faster."""
+"""Tests that the app writes the same messages as Django. Its code is only faster."""
 
 import pytest
 from django.core.mail import EmailMultiAlternatives

@@ -81,7 +81,7 @@ def test_requests_get_timely_503s_from_a_silent_database_and_recover(chain, data
     restored = time.monotonic()
     eventually(lambda: answer(chain, "/healthz")[0] == 200, seconds=RECOVERY_SECONDS)
     email_id = chain.post()
-    # The relay's listening connection was half open, too.
+    # The relay's listening connection was half open, and must recover too.
     chain.wait_for(email_id, "sent", timeout=RECOVERY_SECONDS)
     assert time.monotonic() - restored < RECOVERY_SECONDS + 2
     with psycopg.connect(database.url()) as connection:

@@ -126,7 +126,7 @@ def test_broker_error_loses_no_row(delivery):
 
 
 def test_failed_publication_discards_its_connection_and_releases_the_lease(accept, monkeypatch):
-    """If the connection stayed open, its late confirm would count for the next publication."""
+    """On an open connection, a late confirm would be mistaken for that of the next publication."""
     first, second, third = (accept().deliveries.get() for _ in range(3))
     broken = app.connection_for_write()
     monkeypatch.setattr(broken, "collect", Mock())
@@ -165,7 +165,7 @@ def test_worker_lost_after_the_data_makes_the_delivery_uncertain(delivery, setti
 
 
 def test_lease_ends_deliveries_with_whole_and_fractional_waits(accept):
-    """One worker was lost before the data, and another after it. They have different waits."""
+    """One worker died before the data, and another after the data. The waits differ."""
     before, after = (accept().deliveries.get() for _ in range(2))
     claim(before)
     begin(claim(after))
@@ -285,7 +285,7 @@ def test_expired_delivery_is_not_published(accept, published):
 
 
 def test_leases_of_a_dead_relay_are_recovered_after_half_a_minute(delivery, published):
-    """They are published again only if the queue is empty."""
+    """The deliveries are published again only if the queue is empty."""
     deliveries.lease(1)
     assert not deliveries.is_waiting_for_worker()
     assert deliveries.requeue_lost(queue_is_empty=True) == 0
@@ -299,7 +299,7 @@ def test_leases_of_a_dead_relay_are_recovered_after_half_a_minute(delivery, publ
     assert Counter.objects.get(name="republished").total == 1
 
 
-def test_publication_that_others_overtook_is_lost(accept):
+def test_publication_is_lost_if_a_later_one_arrived(accept):
     """The delivery is published again even if messages wait in the queue."""
     lost, waiting, sent = (accept().deliveries.get() for _ in range(3))
     deliveries.lease(3)
@@ -538,5 +538,5 @@ def test_sigterm_stops_a_relay_that_waits_for_its_broker(
     else:
         assert "is unavailable" in relay.stderr.readline()
     relay.send_signal(signal.SIGTERM)
-    # Half of systemd's stop timeout. The relay needs a second.
+    # Half of systemd's stop timeout. The relay stops within a second.
     assert relay.wait(timeout=15) == 0

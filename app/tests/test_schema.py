@@ -20,7 +20,7 @@ schema = schemathesis.openapi.from_wsgi("/api/openapi.json", application)
 def one_connection():
     """Keep the connection between requests.
 
-    Django would close it, and end the test's transaction.
+    Django would close the connection, which would end the test's transaction.
     """
     for signal in (request_started, request_finished):
         signal.disconnect(close_old_connections)

@@ -94,7 +94,7 @@ def test_refusal_is_recorded_at_once_and_ends_the_chunks(several, mailbox, monke
     monkeypatch.setattr(Sender, "pace", 0.001)
     mailbox.replies = ["250 taken", "451 later", "451 later", "451 later"]
     deliver(*ids)
-    # All four begin together. From the first refusal on, each attempt is recorded immediately.
+    # All four begin together. After the first refusal, each attempt is recorded immediately.
     assert recorded == [(0, 4), (2, 0), (1, 0), (1, 0)]
     assert Sender.pace == float("inf")
     assert states() == [State.SENT] + [State.DEFERRED] * 3

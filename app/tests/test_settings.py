@@ -136,7 +136,7 @@ def test_smtp_by_url(url, host, port, tls, ssl):
     assert login == (("u", "p@ss") if "@" in url else (None, None))
 
 
-def test_celery_knows_every_setting_of_its_namespace():
+def test_every_setting_in_the_namespace_is_one_of_celerys():
     """Celery would silently ignore a misspelt setting."""
     known = {name for name, _ in flatten(NAMESPACES)}
     ours = {

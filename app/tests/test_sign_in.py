@@ -77,7 +77,7 @@ def test_sign_in_with_a_long_name_fails_and_is_counted(client, attempts, length)
         ("10.1.2.3", "198.51.100.9", "198.51.100.9"),
     ],
 )
-def test_only_a_proxy_tells_the_clients_address(settings, peer, header, expected):
+def test_forwarded_address_counts_only_from_a_proxy(settings, peer, header, expected):
     from mailroom.environment import ip_network
 
     settings.PROXIES = [ip_network("127.0.0.0/8"), ip_network("10.1.0.0/16")]

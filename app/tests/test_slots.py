@@ -78,7 +78,7 @@ def test_slot_ends_with_the_smtp_connection(accept, mailbox, settings):
 
 def test_without_a_free_slot_the_deliveries_are_requeued(accept, mailbox, settings):
     settings.EMAILS_SMTP_CONNECTIONS = 1
-    settings.EMAILS_SENDING_LEASE_SECONDS = 1  # it waits for a fifth of it
+    settings.EMAILS_SENDING_LEASE_SECONDS = 1  # a worker waits for a fifth of it
     delivery = accept().deliveries.get()
     Delivery.objects.update(due_at="2099-01-01T00:00Z")
     with smtp_slot(patience=1) as taken, ThreadPoolExecutor(1) as pool:

@@ -193,7 +193,7 @@ def test_silent_broker_blocks_the_relay_for_seconds_only(system, mailbox):
     """The broker does not respond on the open connection, as in an alarm or a network failure."""
     with (
         Wire().running() as wire,
-        # If one of several threads waited forever, another thread would take over its leases.
+        # One thread, because another one would take over the leases of a thread that waits forever.
         system.relay(BROKER_URL=wire.url, RELAY_THREADS="1") as relay,
         system.worker(),
     ):
@@ -203,7 +203,7 @@ def test_silent_broker_blocks_the_relay_for_seconds_only(system, mailbox):
         eventually(lambda: "is unavailable" in relay.log.read_text(), seconds=15)
         assert system.recipient(email_id)["state"] == "queued"
         wire.cut = False
-        # This is less than half of the lease, so the lease was released.
+        # This time is less than half of the lease, so the relay has released the lease.
         system.wait_for(email_id, "sent", timeout=15)
 
 
@@ -273,7 +273,7 @@ def test_two_workers_with_the_same_name_keep_running(system, mailbox):
 
 
 def test_worker_survives_a_half_open_connection(system, mailbox):
-    """For the broker, the old connection still owns the queues."""
+    """The broker has not noticed that the old connection, which owns the queues, is lost."""
     with (
         Wire().running() as wire,
         system.relay(),
@@ -405,7 +405,7 @@ def test_malformed_messages_are_dead_lettered_and_do_not_block_mail(system, mail
             return time.monotonic() - began
 
         for name, message in MALFORMED.items():
-            # Up to two retries, as the machine may be busy. A blocking message blocks each time.
+            # Two retries, because the machine may be busy. A blocking message blocks each time.
             assert any(seconds_of_other_mail(message) < 1 for _ in range(3)), name
             try:
                 eventually(

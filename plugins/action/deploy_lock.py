@@ -1,4 +1,4 @@
-"""Holds a lock on a host until the run of Ansible ends, however it ends.
+"""Holds a lock on a host until the run of Ansible ends, even if the run fails or is killed.
 
 Ansible runs no task after a failed or killed run, so no task could release the lock. Instead, a process on the host has the lock,
 and a process on the controller keeps the connection to it for as long as the run exists. The kernel releases the lock with the
@@ -63,19 +63,19 @@ class ActionModule(ActionBase):
             self.hold(run, report, options["path"], json.dumps(record))
         os.close(report)
         while True:
-            # Check the process before reading the record: a process that has ended can't take the lock afterwards.
+            # Check the process before reading the record, since a process that has ended can't take the lock later.
             ended, status = os.waitpid(holder, os.WNOHANG)
             found = self.read(options["path"])
             if ended:
                 return self.refused(os.waitstatus_to_exitcode(status), found, os.fdopen(errors).read())
             if found.get("run") == record["run"]:
                 os.close(errors)
-                # The lock changes no state that outlives the run.
+                # The run does not report a change, since the lock ends with the run.
                 return {**result, "changed": False, "holder": record}
             time.sleep(0.3)
 
     def hold(self, run: int, report: int, path: str, record: str) -> None:
-        """Hold the lock until the process `run` ends. This is a separate process, so it never returns."""
+        """Hold the lock until the process `run` ends. This method runs in a separate process and never returns."""
         code = 1
         try:
             os.setsid()

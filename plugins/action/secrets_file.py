@@ -23,7 +23,7 @@ LENGTH = 40
 
 
 class NotAdded(Exception):
-    """The module added nothing. The text explains why."""
+    """Nothing was added to the file. The text is the reason."""
 
 
 def entries(text: str) -> list[tuple[str, str]]:

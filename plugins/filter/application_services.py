@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-# The time in seconds that a worker has, after its longest task, to stop its pool and close its connections.
+# Seconds that a worker has to stop its pool and close its connections after its longest task.
 STOP_SECONDS = 30
 
 

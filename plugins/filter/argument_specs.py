@@ -1,6 +1,6 @@
 """Applies the defaults in a role's argument specs to the entries of a list or mapping.
 
-Ansible validates such entries against the specs, but passes them on without the defaults.
+Ansible validates such entries against the specs, but does not add the defaults to them.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ def _complete(value, spec):
     if spec["type"] == "list":
         return [_complete(entry, {**spec, "type": spec["elements"]}) for entry in value]
     defaults = {name: copy.deepcopy(option["default"]) for name, option in options.items() if "default" in option}
-    # items() also templates values that Ansible has not templated yet; {**value} would not.
+    # items() also evaluates templates that Ansible has not evaluated yet; {**value} would not.
     return defaults | {name: _complete(entry, options.get(name, {})) for name, entry in value.items()}
 
 
 def with_defaults(value, role, variable):
     """Return the value of a role's variable, with the defaults of nested options. Unknown keys are kept.
 
-    The role is an argument, because role_path belongs to the role whose task evaluates the expression, which can be another role.
+    The role is an argument, because another role's task can evaluate the expression. Then role_path is the path of that role.
     """
     options = _options(role)
     if variable not in options:

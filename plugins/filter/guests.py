@@ -8,7 +8,7 @@ from __future__ import annotations
 
 
 def guest_broker_users(guests):
-    """Return the users of each guest: its own, with all permissions in its virtual host, and the user of its Flower, if any."""
+    """Return the users of each guest: one with all permissions in its virtual host, and one for its Flower, if it has one."""
     users = []
     for guest in guests:
         everything = {"vhost": guest["name"], "configure": ".*", "write": ".*", "read": ".*"}
@@ -41,7 +41,7 @@ def guest_databases(guests):
 
 
 def guest_database_clients(guests):
-    """Return which guest logs in to its database from which address. A guest can always log in from the database's own host."""
+    """Return which guest logs in to its database from which address. Each guest can log in from the database's host."""
     return [
         {"database": guest["name"], "user": guest["name"], "address": address}
         for guest in with_database(guests)

@@ -20,7 +20,7 @@ from jinja2 import UndefinedError, pass_context
 COLLECTION = Path(__file__).resolve().parents[2]
 REQUIRED_GROUPS = ("app", "web", "workers")
 OPTIONAL_GROUPS = ("broker", "database", "cache", "flower", "proxy", "monitoring")
-# The roles that validate.yml checks, by the inventory group on whose hosts they run.
+# The roles that validate.yml checks, by the inventory group whose hosts run them.
 ROLES = {
     "all": ("offline_packages", "ca_certificates", "certificates", "firewall", "monitoring"),
     "broker": ("erlang", "rabbitmq"),
@@ -37,7 +37,7 @@ SPECIFICATIONS = ("app_variable_specs", "wiring_variable_specs")
 
 
 def distance(one, other):
-    """Return the edit distance: how many letters to add, remove, replace or swap with the next one, to get the other word."""
+    """Return the edit distance of two words. An edit adds, removes or replaces a letter, or swaps two neighbouring letters."""
     before: list[int] = []
     row = list(range(len(other) + 1))
     for i, letter in enumerate(one, 1):
@@ -88,7 +88,7 @@ def group_errors(groups):
 
 
 def host_count_errors(host, groups, values):
-    """Return errors for a number of hosts that a group can't have. Scenarios have environments of one host each."""
+    """Return errors for groups with a wrong number of hosts. In a Molecule scenario, each host can be a separate environment."""
     sentences = []
     brokers = groups.get("broker", [])
     if host in brokers and len(brokers) > 1 and values.get("wiring_brokers") != [host] and len(brokers) % 2 == 0:
@@ -240,7 +240,7 @@ def common_variable_errors(values, inventory_dir, sources):
 
     A team that replaces application.yml can define its own variable names in that file.
     """
-    # Ansible loads the variables of every directory after -i. The scenarios have the link in another directory than their hosts.
+    # Ansible loads the variables of every inventory after -i. In Molecule scenarios, the link and the hosts are in different ones.
     known = common_names([inventory_dir, *sources])
     if known is None:
         return [

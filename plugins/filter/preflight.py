@@ -65,7 +65,7 @@ def host_ports(values, app, groups):
 def default_package_index():
     """Return the URL of pip's default package index. pip shows the URL only in its help; no other public interface has it."""
     words = [sys.executable, "-m", "pip", "download", "--help"]
-    # A wide terminal, so that pip does not break the URL.
+    # On a wide terminal, pip does not wrap the URL.
     done = subprocess.run(words, env={**os.environ, "COLUMNS": "300"}, capture_output=True, text=True, check=True)
     found = re.search(r"--index-url\b[^)]*\(default\s+([^)]+)\)", done.stdout)
     if not found:
@@ -102,7 +102,7 @@ def preflight_options(context, names):
     groups, platform = context.resolve("group_names"), context.resolve("host_platform")
     source = context.resolve("wiring_versions").get(platform, {}).get("source", "distribution")
     email = context.resolve("app_email_url") if "workers" in groups and "app_email_url" in names else ""
-    # A run copies the archive with all packages to the host.
+    # The host needs no index, since a run copies the archive with all packages to it.
     offline = bool(values.get("offline_packages", "offline_packages_archive"))
     return {
         "ports": host_ports(values, context.resolve("app_name"), groups),
@@ -121,7 +121,7 @@ def platform_problems(facts, platform):
     version = facts["distribution_version" if facts["distribution"] == "Ubuntu" else "distribution_major_version"]
     name = {"RedHat": "el", "Darwin": "macos"}.get(family, facts["distribution"].lower())
     actual = name + ("" if family == "Darwin" else version.replace(".", ""))
-    # Debian testing has no key.
+    # No value of host_platform stands for Debian testing.
     if actual == platform or "/" in version:
         return []
     return [f"The host has {facts['distribution']} {version}, and host_platform is {platform}. Set host_platform to {actual}."]

@@ -23,7 +23,7 @@ def _begins(version, prefix):
 
 
 def _release(version):
-    """Return a version as numbers. A series counts as its newest release, since a package manager would install that release."""
+    """Return a version as numbers. A series is treated as its newest release, which a package manager would install."""
     numbers = [int(part) for part in str(version).split(".")]
     return (*numbers, 9999)[:3] if len(numbers) == 2 else tuple(numbers)
 

@@ -54,7 +54,7 @@ def command_line(words):
 
 
 def _lines(directives):
-    """Return a line for each pair of name and value. Pairs whose value is None are omitted."""
+    """Return one line per pair of name and value. Pairs whose value is None are omitted."""
     return [f"{name}={value}" for name, value in directives if value is not None]
 
 
@@ -65,7 +65,7 @@ def _file(sections):
 
 def _writable(service, state):
     """Return the directives that let a service write to directories, but not run programs that an attacker stores there."""
-    # systemd would mount a directory above them too, such as /var/lib, but writable, although ProtectSystem=strict protects it.
+    # A parent directory such as /var/lib is not listed: systemd would make it writable, although ProtectSystem=strict protects it.
     without_programs = ["/tmp", "/var/tmp", "-/dev/shm", *state, *service["writable"]]  # noqa: S108 - not a file's name
     return [("ReadWritePaths", " ".join(service["writable"]) or None), ("NoExecPaths", " ".join(without_programs))]
 
@@ -87,7 +87,7 @@ def _socket(service, app):
 
 def _timer(service, app):
     unit = [("Description", f"Schedule of {service['description']}"), ("PartOf", f"{app}.target")]
-    # If the host was down at the time, the command runs after the next start.
+    # If the host was down at the scheduled time, the command runs after the next boot.
     events = [("OnCalendar", service["schedule"]), ("Persistent", "yes")]
     return _file({"Unit": _lines(unit), "Timer": _lines(events), "Install": [f"WantedBy={app}.target"]})
 

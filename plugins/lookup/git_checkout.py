@@ -52,7 +52,7 @@ _raw:
 
 
 def git(*arguments: str, **environment: str) -> None:
-    """Run git without a question for a password. Raises AnsibleLookupError with git's error."""
+    """Run git, which fails if it needs a password. Raises AnsibleLookupError with git's error."""
     variables = {**os.environ, "GIT_TERMINAL_PROMPT": "0", **environment}
     done = subprocess.run(["git", *arguments], env=variables, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -62,7 +62,7 @@ def git(*arguments: str, **environment: str) -> None:
 def checkout(repository: str, version: str, key_file: str) -> Path:
     """Return the folder with a version of a repository. The first call of a run fetches it."""
     if "://" in repository and urlsplit(repository).password:
-        # The password would be on git's command line.
+        # git's command line would contain the password.
         raise AnsibleLookupError("git_checkout: the repository's URL contains a password. Use a deploy key (key_file) instead.")
     key = Path(os.path.expanduser(key_file))
     if key_file and not key.is_file():
@@ -82,7 +82,7 @@ def checkout(repository: str, version: str, key_file: str) -> Path:
     except AnsibleLookupError as error:
         raise AnsibleLookupError(f"git_checkout: {version} of {repository} can't be fetched: {error}") from None
     except OSError:
-        # Another process of this run was faster.
+        # Another process of this run has already fetched this version.
         if not folder.is_dir():
             raise
     finally:

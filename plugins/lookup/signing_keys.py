@@ -49,7 +49,7 @@ class LookupModule(LookupBase):
         if found != [term["fingerprint"].upper().replace(" ", "")]:
             raise AnsibleLookupError(
                 f"The key {term['key']} of {self.get_option('variable')} has the fingerprint {', '.join(found)}, not "
-                f"{term['fingerprint']} as {self.get_option('variable')} says. Nothing was added to the host."
+                f"{term['fingerprint']}, which {self.get_option('variable')} lists. Nothing was added to the host."
             )
         return text
 

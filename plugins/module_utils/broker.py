@@ -109,7 +109,7 @@ class Broker:
         return definitions
 
     def disabled_feature_flags(self) -> list[str]:
-        """Return the names of the disabled stable feature flags. The state of a flag that a node does not know is `unavailable`."""
+        """Return the names of the disabled stable feature flags. If a node lacks a flag, the flag's state is `unavailable`."""
         flags = self.api.get("feature-flags")
         return sorted(flag["name"] for flag in flags if flag["state"] == "disabled" and flag["stability"] in ("stable", "required"))
 
@@ -141,7 +141,7 @@ class Broker:
     def verify(self, purge: Optional[Purge]) -> None:
         """Read the definitions until nothing differs.
 
-        An import silently ignores objects that it can't create, and other nodes may apply it later.
+        An import silently ignores objects that it can't create. Other nodes may apply the import later.
         """
         until = time.monotonic() + VISIBLE
         while True:

@@ -62,7 +62,7 @@ class Kind:
     constant: Mapping[str, str] = field(default_factory=dict)
     # Returns the values of an object in the broker. The second argument, the wanted values, is needed to compare passwords.
     read: Callable[[Object, Object], Object] = lambda actual, wanted: {name: actual.get(name) for name in wanted}
-    # A missing object counts as an object with these values. None: a missing object must be created.
+    # A missing object is treated as an object with these values. If this is None, a missing object must be created.
     absent: Optional[Object] = None
     # Returns the values to import with the key. Its arguments are the wanted values and the broker's object, if it exists.
     to_import: Callable[[Object, Optional[Object]], Object] = lambda wanted, actual: wanted
@@ -74,7 +74,7 @@ class Kind:
     path: tuple[str, ...] = ()
     # The text in the diff for an object that a purge deletes. If it is None, the diff shows the object's values.
     purged: Optional[str] = None
-    # Whether an import changes an existing object. Even if it does not, RabbitMQ answers 204.
+    # Whether an import changes an existing object. RabbitMQ answers 204 even if the import changes nothing.
     changeable: bool = True
 
     def key(self, entry: Object) -> Object:
@@ -184,7 +184,7 @@ KINDS = {
         read=read_vhost,
         to_import=import_vhost,
         path=("vhosts", "{name}"),
-        purged="with all that is in it",
+        purged="with its contents",
     ),
     "vhost_limits": Kind(
         title="limits of vhost {vhost}",
@@ -291,7 +291,7 @@ KINDS = {
             "routing_key": "",
             "arguments": {},
         },
-        # All fields are keys, since a different routing key makes a different binding.
+        # All fields are keys, since a binding with another routing key is another binding.
         values={},
         listed=lists("bindings"),
     ),
@@ -300,7 +300,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Purge:
-    """A purge deletes all unlisted objects, but not this administrator, and no virtual hosts except these."""
+    """What a purge may delete: all unlisted objects except this administrator, but only these virtual hosts."""
 
     administrator: str
     vhosts: Collection[str] = ()

@@ -32,7 +32,7 @@ def manage(program: str, command: str) -> None:
 def collect_static(program: str, _: str) -> str:
     """Collect the static files. Return the reason if the project has no static files to collect.
 
-    Exits with an error message if the directory is not in the release, where the user who builds it can't write.
+    Exits with an error message if STATIC_ROOT is outside of the release, where the build user can't write.
     """
     import django
     from django.apps import apps
@@ -125,7 +125,7 @@ def unknown_migrations(_: str) -> None:
         loader = MigrationLoader(connection)
         unknown += [".".join(key) for key in loader.applied_migrations if key not in loader.disk_migrations]
     if unknown:
-        sys.exit("The database has migrations that this release does not know: " + ", ".join(sorted(set(unknown))) + ".")
+        sys.exit("The database has migrations that this release does not contain: " + ", ".join(sorted(set(unknown))) + ".")
 
 
 def healthy_response(request: str) -> None:

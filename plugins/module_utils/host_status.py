@@ -83,8 +83,8 @@ def matching(pattern: str, *options: str) -> list[str]:
 def units(names: list[str], app: str) -> list[dict[str, Any]]:
     """Return the state of the named units, and of each failed unit of the application.
 
-    A name can be a pattern. Inactive units that match it count only if no other unit matches: Debian's postgresql.service can be
-    inactive beside the units of its clusters.
+    A name can be a pattern. Inactive units count only if no other unit matches the pattern: on Debian,
+    postgresql.service can be inactive while the units of its clusters are active.
     """
     if not shutil.which("systemctl"):
         return []
@@ -95,7 +95,7 @@ def units(names: list[str], app: str) -> list[dict[str, Any]]:
     shown = run("systemctl", "show", f"--property={PROPERTIES}", *wanted).stdout
     now = time.clock_gettime(time.CLOCK_MONOTONIC)
     blocks = [dict(line.split("=", 1) for line in block.splitlines() if "=" in line) for block in shown.split("\n\n")]
-    # systemctl shows nothing for a pattern without a match.
+    # systemctl prints nothing for a pattern that matches no unit.
     by_name = {values.get("Id"): values for values in blocks}
     found = []
     for name in wanted:
@@ -108,7 +108,7 @@ def units(names: list[str], app: str) -> list[dict[str, Any]]:
                 "state": values.get("ActiveState", "inactive"),
                 "detail": values.get("SubState", ""),
                 "restarts": int(values.get("NRestarts") or 0),
-                # systemd writes the largest number for an unknown value.
+                # systemd prints the largest number for an unknown value.
                 "memory": int(memory) if memory.isdigit() and int(memory) < 2**63 else None,
                 "seconds": round(now - int(values.get("StateChangeTimestampMonotonic") or 0) / 1e6),
             }
@@ -155,7 +155,7 @@ def certificates(root: str = "/") -> list[dict[str, Any]]:
     for pattern, setting in CERTIFICATE_SETTINGS.items():
         for file in sorted(Path(root).glob(pattern)):
             for path in re.findall(setting, file.read_text(errors="replace"), re.MULTILINE):
-                # Debian's PostgreSQL names this certificate by default. No client checks it.
+                # By default, PostgreSQL's configuration on Debian names this certificate. No client verifies it.
                 if "ssl-cert-snakeoil" not in path:
                     paths.setdefault(path.strip(), file.name)
     return [{"path": path, "file": file, **validity(path)} for path, file in paths.items()]

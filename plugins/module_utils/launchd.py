@@ -21,7 +21,7 @@ from ansible_collections.django_celery.stack.plugins.module_utils.managed_files 
     read,
 )
 
-# A job in the module's option `jobs`, its property list, and its state from `launchctl print`. None: the job is not loaded.
+# A job in the module's option `jobs`, its property list, and its state from `launchctl print`, or None if it is not loaded.
 Job = dict[str, Any]
 PropertyList = dict[str, Any]
 State = Optional[dict[str, str]]
@@ -33,7 +33,7 @@ GONE = (3, 113)
 NOT_YET = (5, 37)
 ANY = range(256)
 
-# Seconds that launchd gets in addition to the job's stop timeout.
+# Seconds that launchd has in addition to the job's stop timeout.
 PATIENCE = 20
 
 
@@ -49,7 +49,7 @@ def parse(content: str, name: str) -> PropertyList:
 
 
 def parse_print(text: str) -> dict[str, str]:
-    """Return the values that `launchctl print` shows for a job, without those of its endpoints, which have a deeper indentation."""
+    """Return the values that `launchctl print` shows for a job. Skip more deeply indented values, which belong to its endpoints."""
     values: dict[str, str] = {}
     for line in text.splitlines():
         match = re.match(r"\t(\w[\w ]*) = (.*)$", line)
@@ -59,7 +59,7 @@ def parse_print(text: str) -> dict[str, str]:
 
 
 def parse_disabled(text: str) -> list[str]:
-    """Return the labels that `launchctl print-disabled` shows as disabled. Older systems show true."""
+    """Return the labels that `launchctl print-disabled` shows as disabled. Older systems show them as true."""
     return re.findall(r'"([^"]+)" => (?:disabled|true)$', text, re.MULTILINE)
 
 
@@ -74,7 +74,7 @@ def runs(state: State) -> int:
 
 
 def is_stale(job: Job, state: State) -> bool:
-    """Return whether one of the job's files is newer than the job's process. A process without a recorded start counts as old."""
+    """Return whether one of the job's files is newer than the job's process. Without a recorded start, the process is stale."""
     pid = process(state)
     if pid is None or not job["restart_on"]:
         return False
@@ -240,7 +240,7 @@ class Jobs:
     def settle(self, jobs: list[Job], plists: dict[str, PropertyList], before: dict[str, int]) -> None:
         """Watch the started jobs until the longest settling time is over. Raises Failure if a job dies.
 
-        `before` contains how often each loaded job had run before.
+        `before` contains the number of runs of each loaded job before this start.
         """
         watched = [job for job in jobs if plists[job["name"]].get("KeepAlive")]
         until = time.monotonic() + max([job["settle"] for job in watched], default=0)

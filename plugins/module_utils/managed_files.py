@@ -31,8 +31,8 @@ def read(path: str) -> Optional[str]:
 def newest(paths: Iterable[str], packages: tuple[str, ...] = ()) -> float:
     """Return the latest modification time of the existing paths, in seconds since the epoch. 0.0 if no path exists.
 
-    The time of a link counts, and the time of its target if that is a file. The time of a folder changes with each file in it. For
-    files in the folders `packages`, the change time counts, since rpm sets the modification time to the time of the build.
+    A link has its own time and, if its target is a file, the target's time. A folder's time changes with each file in it. For files
+    in the folders `packages`, this function uses the change time, since rpm sets the modification time to the time of the build.
     """
     times = [0.0]
     for path in paths:

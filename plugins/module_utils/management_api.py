@@ -65,7 +65,7 @@ class ManagementApi:
                     url_username=self.user,
                     url_password=self.password,
                     force_basic_auth=True,
-                    # The client uses no proxy, since a proxy in the host's environment would get the password.
+                    # Do not use a proxy from the host's environment: it would get the password.
                     use_proxy=False,
                     ca_path=self.ca_file,
                     timeout=REQUEST,

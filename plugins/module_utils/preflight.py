@@ -88,7 +88,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 def package_source_problems() -> Iterator[str]:
-    """Query the package sources with the package manager's own configuration, such as its proxy. Its cache does not change."""
+    """Query the package sources as the package manager does, for example through its proxy, but without a change of its cache."""
     with tempfile.TemporaryDirectory() as folder:
         if shutil.which("apt-get"):
             for url in sorted(set(run(*APT_TARGETS).stdout.split())):
@@ -96,7 +96,7 @@ def package_source_problems() -> Iterator[str]:
                 if done.returncode:
                     yield f"apt can't read {url} ({last_line(done)}). Correct /etc/apt/sources.list.d, or allow the connection."
         elif shutil.which("dnf"):
-            # dnf keeps the keys that it accepts for metadata in its cache, so the answer changes nothing on the host.
+            # dnf stores the keys of metadata that it accepts in its cache. The cache is temporary, so the host does not change.
             done = run("dnf", "--quiet", "--assumeyes", f"--setopt=cachedir={folder}", "makecache")
             if done.returncode:
                 yield f"dnf can't read its repositories ({last_line(done)}). Correct /etc/yum.repos.d, or allow the connection."
@@ -108,7 +108,7 @@ def last_line(done: subprocess.CompletedProcess[str]) -> str:
 
 
 def mail_problems(server: Optional[dict[str, Any]]) -> Iterator[str]:
-    """Say EHLO to the mail server. No login, no email."""
+    """Send EHLO to the mail server. Sends no login and no email."""
     if not server:
         return
     host, port = server["host"], server["port"]
@@ -153,7 +153,7 @@ def processes_with(inodes: set[str], folder: str = "/proc") -> Iterator[int]:
                 if any(os.readlink(link) in wanted for link in (process / "fd").iterdir()):
                     yield int(process.name)
             except OSError:
-                # The process ended.
+                # The process has ended.
                 continue
 
 

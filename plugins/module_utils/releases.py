@@ -42,9 +42,9 @@ def used_releases(directory: str, proc: str = "/proc") -> set[str]:
 
 
 def remove_old(directory: str, environments: str, current: str, kept: int, check: bool) -> dict[str, Any]:
-    """Remove all releases but the current one, those in use and the last activated ones, `kept` in total.
+    """Remove all releases except the current one, those in use and the last activated ones, `kept` in total.
 
-    Incomplete releases do not count, and are removed. In `environments`, only the files of the remaining releases stay, and the
+    Incomplete releases are not counted, and are removed. In `environments`, only the files of the remaining releases stay, and the
     previous version of the current file. A run returns to that version if the workers fail.
     Return the removed and the complete releases by name.
     """
@@ -57,7 +57,7 @@ def remove_old(directory: str, environments: str, current: str, kept: int, check
             continue
         removed.append(os.path.basename(path))
         if not check:
-            # Without the marker, a release that is half removed counts as incomplete.
+            # Remove the marker first. If this run is killed, the partly removed release is then incomplete.
             if os.path.exists(os.path.join(path, MARKER)):
                 os.unlink(os.path.join(path, MARKER))
             shutil.rmtree(path)

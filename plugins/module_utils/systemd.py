@@ -37,7 +37,7 @@ SEVERAL = "several owners"
 
 
 def target_path(directory: str, unit: Unit) -> str:
-    """Return the path of a unit's text: the unit file, or a drop-in for a packaged unit."""
+    """Return the path of the unit file, or of the drop-in for a packaged unit."""
     if unit["packaged"]:
         return os.path.join(directory, unit["name"] + ".d", "50-ansible.conf")
     return os.path.join(directory, unit["name"])
@@ -204,7 +204,7 @@ class Units:
         standbys = [
             unit["name"] for unit in self.units if unit["standby_of"] in self.restarted and unit["standby_of"] not in of_sockets
         ]
-        # A killed run did not stop them.
+        # A killed run can have left these units running.
         all_standbys = [unit["name"] for unit in self.units if unit["standby_of"]]
         left = [name for name in all_standbys if states.get(name, {}).get("ActiveState") == "active"]
         if not acted and not left:
@@ -227,12 +227,12 @@ class Units:
         names = [unit["name"] for unit in acted]
         if of_sockets:
             self.systemctl("stop", "--", *of_sockets, fail=False)
-        # This resets the start limit and the count of restarts, by which `settle` detects that a unit died.
+        # `reset-failed` resets the start limit and the count of restarts. `settle` detects by this count that a unit died.
         self.systemctl("reset-failed", "--", *names, fail=False)
-        # If systemd is already about to restart a unit, a start of the unit counts as a restart.
+        # For a unit that systemd is already restarting, systemd would count a start as another automatic restart.
         activating = [name for name in self.started if states.get(name, {}).get("ActiveState") == "activating"]
         restart = self.restarted + activating
-        # One call per verb lets systemd stop and start the units in parallel, in the order that the units require.
+        # With one call per verb, systemd stops and starts the units in parallel, in the order that the units require.
         self.act([("restart", restart), ("start", [name for name in names if name not in restart])], names)
         self.settle(acted)
 
@@ -251,7 +251,7 @@ class Units:
         """Reload units that are stale and were not started."""
         for unit in self.units:
             name = unit["name"]
-            # A unit without such files may have no reload.
+            # A unit without reload_on may not support a reload.
             if not unit["reload_on"] or name in (*self.started, *self.restarted):
                 continue
             if needs_reload(states.get(name, {}), unit["reload_on"]):

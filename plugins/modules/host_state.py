@@ -151,7 +151,7 @@ packages_missing:
   returned: always
   sample: []
 exists:
-  description: Whether each path of O(look_at) and O(requires) exists. A link counts when its target exists.
+  description: Whether each path of O(look_at) and O(requires) exists. For a link, whether its target exists.
   type: dict
   returned: always
   sample: {/opt/mailroom/current: true}

@@ -76,8 +76,8 @@ options:
         type: str
       unchanged:
         description: >-
-          A regular expression that matches the output if the command changed nothing. Without it, each run of a command counts as a
-          change. Other steps never count as a change.
+          A regular expression that matches the output if the command changed nothing. Without it, each run of a command is reported
+          as a change. Other steps are never reported as a change.
         type: str
 author: The maintainers of this bundle (@django-celery)
 """

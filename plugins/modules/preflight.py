@@ -12,7 +12,7 @@ short_description: Inspect a host before the installation
 version_added: 0.1.0
 description:
   - Reports each problem of a Linux host that would make a later installation fail, with its remedy. Changes nothing.
-  - Queries the package sources of apt or dnf with their configuration. Needs root for this, and for the owners of ports.
+  - Queries the package sources of apt or dnf with their configuration. Needs root for these queries and for the owners of ports.
 options:
   disk:
     description: Gigabytes of free space that each directory needs.
@@ -27,7 +27,7 @@ options:
     type: float
     required: true
   clock:
-    description: Seconds that the clocks may differ. The start of the task takes up to a few seconds of them.
+    description: Seconds by which the clocks may differ. The start of the task adds up to a few seconds to the difference.
     type: float
     required: true
   names:
@@ -88,7 +88,7 @@ problems:
   returned: always
   sample: ["Port 5432 is used by other.service. Stop it, or choose another port for one of them."]
 warned:
-  description: The same for O(memory), since a host may still work with less.
+  description: Problems with O(memory). These problems are warnings, since a host may work with less memory.
   type: list
   elements: str
   returned: always

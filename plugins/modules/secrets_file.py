@@ -12,7 +12,7 @@ description:
 options:
   path: {description: The file., type: path, required: true}
   names: {description: Names of the secrets., type: list, elements: str, required: true}
-  values: {description: Values of names that get no random value., type: dict, default: {}}
+  values: {description: Fixed values for some of the names., type: dict, default: {}}
 author: The maintainers of this bundle
 """
 

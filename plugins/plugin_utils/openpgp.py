@@ -20,7 +20,7 @@ def _blocks(text: str) -> Iterator[bytes]:
     if not found:
         raise AnsibleFilterError("This is not an ASCII-armoured OpenPGP public key.")
     if len(found) != text.count("-----BEGIN"):
-        raise AnsibleFilterError("The text has something other than OpenPGP public keys, or a key without an end.")
+        raise AnsibleFilterError("The text contains something other than OpenPGP public keys, or an incomplete key.")
     for block in found:
         # Armour headers end at the first empty line; the checksum line begins with "=".
         body = block.partition("\n\n")[2] or block

@@ -72,7 +72,7 @@ class Box(NamedTuple):
         return TITLE + ROW * max(len(self.hosts) + bool(self.note), 1)
 
     def port(self, ends: list[str], number: int) -> int:
-        """Return the height at which edge `number` ends at this box. `ends` has the box of each edge."""
+        """Return the vertical position at which edge `number` ends at this box. `ends` contains the box of each edge."""
         here = [index for index, box in enumerate(ends) if box == ends[number]]
         return self.y + self.height * (here.index(number) + 1) // (len(here) + 1)
 
@@ -139,7 +139,7 @@ def topology(report: Report, found: list[Finding]) -> str:
 
 
 def edge(start: tuple[int, int], end: tuple[int, int], label: str) -> tuple[str, str]:
-    """Return the line of an edge and its label, which is near the end, where no other edge is."""
+    """Return the line of an edge and its label. The label is near the end of the line, where no other edge is."""
     centre = (start[0] + end[0]) // 2
     path = f"M{start[0]} {start[1]}C{centre} {start[1]} {centre} {end[1]} {end[0]} {end[1]}"
     return (

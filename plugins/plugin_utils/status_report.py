@@ -19,8 +19,8 @@ DISK_WARNING, DISK_FAULT = 15, 5  # percent free
 MEMORY_WARNING = 5  # percent available
 CERTIFICATE_WARNING, CERTIFICATE_FAULT = 21, 3  # days left
 BACKUP_WARNING = 26  # hours: a daily backup and two hours for a late one
-RESTARTS_WARNING = 3  # by systemd, since the unit was started by hand
-# The relay publishes a due delivery within a second. Later, it does not run or the broker does not accept messages.
+RESTARTS_WARNING = 3  # by systemd, since the last manual start of the unit
+# The relay publishes a due delivery within a second. Otherwise it does not run, or the broker does not accept messages.
 DUE_FAULT = 60  # seconds
 UNSENT_WARNING = 600  # seconds
 QUEUE_WARNING = 10_000  # messages

@@ -21,7 +21,7 @@ NAME = "mail.example.org"
 def published(variables, forwarded):
     """Returns the port on this machine for a port of the host: nginx's published port, or an SSH tunnel to another service.
 
-    The other services listen on the loopback address, where only an attacker with a foothold on the host reaches them.
+    The other services listen on the loopback address, where only an attacker who already runs programs on the host reaches them.
     """
     known = {80: variables["testbed_published"]["80"]}
 
@@ -57,7 +57,7 @@ class Answer:
 
 
 class Text:
-    """The part of a socket that http.client uses, for bytes that were already read."""
+    """Gives http.client bytes that were already read, as if they came from a socket."""
 
     def __init__(self, data: bytes) -> None:
         self.data = data
@@ -198,7 +198,7 @@ def pytest_runtest_makereport(item, call):
 
 
 def pytest_terminal_summary(terminalreporter):
-    terminalreporter.section("attacks that were seen to fail, by kind")
+    terminalreporter.section("attacks that failed, by kind")
     for kind in sorted(PASSED | OTHERS):
         others = f", {OTHERS[kind]} succeeded or could not run" if OTHERS[kind] else ""
         terminalreporter.line(f"{PASSED[kind]:>5}  {kind}{others}")

@@ -34,7 +34,7 @@ def consume(name):
     return lambda channel: channel.basic_consume(name, no_ack=True)
 
 
-# What no user of the application may do.
+# Actions that are forbidden for each user of the application.
 EVERYBODY = {
     "declare a foreign queue": declare("orders"),
     "declare a queue that ends with a permitted name": declare("xmail.v1"),
@@ -55,7 +55,7 @@ EVERYBODY = {
     "change the type of a queue": declare("mail.v1", arguments={"x-queue-type": "classic"}),
     "consume a queue that does not exist": consume("orders"),
 }
-# Flower only watches.
+# Flower only reads events and queues.
 FLOWER = {
     "declare the mail queue": declare("mail.v2"),
     "delete the mail queue": lambda channel: channel.queue_delete("mail.v1"),
@@ -196,7 +196,7 @@ def test_management_api_refuses(url, api, variables, caller, method, path):
 
 
 def objects(api):
-    """What the calls would change."""
+    """The objects that the calls would change."""
     definitions = api("definitions")
     for name in ("rabbit_version", "rabbitmq_version"):
         definitions.pop(name, None)
@@ -299,7 +299,7 @@ def test_mail_is_still_sent_after_a_malformed_message(connect, api, post, mails,
     said = journal("--unit=mailroom-worker@mail")
     # An attacker must not be able to fill the disk with log entries.
     assert len(said) < 20_000 + len(message.body) // 10
-    # No message stays behind unacknowledged.
+    # No message stays unacknowledged.
     eventually(lambda: sum(counts(root, "mail.v1")) == 0)
 
 
@@ -331,7 +331,7 @@ COMMANDS = [
 @pytest.mark.attack(kind="broker: control of workers")
 @pytest.mark.parametrize("user", ["mailroom-flower", "mailroom"])
 @pytest.mark.parametrize("command", COMMANDS)
-def test_worker_obeys_no_command_that_stops_or_starves_it(connect, api, root, user, command, post, mails, eventually):
+def test_worker_ignores_commands_that_would_stop_or_starve_it(connect, api, root, user, command, post, mails, eventually):
     show = "systemctl show --property=MainPID,NRestarts --value mailroom-worker@mail"
     before = root(show).stdout
     body = {

@@ -146,7 +146,7 @@ def test_redirect_contains_no_line_of_the_path(raw, path):
 def test_bad_headers_are_refused(raw, door, headers):
     head = request() if not headers else request(**headers)
     answer = raw(door, head)
-    # nginx drops a header with an invalid name and passes the request on without it.
+    # nginx removes a header with an invalid name, and forwards the request.
     assert answer.status in (400, 431, 494) or (door == "nginx" and len(headers) == 1 and answer.status == 200), answer.data[:200]
 
 
@@ -245,7 +245,7 @@ def test_session_does_not_authenticate_the_api(site, signed_in, path):
 
 
 @kind("session fixation")
-def test_login_replaces_the_session_that_an_attacker_chose(sign_in):
+def test_login_replaces_a_session_that_an_attacker_chose(sign_in):
     session = requests.Session()
     session.cookies.set("sessionid", "chosen0by0an0attacker0aaaaaaaaaa")
     session = sign_in(session)
@@ -264,7 +264,7 @@ def test_invented_session_signs_nobody_in(site, value):
 
 
 @kind("session fixation")
-def test_session_is_gone_after_the_logout(site, sign_in):
+def test_session_ends_with_the_logout(site, sign_in):
     session = sign_in()
     kept = session.cookies["sessionid"]
     page = session.get(f"{site}/", timeout=10)

@@ -20,7 +20,7 @@ HELLOS = {
 @pytest.mark.attack(kind="network: from another host")
 @pytest.mark.parametrize("port", PORTS)
 def test_service_does_not_answer_another_host(variables, port):
-    """The testbed publishes the port of the host's address, on which the service must not listen."""
+    """The testbed publishes this port of the host's network address. The service must listen only on the loopback address."""
     hello = HELLOS.get(port, b"GET / HTTP/1.0\r\n\r\n")
     received = b""
     try:
@@ -48,7 +48,7 @@ USERS = ["mailroom", "mailroom-build", "mailroom-flower", "postgres", "nobody", 
 @pytest.mark.attack(kind="Erlang distribution")
 @pytest.mark.parametrize("user", USERS)
 @pytest.mark.parametrize("command", ["rabbitmqctl status", "rabbitmqctl list_users", "cat /var/lib/rabbitmq/.erlang.cookie"])
-def test_other_users_do_not_know_the_cookie(root, user, command):
+def test_other_users_can_not_use_the_cookie(root, user, command):
     done = root(f"cd / && runuser -u {user} -- {command}")
     assert done.rc != 0
     assert "administrator" not in done.stdout
@@ -83,7 +83,7 @@ EPMD = {"kill": b"k", "stop the broker": b"srabbit", "dump": b"d"}
 @pytest.mark.attack(kind="Erlang distribution")
 @pytest.mark.parametrize("request_", EPMD.values(), ids=EPMD)
 def test_port_mapper_keeps_the_broker_registered(root, published, request_):
-    root("epmd -names")  # its socket starts it
+    root("epmd -names")  # epmd.socket starts epmd
     try:
         with socket.create_connection(("127.0.0.1", published(4369)), timeout=3) as connection:
             connection.sendall(struct.pack(">H", len(request_)) + request_)
@@ -203,7 +203,7 @@ def test_application_role_is_refused(published, variables, statement):
 
 
 @pytest.mark.attack(kind="PostgreSQL: privileges")
-def test_application_role_ends_no_session_of_another(published, variables, root):
+def test_application_role_can_not_end_sessions_of_other_roles(published, variables, root):
     with login(published, user="mailroom", dbname="mailroom", password=variables["secret_postgresql_app_password"]) as connection:
         pids = root("pgrep --uid postgres --full 'checkpointer|autovacuum launcher'").stdout.split()
         assert pids

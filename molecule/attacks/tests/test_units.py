@@ -21,7 +21,7 @@ UNITS = [
     "postgresql@17-main",
     "nginx",
 ]
-# Directives that differ in the copy. The others are the unit's.
+# Directives that differ in the copy. All others are those of the unit.
 RUN = """
 [Service]
 ExecCondition=
@@ -53,7 +53,7 @@ ALLOWED = {
     # nginx can read the files of the kernel in /proc, but does not see other users' processes.
     "nginx": {"read /proc/meminfo", "read /proc/cpuinfo"},
 }
-# nginx's main process, which is root, reads no request. Its workers, which do, have this user.
+# nginx's main process runs as root and reads no request. Its workers read requests, and run as this user.
 USERS = {"nginx": "www-data"}
 # Where a unit stores its data, if it has no StateDirectory=.
 DIRECTORIES = {
@@ -116,7 +116,7 @@ def test_unit_is_refused(results, unit, act):
 
 @pytest.mark.parametrize("unit", UNITS)
 def test_probe_itself_works(results, unit):
-    """Without this test, a probe that can't run, for example without Python, would count as refused attacks."""
+    """Without this test, attacks would seem to be refused if the probe could not run, for example without Python."""
     assert results(unit)["pid"] > 1
     assert results(unit)["write own directory"] == "done"
 
@@ -126,7 +126,7 @@ BEGIN, END = "<!-- The scenario `attacks` compares this table with the host. -->
 
 
 def test_table_in_the_documentation_is_current(host, exposure, results):
-    host.run("epmd -names")  # its socket starts it
+    host.run("epmd -names")  # epmd.socket starts epmd
     lines = ["| Unit | Exposure | Refused actions | Permitted actions |", "|---|---|---|---|"]
     for unit in UNITS:
         acts = {name: result for name, result in results(unit).items() if name in names()}

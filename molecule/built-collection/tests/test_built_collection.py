@@ -76,7 +76,7 @@ def test_the_roles_are_those_of_the_archive(project):
     assert path == project.folder / "home/.ansible/collections/ansible_collections/django_celery/stack"
 
 
-def test_the_broker_knows_the_user_that_the_playbook_declares(host, project):
+def test_the_broker_has_the_user_that_the_playbook_declares(host, project):
     assert "failed=0" in project.first
     answer = whoami(host, SHOP)
     assert answer["status"] == 200

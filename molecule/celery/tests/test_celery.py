@@ -131,7 +131,7 @@ def test_beat_runs_once_and_keeps_its_schedule(host):
         assert host.file("/var/lib/mailroom-beat/schedule").user == "mailroom"
 
 
-# beat would run code in its schedule.
+# beat would run code that an attacker writes to its schedule.
 @pytest.mark.parametrize("path", ["/opt/mailroom/current/probe", "/var/lib/mailroom-beat/schedule"])
 def test_worker_cannot_write_its_code_or_beats_schedule(inside, path):
     result = inside("mailroom-worker@mail", "mailroom", f"touch {path}")

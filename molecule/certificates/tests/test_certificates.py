@@ -67,14 +67,14 @@ def test_key_of_the_authority_is_on_no_host(host):
 
 
 def test_certificate_is_replaced_before_it_expires(converge, certificate, read):
-    """The key stays."""
+    """The key does not change."""
     key = read("key")
-    # Renewed, because it is valid for 397 days.
+    # The role replaces the certificate, because it is valid for only 397 days.
     output = converge(certificates_renewal_days=398, certificates_days=400)
     assert "The certificate of example is valid for 399 days." in output
     first = certificate()
     assert days_left(first) == 399
-    # 400 days are enough.
+    # The new certificate is valid for 400 days, so the role keeps it.
     converge(certificates_renewal_days=300, certificates_days=500)
     assert certificate() == first
     converge(certificates_renewal_days=450, certificates_days=500)

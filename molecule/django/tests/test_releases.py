@@ -30,7 +30,7 @@ def running(host):
 
 
 def test_environment_that_the_application_rejects_changes_nothing(host, run_playbook, variables):
-    """The first play accepts the value, because only the application knows the allowed values."""
+    """The first play accepts the value, because only the application's code contains the allowed values."""
     before = running(host)
     done = run_playbook("playbooks/app.yml", app_environment={"LOG_LEVEL": "LOUD"})
     assert done.returncode != 0

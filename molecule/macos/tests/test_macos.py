@@ -142,7 +142,7 @@ def test_killed_worker_comes_back(host, send, process, eventually):
     eventually(lambda: state() == "sent", seconds=60)
 
 
-def test_large_log_is_rotated_and_its_process_writes_the_new_one(host, launchctl, logs, process, eventually):
+def test_large_log_is_rotated_and_its_process_writes_to_the_new_file(host, launchctl, logs, process, eventually):
     """Runs the hourly log rotation job."""
     before = process("mailroom-beat")
     host.check_output(f"head -c 11000000 /dev/zero >> {logs}/celery/mailroom-beat.log")

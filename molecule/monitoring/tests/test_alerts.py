@@ -1,4 +1,4 @@
-"""Tests the alert rules with promtool on the monitoring host: each alert fires on series that provoke it, and on no others."""
+"""Tests the alert rules with promtool on the monitoring host: each alert fires on its series, and on no others."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ CASES = {
     "EmailsRepublished": (300, {of("mailroom_republished_total"): "9x290 10x300"}),
     "MessagesDeadLettered": (300, {of("rabbitmq_detailed_queue_messages", "dead"): steady(1)}),
 }
-# An alert that only fires together with another.
+# An alert that fires only together with another alert.
 TOGETHER = {
     "RabbitMQQueueWithoutQuorum": (
         300,
@@ -202,6 +202,6 @@ def test_every_alert_has_a_case(host):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_alert_fires_once_on_the_series_that_provoke_it(promtool, name):
+def test_alert_fires_once_on_its_series(promtool, name):
     done = promtool(name)
     assert done.rc == 0, done.stdout + done.stderr

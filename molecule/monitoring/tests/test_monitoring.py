@@ -17,7 +17,7 @@ JOBS = {"node", "rabbitmq", "rabbitmq-queues", "postgresql", "flower", "app", "p
 METRIC = re.compile(r"\b(?:up|(?:node|flower|rabbitmq|erlang|pg|mailroom|backup)_\w+)\b(?:\{[^}]*\})?")
 
 
-# No task fails here.
+# In this test, no task fails, so these metrics have no series.
 WITHOUT_DATA = {'flower_events_total{type="task-failed"}'}
 
 

@@ -162,7 +162,7 @@ def test_closed_path_does_not_reach_the_application(ask, path):
     assert "X-Application" not in headers
 
 
-def test_path_beside_a_closed_path_is_open(ask):
+def test_path_with_the_same_beginning_as_a_closed_path_is_open(ask):
     assert ask("/metrics-of-sales")[0] == 200
 
 
@@ -200,7 +200,7 @@ def test_location_of_another_service_passes_the_path(ask):
 
 
 @pytest.mark.parametrize("path", ["/socket", "/other/socket"])
-def test_websocket_connection_passes(connect, path):
+def test_websocket_connection_is_forwarded(connect, path):
     with connect() as connection:
         head = f"GET {path} HTTP/1.1\r\nHost: {NAME}\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
         connection.sendall(head.encode())
@@ -264,7 +264,7 @@ def test_certificate_from_a_variable(host, run_playbook, ask, certificate, event
         ask("/", trusted=certificate)
     with host.sudo():
         assert host.check_output("stat --format '%a %U' /etc/nginx/tls /etc/nginx/tls/*").split("\n") == ["700 root", "600 root"]
-    # Keys of another certificate.
+    # The key of another certificate.
     with host.sudo():
         other = host.check_output("cat /etc/ssl/example.crt")
     done = run_playbook("playbooks/proxy.yml", nginx_certificate=other, nginx_certificate_key=texts["key"])

@@ -12,11 +12,11 @@ def site(url):
 
 def test_the_host_reaches_no_other_network(host):
     assert host.check_output("ip route show default") == ""
-    # A default route of IPv6 would also reach a mirror.
+    # An IPv6 default route would also lead to a mirror.
     assert host.check_output("ip -6 route show default") == ""
 
 
-def test_apt_knows_only_the_archive(host):
+def test_archive_is_the_only_source_of_apt(host):
     with host.sudo():
         assert {line.split()[1] for line in host.check_output("apt-get indextargets --format '$(TYPE) $(URI)'").splitlines()} == {
             "file:/var/lib/offline-packages/current/packages/./Packages"

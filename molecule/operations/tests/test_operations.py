@@ -49,7 +49,7 @@ def proxy(host):
 
 
 def recap(done):
-    """Returns the counters of the recap per host."""
+    """Returns the counters per host in Ansible's recap."""
     lines = done.stdout.rpartition("PLAY RECAP")[2].splitlines()
     return {line.split()[0]: dict(each.split("=") for each in line.split()[2:]) for line in lines if " : " in line}
 

@@ -199,7 +199,7 @@ def test_server_is_confined_and_stops_in_order(host, exposure, inside, is_el, ev
     assert exposure(unit) <= 2.0
     assert "Read-only file system" in inside(unit, "postgres", "touch /etc/probe").stderr
     with host.sudo():
-        # A stop that fails would leave the server to be killed.
+        # If the stop failed, systemd would kill the server.
         host.check_output(f"systemctl restart {unit}")
         assert host.check_output(f"systemctl show --property=Result --value {unit}") == "success"
         said = host.check_output(f"journalctl --no-pager --lines=30 --unit={unit}")

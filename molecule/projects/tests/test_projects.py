@@ -28,7 +28,7 @@ ASGI, PACKAGE = "ASGI, a `src` directory, no manage.py", "A package from an inde
 GIT = "From a git repository"
 # The folder with the project, unless the page creates the project.
 PROJECTS = {NEW: None, REQUIREMENTS: "example", COOKIECUTTER: "cookiecutter", ASGI: "src", PACKAGE: None}
-# The projects of each scenario. Those of projects-built need minutes for a compiler, or for many packages.
+# The projects of each scenario. The projects of projects-built need minutes for a compiler, or for many packages.
 SCENARIOS = {"projects": (NEW, REQUIREMENTS, ASGI), "projects-built": (COOKIECUTTER, PACKAGE)}
 HERE = SCENARIOS[Path(os.environ["MOLECULE_SCENARIO_DIRECTORY"]).name]
 # The headers that a proxy sends.
@@ -81,7 +81,7 @@ class Deployment:
         for block in blocks(self.section, "python"):
             path, text = re.match(r"(?:# (\S+)\n)?(.*)", block, re.DOTALL).groups()
             if path is None:
-                # These lines replace lines of cookiecutter-django. The stand-in has them already.
+                # These lines replace lines of cookiecutter-django. The stand-in already has them.
                 settings = (self.project / "config/settings/base.py").read_text()
                 assert [line for line in text.splitlines() if line not in settings] == []
                 continue
@@ -166,7 +166,7 @@ def flower(url, variables, path):
 
 
 def of_projects(cases):
-    """Marks a test of some projects with what it expects of each."""
+    """Marks a test with the projects that it tests, and the expected value for each."""
 
     def mark(test):
         test.cases = cases
@@ -179,7 +179,7 @@ def of_projects(cases):
 def case(request, deployment):
     cases = request.function.cases
     if deployment.section not in cases:
-        pytest.skip("The test is about a part that this project lacks.")
+        pytest.skip("This project lacks the part that the test is about.")
     return cases[deployment.section]
 
 

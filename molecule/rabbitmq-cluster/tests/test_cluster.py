@@ -1,4 +1,4 @@
-"""Tests a cluster of three brokers: its queues, the loss of a node, and gated stops."""
+"""Tests a cluster of three brokers: its queues, the loss of a node, and stops that wait for other nodes."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def connect(port, variables, authority):
     def connection(*names):
         account = f"mailroom:{variables['secret_rabbitmq_app_password']}"
         urls = ";".join(f"amqps://{account}@127.0.0.1:{port(name, 5671)}/mailroom" for name in names)
-        # All names are 127.0.0.1 here.
+        # On this machine, the address of each broker is 127.0.0.1.
         tls = {"ca_certs": authority, "server_hostname": "127.0.0.1"}
         connections.append(Connection(urls, ssl=tls, connect_timeout=4, transport_options={"max_retries": 4, "interval_start": 0}))
         connections[-1].ensure_connection(max_retries=4)
@@ -110,7 +110,7 @@ def publish(connection, text):
 
 
 def said(host, since):
-    """What the broker's unit logged after a moment of the host's clock."""
+    """The log entries of the broker's unit since a time of the host's clock."""
     return host.check_output(f"journalctl --no-pager --since=@{since} --identifier=rabbitmq-server")
 
 
@@ -170,7 +170,7 @@ def test_clients_continue_without_a_killed_node(hosts, connect, queue, lost, who
 
 
 def test_stop_waits_while_queues_need_the_node(hosts, queue, whole, ask, eventually):
-    """With one node down, another node stops only after rabbitmq_stop_wait, and says so."""
+    """With one node down, another node stops only after rabbitmq_stop_wait, and logs the reason."""
     first, second = hosts["mq2"], hosts["mq3"]
     with first.sudo():
         first.check_output("systemctl stop rabbitmq-server")
@@ -179,7 +179,7 @@ def test_stop_waits_while_queues_need_the_node(hosts, queue, whole, ask, eventua
         with second.sudo():
             since = second.check_output("date +%s")
             second.check_output("systemctl stop --no-block rabbitmq-server")
-            # Half of the wait.
+            # This is half of rabbitmq_stop_wait.
             assert second.run("timeout 10 sh -c 'while pidof beam.smp >/dev/null; do sleep 1; done'").rc == 124
             with first.sudo():
                 first.check_output("systemctl start rabbitmq-server")
@@ -211,7 +211,7 @@ def test_stop_ends_at_its_limit(hosts, queue, whole, ask, eventually):
 
 
 def test_changed_cookie_and_settings_reach_all_nodes_without_an_outage(hosts, queue, connect, whole, run, variables):
-    """The playbook restarts the nodes one after another. Meanwhile, a client publishes without an error that it can't retry."""
+    """The playbook restarts the nodes one after another. Meanwhile, a client publishes, and retries succeed."""
     published, stop = [], threading.Event()
 
     def publish_all_the_time():

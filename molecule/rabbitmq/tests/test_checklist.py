@@ -192,7 +192,7 @@ def test_deprecated_features_are_not_used_and_not_permitted(root):
     settings = root("cat /etc/rabbitmq/rabbitmq.conf")
     assert re.findall(r"^deprecated_features.permit.\w+ = true$", settings, re.MULTILINE) == []
     assert len(re.findall(r"^deprecated_features.permit.\w+ = false$", settings, re.MULTILINE)) == 5
-    # The setting has no effect since 4.3, and a single node does not need it.
+    # The setting has no effect since 4.3, and a single node does not need the setting.
     assert "cluster_partition_handling" not in settings
 
 

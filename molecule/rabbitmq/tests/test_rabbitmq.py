@@ -107,7 +107,7 @@ def test_queues_are_quorum_queues_by_default(api, connect):
 
 
 def test_transient_nonexclusive_queues_are_denied(connect):
-    """The role denies them on all versions, as RabbitMQ 4.3 does by default."""
+    """The role denies such queues on all versions, as RabbitMQ 4.3 does by default."""
     with pytest.raises(amqp.exceptions.AMQPError, match="transient_nonexcl_queues"):
         connect().channel().queue_declare("celeryev.test", durable=False, exclusive=False, auto_delete=True)
 
@@ -257,7 +257,7 @@ def hashes(host):
 
 
 def test_run_with_changed_secrets_prints_no_secret(host, api, run_playbook, variables):
-    """The changed cookie is only shown in check mode, since another cookie would restart the broker."""
+    """The cookie is changed only in check mode, since another cookie would restart the broker."""
     changed = {name: f"Changed{name.replace('_', '')}0123" for name in SECRETS}
     kept = hashes(host)
     checked = run_playbook("playbooks/broker.yml", "-vvv", "--diff", "--check", **changed)
@@ -278,7 +278,7 @@ def test_run_with_changed_secrets_prints_no_secret(host, api, run_playbook, vari
 
 
 @pytest.mark.parametrize("series", ["4.3", "3.13"])
-def test_upgrade_that_the_data_would_not_survive_is_refused(host, run_playbook, series):
+def test_version_that_can_not_read_the_data_is_refused(host, run_playbook, series):
     """RabbitMQ 4.3 can't read the data of 4.0, and an older series can't read it either."""
     pin = "/etc/apt/preferences.d/rabbitmq-server" if not host.exists("dnf") else "/etc/rabbitmq/rabbitmq.conf"
     with host.sudo():

@@ -66,7 +66,7 @@ def test_denied_features_are_denied(connect, host):
 
 
 def test_channel_prefetch_applies_to_each_consumer(connect):
-    """Because global_qos is denied, the prefetch limit applies to each consumer, so both consumers on the channel get a message."""
+    """global_qos is denied, so the prefetch limit applies per consumer, and both consumers on the channel get a message."""
     # The application's user is not permitted to publish to the default exchange.
     channel = connect("admin", "administrator").channel()
     channel.queue_declare("mail.qos", durable=True, auto_delete=False, arguments={"x-queue-type": "classic"})

@@ -135,7 +135,7 @@ def worker_state(on):
     return on("hub", f"systemctl show --property ActiveState --property NRestarts --value {units} | xargs")
 
 
-# Beat ends after systemd considers it started. The worker runs, and does not answer a ping.
+# beat exits after systemd considers it started. The worker runs, but does not answer a ping.
 BROKEN_WORKERS = {
     "beat": """
 import sys
@@ -149,7 +149,7 @@ if "beat" in sys.argv:
 
 
 @pytest.mark.parametrize("unit", BROKEN_WORKERS)
-def test_release_whose_workers_do_not_work_is_taken_back_on_all_hosts(run, state, on, project, traffic, unit):
+def test_release_whose_workers_do_not_work_is_switched_back_on_all_hosts(run, state, on, project, traffic, unit):
     before = [state(name)[:2] for name in HOSTS]
     with traffic(80) as (_, errors):
         done = run("site.yml", "--tags", "django,celery", django_source=project("mailroom/celery.py", BROKEN_WORKERS[unit]))
@@ -162,7 +162,7 @@ def test_release_whose_workers_do_not_work_is_taken_back_on_all_hosts(run, state
     assert errors == []
 
 
-def test_environment_with_which_no_worker_answers_is_taken_back(run, state, on):
+def test_environment_with_which_no_worker_answers_is_switched_back(run, state, on):
     """The web service needs no broker."""
     before = [state(name)[:2] for name in HOSTS]
     done = run("site.yml", "--tags", "django,celery", wiring_broker_url="amqps://mailroom:wrong@127.0.0.1:5671/mailroom")
@@ -275,7 +275,7 @@ STEPS = [
 ]
 
 
-def test_run_that_is_killed_at_any_step_is_repaired_by_the_next(run, run_until, state, on, project, traffic):
+def test_run_repairs_one_that_was_killed_at_any_step(run, run_until, state, on, project, traffic):
     """Each run is killed at a later step than the one before. The last run completes."""
     before = [state(name)[0] for name in HOSTS]
     source = project("mailroom/other.py", "# A release of killed runs.\n")

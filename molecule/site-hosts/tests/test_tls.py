@@ -58,7 +58,7 @@ def postgresql(client, variables):
 
 @pytest.fixture
 def other_name(on):
-    """On the web host, gives the broker and the database other names, which their certificates lack."""
+    """On the web host, gives the broker and the database names that their certificates lack."""
     on("web1", "cp /etc/hosts /etc/hosts.before")
     on("web1", "for name in mq1 db1; do echo \"$(getent ahostsv4 $name | awk '{print $1; exit}') other-$name\" >>/etc/hosts; done")
     yield "other"

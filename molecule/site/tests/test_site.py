@@ -68,7 +68,7 @@ def test_email_arrives_and_flower_has_counted_its_tasks(send, inbox, url, eventu
 def test_api_and_metrics_refuse_anonymous_users(host, site):
     name = host.ansible("ansible.builtin.debug", "msg={{ django_health_host }}", check=False)["msg"]
     for path in ("api/emails", "metrics"):
-        # As a proxy that terminates TLS.
+        # The header that a proxy adds when it terminates TLS.
         answer = requests.get(
             f"{site}/{path}", headers={"Host": name, "X-Forwarded-Proto": "https"}, timeout=10, allow_redirects=False
         )
@@ -200,7 +200,7 @@ def test_drift_is_repaired(host, playbook, send, eventually):
     assert playbook() == []
 
 
-def test_run_makes_up_for_a_restart_that_a_killed_run_missed(host, playbook, systemctl):
+def test_run_does_the_restart_that_a_killed_run_missed(host, playbook, systemctl):
     """A run that was killed between writing a file and the restart leaves processes that are older than their file."""
     units = ("mailroom-web", "mailroom-relay", "mailroom-worker@mail", "mailroom-beat")
     before = [systemctl(f"show --property MainPID --value {unit}") for unit in units]

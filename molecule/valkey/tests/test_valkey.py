@@ -49,7 +49,7 @@ def test_client_can_not_administer_the_server(call, command):
     assert call("PING") == "PONG"
 
 
-def test_data_survive_kill_9(host, call, eventually):
+def test_data_survives_a_kill(host, call, eventually):
     assert call("SET kept yes") == "OK"
     # Valkey syncs its file once per second.
     assert call("WAITAOF 1 0 5000") != ""
@@ -84,7 +84,7 @@ def test_connection_without_tls_or_with_another_ca_is_refused(call, is_tls):
 
 
 def test_unit_is_confined(host, exposure, inside):
-    """The server can run no other program. Its configuration is read-only for it."""
+    """The server can't run other programs or write to its configuration."""
     assert exposure("valkey-server") <= 1.5
     started = inside("valkey-server", "valkey", "true")
     assert (started.rc, "Permission denied" in started.stderr) == (126, True)

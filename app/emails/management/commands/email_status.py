@@ -23,7 +23,7 @@ class Command(BaseCommand):
         recent = Delivery.objects.filter(email__created_at__gte=now - timedelta(days=1))
         states = dict(recent.values_list("state").annotate(Count("pk")).order_by())
         unfinished = Delivery.objects.filter(state__in=UNFINISHED)
-        # A scheduled email and a held delivery don't wait for a worker.
+        # Scheduled emails and held deliveries don't wait for a worker.
         unsent = unfinished.exclude(state=State.SCHEDULED).exclude(NEEDS_OPERATOR)
         oldest = unsent.aggregate(at=Min("email__created_at"))["at"]
         due = unfinished.filter(due_at__lte=now).aggregate(at=Min("due_at"))["at"]
