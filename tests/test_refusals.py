@@ -810,9 +810,8 @@ def write_inventory(folder, hosts):
     (package / "requirements.txt").write_text("gunicorn==27.0.1 --hash=sha256:00\n")
     locks["project_without_manage"] = str(package)
     # The variables in wiring.yml need a host in these groups.
-    groups = {
-        name: {"hosts": {"first.invalid": None}} for name in ("broker", "app", "web", "workers", "flower", "database", "proxy")
-    }
+    names = ("broker", "app", "web", "workers", "flower", "database", "cache", "proxy")
+    groups = {name: {"hosts": {"first.invalid": None}} for name in names}
     for host, _, _ in hosts:
         layer = LAYERS.get(host.split("-")[0])
         # Workers use the application's release.
@@ -827,12 +826,14 @@ def write_inventory(folder, hosts):
 
 
 def own_environment(host):
-    """Makes each host a separate environment, as in scenarios, so that there can be several brokers and databases."""
+    """Makes each host a separate environment, as in scenarios, so that there can be several brokers, databases and caches."""
     layer = LAYERS.get(host.split("-")[0])
     # Resolving the other hosts' addresses would take most of the run.
     if layer == "broker":
         return {"wiring_brokers": ["{{ inventory_hostname }}"], "wiring_broker_clients": []}
-    return {"wiring_database": "{{ inventory_hostname }}", "wiring_database_clients": []} if layer == "database" else {}
+    if layer in ("database", "cache"):
+        return {f"wiring_{layer}": "{{ inventory_hostname }}", f"wiring_{layer}_clients": []}
+    return {}
 
 
 @pytest.fixture(scope="module")
