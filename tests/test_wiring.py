@@ -58,7 +58,7 @@ def test_lists_of_hosts_have_the_same_order_in_each_run(tmp_path):
     """Ansible's set filters don't keep the order. Without sorting, pg_hba.conf would change in each run."""
     first, second = (wired(tmp_path, MANY, seed)["mq1"] for seed in ("1", "2"))
     assert first == second
-    assert [client["address"] for client in first["postgresql_clients"]] == ["127.0.0.1", *sorted(["web1", *WORKERS])]
+    assert [client["address"] for client in first["postgresql_clients"]] == ["127.0.0.1", *sorted(["web1", *WORKERS])] * 2
 
 
 def test_concurrency_of_a_worker_changes_without_the_list_of_workers(one, tmp_path):
@@ -73,7 +73,9 @@ def test_concurrency_of_a_worker_changes_without_the_list_of_workers(one, tmp_pa
 def test_one_host_listens_on_the_loopback_only(one):
     assert one["rabbitmq_listeners"] == ["127.0.0.1:5672"]
     assert one["postgresql_listen_addresses"] == ["localhost"]
-    assert one["postgresql_clients"] == [{"address": "127.0.0.1", "database": "mailroom", "user": "mailroom"}]
+    assert one["postgresql_clients"] == [
+        {"address": "127.0.0.1", "database": "mailroom", "user": user} for user in ("mailroom", "mailroom-next")
+    ]
     assert one["firewall_rules"] == []
 
 
