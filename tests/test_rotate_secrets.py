@@ -80,11 +80,11 @@ def test_other_requests_are_refused(words, options, sentence):
         request(*words, **options)
 
 
-def test_only_secrets_without_a_valid_old_value_stop_at_once():
+def test_secrets_whose_old_value_the_application_refuses_stop_at_once():
     names = ["secret_django_key", "secret_flower_cookie"]
-    assert [line.split(":")[0] for line in rotation.before(names, emergency=False)] == ["secret_flower_cookie"]
-    assert [line.split(":")[0] for line in rotation.before(names, emergency=True)] == names
-    assert [line.split(":")[0] for line in rotation.after(names)] == ["secret_django_key"]
+    assert [line.split(":")[0] for line in rotation.before(names, ["secret_django_key"])] == ["secret_flower_cookie"]
+    assert [line.split(":")[0] for line in rotation.before(names, [])] == names
+    assert [line.split(":")[0] for line in rotation.after(names, ["secret_django_key"])] == ["secret_django_key"]
 
 
 # The text of the file
@@ -208,7 +208,8 @@ def test_playbook_gives_new_values_to_later_plays_and_shows_no_secret(inventory,
     ]
     assert f"//mailroom-next:{new['secret_postgresql_app_password']}@" in found["environment"]["DATABASE_URL"]
     assert found["replace"] is True
-    assert "-e rotate=finish" in done.stdout
+    assert "The old values still work: secret_postgresql_app_password: " in done.stdout
+    assert "secret_django_key: sessions that the old key signed are valid" in done.stdout
 
     done = rotate("-e", "rotate=finish", "--vault-password-file", password)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -89,6 +89,7 @@ class ActionModule(ActionBase):
                 "rotate": {"type": "list", "elements": "str", "required": True},
                 "emergency": {"type": "bool", "default": False},
                 "names": {"type": "list", "elements": "str", "required": True},
+                "overlapping": {"type": "list", "elements": "str", "default": []},
             }
         )
         try:
@@ -117,12 +118,13 @@ class ActionModule(ActionBase):
                 new_text, names = rotated(text, wanted.names, options["emergency"])
             if new_text != text and not self._task.check_mode:
                 replace(path, encode(new_text))
+        overlapping = [] if options["emergency"] or wanted.finish else options["overlapping"]
         earlier = [name for name in wanted.names if name not in names]
         return {
             "changed": new_text != text,
             "names": names,
             "earlier": earlier,
             "certificates": wanted.certificates,
-            "stops": before(names, options["emergency"] or wanted.finish),
-            "stays": [] if options["emergency"] or wanted.finish else after([*names, *earlier]),
+            "stops": before(names, overlapping),
+            "stays": after([*names, *earlier], overlapping),
         }

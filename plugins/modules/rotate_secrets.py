@@ -25,6 +25,11 @@ options:
     type: bool
     default: false
   names: {description: Names of all secrets of the inventory., type: list, elements: str, required: true}
+  overlapping:
+    description: Names of the secrets whose old value, C(secret_x_old), the application accepts too.
+    type: list
+    elements: str
+    default: []
 author: The maintainers of this bundle
 """
 

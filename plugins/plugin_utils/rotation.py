@@ -18,8 +18,8 @@ class Secret:
     kind: str
     # What the old value no longer does.
     stops: str
-    # What works with the old value until the rotation is finished. Empty: nothing.
-    stays: str = ""
+    # What works with the old value until the rotation is finished, if the application accepts both values.
+    stays: str = "the application accepts the old value"
     # The inventory group whose hosts use the secret. Empty: an environment always uses it.
     group: str = ""
 
@@ -114,15 +114,11 @@ def request(words: Iterable[str], known: Collection[str], groups: Collection[str
     return Request(tuple(dict.fromkeys(names)), certificates=bool({"all", "certificates"} & set(words)))
 
 
-def before(names: Iterable[str], emergency: bool) -> list[str]:
-    """Return what the rotation stops, for the person who runs it."""
-    return [f"{name}: {secret(name).stops}" for name in names if emergency or not secret(name).stays]
+def before(names: Iterable[str], overlapping: Collection[str]) -> list[str]:
+    """Return what the rotation stops, for the person who runs it. The old values of the overlapping secrets stay valid."""
+    return [f"{name}: {SECRETS.get(name, OTHER).stops}" for name in names if name not in overlapping]
 
 
-def after(names: Iterable[str]) -> list[str]:
+def after(names: Iterable[str], overlapping: Collection[str]) -> list[str]:
     """Return what the old values still do."""
-    return [f"{name}: {secret(name).stays}" for name in names if secret(name).stays]
-
-
-def secret(name: str) -> Secret:
-    return SECRETS.get(name, OTHER)
+    return [f"{name}: {SECRETS.get(name, OTHER).stays}" for name in names if name in overlapping]
