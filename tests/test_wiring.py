@@ -197,7 +197,7 @@ def test_broker_and_database_accept_a_guest(tmp_path):
     assert alone["postgresql_listen_addresses"] == ["*"]
     assert alone["firewall_rules"] == [{"ports": [5671], "sources": ["192.0.2.7"]}, {"ports": [5432], "sources": ["192.0.2.7"]}]
     clients = [(entry["user"], entry["address"]) for entry in alone["postgresql_clients"]]
-    assert clients == [("mailroom", "127.0.0.1"), ("shop", "127.0.0.1"), ("shop", "192.0.2.7")]
+    assert clients == [("mailroom", "127.0.0.1"), ("mailroom-next", "127.0.0.1"), ("shop", "127.0.0.1"), ("shop", "192.0.2.7")]
     assert [entry["name"] for entry in alone["rabbitmq_vhosts"]] == ["mailroom", "shop"]
     assert [entry["name"] for entry in alone["rabbitmq_users"]] == ["mailroom", "mailroom-flower", "shop"]
 
@@ -261,7 +261,7 @@ def test_without_monitoring_nothing_is_installed_or_opened(many, one):
         assert not values["monitoring_server"] and values["monitoring_exporters"] == [] and values["monitoring_scrapes"] == []
         assert values["rabbitmq_prometheus_listener"] == "127.0.0.1:15692"
         assert values["flower_address"] == "127.0.0.1"
-        assert [user["name"] for user in values["postgresql_users"]] == ["mailroom"]
+        assert [user["name"] for user in values["postgresql_users"]] == ["mailroom", "mailroom-next"]
 
 
 def test_only_the_monitoring_host_reaches_the_metrics_of_the_others(tmp_path):

@@ -57,7 +57,7 @@ SECRETS = {
         "monitoring", "the exporter restarts with the new password", group="monitoring"
     ),
 }
-# A project can have secrets of its own.
+# Another project can have other secrets.
 OTHER = Secret("", "the old value ends when the hosts have the new one")
 # What has another procedure.
 ELSEWHERE = {
