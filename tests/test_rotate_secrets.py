@@ -263,6 +263,12 @@ def test_secret_of_the_hosts_file_is_refused(inventory, rotate):
     assert "host1.invalid has another secret_django_key than" in refusal(rotate("-e", "rotate=django"), inventory, before)
 
 
+def test_django_key_of_app_environment_is_refused(inventory, rotate):
+    (inventory / "group_vars/all/30-own.yml").write_text(f"app_environment: {{SECRET_KEY: {MARK}own}}\n")
+    before = (inventory / "group_vars/all/91-secrets.yml").read_bytes()
+    assert "SECRET_KEY of app_environment replaces" in refusal(rotate("-e", "rotate=django"), inventory, before)
+
+
 def test_missing_file_of_secrets_is_refused(inventory, rotate):
     file = inventory / "group_vars/all/91-secrets.yml"
     file.rename(inventory / "group_vars/all/90-own.yml")

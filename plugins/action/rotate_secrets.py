@@ -71,6 +71,9 @@ def check_sources(
     if missing := [name for name in names if name not in known]:
         raise Refused(f"{path} lacks {', '.join(missing)}. If the inventory sets it nowhere else, run create_secrets.yml.")
     for host, variables in hosts.items():
+        # The application reads SECRET_KEY, so a value in app_environment replaces secret_django_key.
+        if "secret_django_key" in names and "SECRET_KEY" in (variables.get("app_environment") or {}):
+            raise Refused("SECRET_KEY of app_environment replaces secret_django_key: change it there, then run site.yml.")
         for name in names:
             if str(variables.get(name)) != known[name]:
                 raise Refused(f"{host} has another {name} than {path}: something else in the inventory sets it. Change it there.")
