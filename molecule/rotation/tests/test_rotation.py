@@ -1,4 +1,4 @@
-"""Rotates every secret of a running environment under load. The tests depend on each other, and run in the order of this file."""
+"""Rotates the secrets of a running environment under load. Each test needs the rotation of the earlier ones, in the order of this file."""
 
 from __future__ import annotations
 
@@ -25,16 +25,34 @@ def stored():
     return yaml.safe_load(FILE.read_text())
 
 
-def rotate(*arguments):
-    words = [Path(sys.executable).parent / "ansible-playbook", ROTATE, *arguments]
+def before_rotation():
+    """The secrets before the rotation that is not finished yet."""
+    values = stored()
+    assert "secret_django_key_old" in values, "no rotation is unfinished"
+    return {name: values.get(f"{name}_old", value) for name, value in values.items() if not name.endswith("_old")}
+
+
+def api_status(site, value):
+    """The status for an email that does not exist: 404 with a valid API key, else 401."""
+    return requests.get(f"{site}/api/emails/{uuid.uuid4()}", headers=key(value), timeout=20).status_code
+
+
+def all_sent(load):
+    """Whether all emails of a load were sent."""
+    url = f"{load.site}/api/emails"
+    return {requests.get(f"{url}/{each}", headers=load.headers, timeout=20).json()["state"] for each in load.ids} == {"sent"}
+
+
+def rotate(*arguments, playbook=ROTATE):
+    words = [Path(sys.executable).parent / "ansible-playbook", playbook, *arguments]
     environment = {**os.environ, "ANSIBLE_CONFIG": str(PROJECT / "ansible.cfg"), "ANSIBLE_FORCE_COLOR": "false"}
     return subprocess.Popen(
         words, cwd=PROJECT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
 
 
-def finished(*arguments):
-    done = rotate(*arguments)
+def finished(*arguments, **more):
+    done = rotate(*arguments, **more)
     output = done.communicate()[0]
     assert done.returncode == 0, output
     return output
@@ -45,7 +63,7 @@ def key(value):
 
 
 class Load:
-    """Sends 5 emails and 20 other requests per second, with the API key that is valid when the load begins."""
+    """Sends about 5 emails and 17 other requests per second, with the API key that is valid when the load begins."""
 
     def __init__(self, site):
         self.site, self.headers = site, key(stored()["secret_app_api_key"])
@@ -82,12 +100,6 @@ class Load:
         self.ended.set()
         for thread in self.threads:
             thread.join()
-
-
-@pytest.fixture(scope="module")
-def state():
-    """What one test leaves for the next ones."""
-    return {}
 
 
 @pytest.fixture
@@ -162,10 +174,9 @@ def broker(root):
     return log_in
 
 
-def test_rotation_under_load_refuses_and_loses_nothing(site, state, manage, signed_in, eventually):
-    state["first"] = stored()
-    state["browser"] = log_in(manage)
-    assert signed_in(state["browser"])
+def test_rotation_under_load_refuses_and_loses_nothing(site, manage, signed_in, eventually):
+    old, browser = stored(), log_in(manage)
+    assert signed_in(browser)
     with Load(site) as load:
         time.sleep(5)
         output = finished("-e", "rotate=all")
@@ -173,100 +184,79 @@ def test_rotation_under_load_refuses_and_loses_nothing(site, state, manage, sign
     print(f"{len(load.durations)} requests, {len(load.ids)} emails, longest {max(load.durations):.2f} s")
     assert load.errors == []
     assert len(load.ids) > 100
-    state["ids"] = load.ids
     assert "End them with -e rotate=finish" in output
     new = stored()
-    assert {name for name in state["first"] if new[name] == state["first"][name]} == {
+    assert {name for name in old if new[name] == old[name]} == {
         "secret_certificate_authority",
         "secret_monitoring_password",
         "secret_postgresql_monitoring_password",
     }
-
-    def all_sent():
-        answers = [requests.get(f"{site}/api/emails/{each}", headers=load.headers, timeout=20).json()["state"] for each in load.ids]
-        return set(answers) == {"sent"}
-
-    eventually(all_sent, seconds=120)
+    assert signed_in(browser)
+    eventually(lambda: all_sent(load), seconds=120)
 
 
-def test_old_session_key_and_database_password_are_still_valid(site, state, signed_in, database):
-    old, new = state["first"], stored()
-    assert signed_in(state["browser"])
-    for value in (old["secret_app_api_key"], new["secret_app_api_key"]):
-        assert requests.get(f"{site}/api/emails/{state['ids'][0]}", headers=key(value), timeout=20).status_code == 200
+def test_old_api_key_and_database_password_are_still_valid(site, database):
+    old, new = before_rotation(), stored()
+    assert [api_status(site, values["secret_app_api_key"]) for values in (old, new)] == [404, 404]
     # Objects that a migration creates belong to the same owner, whichever user logs in.
     assert database("mailroom", old["secret_postgresql_app_password"]) == "mailroom"
     assert database("mailroom-next", new["secret_postgresql_app_password"]) == "mailroom"
 
 
 @pytest.mark.parametrize("user", ["mailroom", "mailroom-flower", "admin"])
-def test_old_broker_password_is_refused(state, broker, user):
+def test_old_broker_password_is_refused(broker, user):
     name = {"mailroom": "app", "mailroom-flower": "flower", "admin": "administrator"}[user]
-    assert broker(user, stored()[f"secret_rabbitmq_{name}_password"])
-    assert not broker(user, state["first"][f"secret_rabbitmq_{name}_password"])
+    passwords = [values[f"secret_rabbitmq_{name}_password"] for values in (stored(), before_rotation())]
+    assert [broker(user, password) for password in passwords] == [True, False]
 
 
-def test_old_flower_password_is_refused(url, state):
-    old, new = (values["secret_flower_password"] for values in (state["first"], stored()))
-    assert [requests.get(f"{url(5555)}/", auth=("flower", value), timeout=20).status_code for value in (new, old)] == [200, 401]
+def test_old_flower_password_is_refused(url):
+    passwords = [values["secret_flower_password"] for values in (stored(), before_rotation())]
+    assert [requests.get(f"{url(5555)}/", auth=("flower", value), timeout=20).status_code for value in passwords] == [200, 401]
 
 
-def test_old_metrics_token_is_refused(site, state):
-    old, new = (values["secret_app_metrics_token"] for values in (state["first"], stored()))
-    assert [requests.get(f"{site}/metrics", headers=key(value), timeout=20).status_code for value in (new, old)] == [200, 401]
+def test_old_metrics_token_is_refused(site):
+    tokens = [values["secret_app_metrics_token"] for values in (stored(), before_rotation())]
+    assert [requests.get(f"{site}/metrics", headers=key(value), timeout=20).status_code for value in tokens] == [200, 401]
 
 
-def test_old_password_of_the_administrator_is_refused(state, manage):
-    old, new = (values["secret_app_admin_password"] for values in (state["first"], stored()))
+def test_old_password_of_the_administrator_is_refused(manage):
     look = 'from django.contrib.auth import get_user_model as m; print(m().objects.get(username="admin").check_password("{}"))'
-    assert [manage(look.format(value)) for value in (new, old)] == ["True", "False"]
+    passwords = [values["secret_app_admin_password"] for values in (stored(), before_rotation())]
+    assert [manage(look.format(value)) for value in passwords] == ["True", "False"]
 
 
-def test_erlang_cookie_is_the_new_one(state, root):
+def test_broker_runs_with_the_new_erlang_cookie(root):
     cookie = root("cat /var/lib/rabbitmq/.erlang.cookie").stdout
-    assert cookie == stored()["secret_rabbitmq_erlang_cookie"] != state["first"]["secret_rabbitmq_erlang_cookie"]
+    assert cookie == stored()["secret_rabbitmq_erlang_cookie"] != before_rotation()["secret_rabbitmq_erlang_cookie"]
     assert root("rabbitmqctl ping").rc == 0
 
 
-def test_repeated_rotation_and_site_change_nothing(run_playbook):
+@pytest.mark.parametrize(
+    "arguments", [["site.yml"], [ROTATE, "-e", "rotate=django,api_keys,database,broker,flower,metrics,admin,erlang_cookie"]]
+)
+def test_second_run_changes_nothing(arguments):
     before = FILE.read_bytes()
-    for playbook, variables in (("site.yml", {}), (ROTATE, {"rotate": "django,api_keys,database,broker,flower"})):
-        words = [Path(sys.executable).parent / "ansible-playbook", playbook]
-        words += [f"-e{name}={value}" for name, value in variables.items()]
-        done = subprocess.run(
-            words, cwd=PROJECT, env={**os.environ, "ANSIBLE_FORCE_COLOR": "false"}, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stdout
-        assert re.search(r"rotation1 .* changed=0 ", done.stdout), done.stdout[-3000:]
+    output = finished(*arguments[1:], playbook=arguments[0])
+    assert re.search(r"^rotation1 .* changed=0 ", output, re.MULTILINE), output
     assert FILE.read_bytes() == before
 
 
-def test_finish_ends_the_old_values_and_refuses_no_request_with_the_new_key(site, state, signed_in, database):
-    old, new = state["first"], stored()
+def test_finish_ends_the_old_values_and_refuses_no_request(site, database, manage):
+    old, new = before_rotation(), stored()
     with Load(site) as load:
         finished("-e", "rotate=finish")
     assert load.errors == []
     assert [name for name in stored() if name.endswith("_old")] == []
-    url = f"{site}/api/emails/{state['ids'][0]}"
-    assert [requests.get(url, headers=key(values["secret_app_api_key"]), timeout=20).status_code for values in (new, old)] == [
-        200,
-        401,
-    ]
+    assert [api_status(site, values["secret_app_api_key"]) for values in (new, old)] == [404, 401]
     for user in ("mailroom", "mailroom-next"):
-        assert database(user, old["secret_postgresql_app_password"]) == ""
-        assert database(user, new["secret_postgresql_app_password"]) == "mailroom"
-    # The first request with the old session after the rotation signed it with the new key.
-    assert signed_in(state["browser"])
-
-
-def test_signature_of_an_ended_key_is_refused(state, manage):
+        assert [database(user, values["secret_postgresql_app_password"]) for values in (new, old)] == ["mailroom", ""]
     check = (
         "from django.core import signing;"
         'text = signing.dumps("x", key="{}");\n'
         'try:\n    print(signing.loads(text))\nexcept signing.BadSignature:\n    print("refused")'
     )
-    old, new = (values["secret_django_key"] for values in (state["first"], stored()))
-    assert [manage(check.format(value)) for value in (new, old)] == ["x", "refused"]
+    assert [manage(check.format(values["secret_django_key"])) for values in (new, old)] == ["x", "refused"]
 
 
 def test_killed_rotation_is_repaired_by_the_same_command_under_load(site, eventually, broker):
@@ -286,13 +276,8 @@ def test_killed_rotation_is_repaired_by_the_same_command_under_load(site, eventu
     assert load.errors == []
     assert "Rotated by an earlier run: " in output
     assert stored() == killed
-    url = f"{site}/api/emails"
-    for value in (old["secret_app_api_key"], killed["secret_app_api_key"]):
-        assert requests.get(f"{url}/{load.ids[0]}", headers=key(value), timeout=20).status_code == 200
-    eventually(
-        lambda: {requests.get(f"{url}/{each}", headers=load.headers, timeout=20).json()["state"] for each in load.ids} == {"sent"},
-        seconds=120,
-    )
+    assert [api_status(site, values["secret_app_api_key"]) for values in (old, killed)] == [404, 404]
+    eventually(lambda: all_sent(load), seconds=120)
 
 
 def test_emergency_ends_the_old_values_at_once(site, database, signed_in, manage):
@@ -300,7 +285,6 @@ def test_emergency_ends_the_old_values_at_once(site, database, signed_in, manage
     output = finished("-e", "rotate=django,api_keys,database", "-e", "rotate_emergency=true")
     assert output.index("everybody must log in again") < output.index("PLAY [Validate the variables]")
     new = stored()
-    unknown = f"{site}/api/emails/{uuid.uuid4()}"
-    assert [requests.get(unknown, headers=key(v["secret_app_api_key"]), timeout=20).status_code for v in (new, old)] == [404, 401]
-    assert [database("mailroom", v["secret_postgresql_app_password"]) for v in (new, old)] == ["mailroom", ""]
+    assert [api_status(site, values["secret_app_api_key"]) for values in (new, old)] == [404, 401]
+    assert [database("mailroom", values["secret_postgresql_app_password"]) for values in (new, old)] == ["mailroom", ""]
     assert not signed_in(browser)
