@@ -1,4 +1,4 @@
-"""Rotates the secrets of a running environment under load. Each test needs the rotation of the earlier ones, in the order of this file."""
+"""Rotates the secrets of a running environment under load. Each test needs the rotations of the tests before it in this file."""
 
 from __future__ import annotations
 
