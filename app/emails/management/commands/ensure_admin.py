@@ -83,15 +83,15 @@ class Command(BaseCommand):
         if "old_api_key" in wanted:
             keys[OLD_KEY_NAME] = wanted["old_api_key"]
         digests = {name: hash_key(key) for name, key in keys.items()}
-        own = ApiKey.objects.filter(owner=user, name__in=(KEY_NAME, OLD_KEY_NAME))
-        valid = {key.name: key.digest for key in own if not key.revoked}
-        if valid == digests and len(own) == len(digests):
+        own = {"owner": user, "name__in": (KEY_NAME, OLD_KEY_NAME)}
+        found = ApiKey.objects.filter(**own)
+        if {key.name: key.digest for key in found if not key.revoked} == digests:
             return False
         for name, digest in digests.items():
             field = "api_key" if name == KEY_NAME else "old_api_key"
-            if ApiKey.objects.filter(digest=digest).exclude(pk__in=[key.pk for key in own]).exists():
+            if ApiKey.objects.filter(digest=digest).exclude(**own).exists():
                 raise CommandError(f"{field}: another API key has the same value")
-        own.filter(name=OLD_KEY_NAME).delete()
+        found.filter(name=OLD_KEY_NAME).delete()
         for name, digest in digests.items():
             ApiKey.objects.update_or_create(
                 owner=user, name=name, defaults={"digest": digest, "revoked": False}
