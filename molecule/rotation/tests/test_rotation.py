@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -230,16 +229,6 @@ def test_broker_runs_with_the_new_erlang_cookie(root):
     cookie = root("cat /var/lib/rabbitmq/.erlang.cookie").stdout
     assert cookie == stored()["secret_rabbitmq_erlang_cookie"] != before_rotation()["secret_rabbitmq_erlang_cookie"]
     assert root("rabbitmqctl ping").rc == 0
-
-
-@pytest.mark.parametrize(
-    "arguments", [["site.yml"], [ROTATE, "-e", "rotate=django,api_keys,database,broker,flower,metrics,admin,erlang_cookie"]]
-)
-def test_second_run_changes_nothing(arguments):
-    before = FILE.read_bytes()
-    output = finished(*arguments[1:], playbook=arguments[0])
-    assert re.search(r"^rotation1 .* changed=0 ", output, re.MULTILINE), output
-    assert FILE.read_bytes() == before
 
 
 def test_finish_ends_the_old_values_and_refuses_no_request(site, database, manage):
