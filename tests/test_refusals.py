@@ -301,6 +301,10 @@ REFUSED = {
             "postgresql_users has a password of fewer than 12 characters for orders.",
         ),
         (
+            {"postgresql_users": [{**DATABASE_USER, "role": "stranger"}], **NO_DATABASES},
+            "postgresql_users has the role stranger; allowed are the names of users in postgresql_users.",
+        ),
+        (
             {"postgresql_users": [DATABASE_USER], "postgresql_clients": []},
             "postgresql_databases or postgresql_clients name the user mailroom, which postgresql_users does not list.",
         ),

@@ -139,8 +139,8 @@ def test_secrets_are_added_to_supported_texts(text):
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("{a: 1}\n", "can't be extended"),
-        ("a: 1\n...\n", "can't be extended"),
+        ("{a: 1}\n", "can't be changed"),
+        ("a: 1\n...\n", "can't be changed"),
         ("- a\n", "is not a mapping"),
         (f"a: {MARK}\n b: 1\n", r"is not valid YAML \(line 2\)"),
     ],

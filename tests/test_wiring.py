@@ -58,7 +58,7 @@ def test_lists_of_hosts_have_the_same_order_in_each_run(tmp_path):
     """Ansible's set filters don't keep the order. Without sorting, pg_hba.conf would change in each run."""
     first, second = (wired(tmp_path, MANY, seed)["mq1"] for seed in ("1", "2"))
     assert first == second
-    assert [client["address"] for client in first["postgresql_clients"]] == ["127.0.0.1", *sorted(["web1", *WORKERS])]
+    assert [client["address"] for client in first["postgresql_clients"]] == ["127.0.0.1", *sorted(["web1", *WORKERS])] * 2
 
 
 def test_concurrency_of_a_worker_changes_without_the_list_of_workers(one, tmp_path):
@@ -73,7 +73,9 @@ def test_concurrency_of_a_worker_changes_without_the_list_of_workers(one, tmp_pa
 def test_one_host_listens_on_the_loopback_only(one):
     assert one["rabbitmq_listeners"] == ["127.0.0.1:5672"]
     assert one["postgresql_listen_addresses"] == ["localhost"]
-    assert one["postgresql_clients"] == [{"address": "127.0.0.1", "database": "mailroom", "user": "mailroom"}]
+    assert one["postgresql_clients"] == [
+        {"address": "127.0.0.1", "database": "mailroom", "user": user} for user in ("mailroom", "mailroom-next")
+    ]
     assert one["firewall_rules"] == []
 
 
@@ -195,7 +197,7 @@ def test_broker_and_database_accept_a_guest(tmp_path):
     assert alone["postgresql_listen_addresses"] == ["*"]
     assert alone["firewall_rules"] == [{"ports": [5671], "sources": ["192.0.2.7"]}, {"ports": [5432], "sources": ["192.0.2.7"]}]
     clients = [(entry["user"], entry["address"]) for entry in alone["postgresql_clients"]]
-    assert clients == [("mailroom", "127.0.0.1"), ("shop", "127.0.0.1"), ("shop", "192.0.2.7")]
+    assert clients == [("mailroom", "127.0.0.1"), ("mailroom-next", "127.0.0.1"), ("shop", "127.0.0.1"), ("shop", "192.0.2.7")]
     assert [entry["name"] for entry in alone["rabbitmq_vhosts"]] == ["mailroom", "shop"]
     assert [entry["name"] for entry in alone["rabbitmq_users"]] == ["mailroom", "mailroom-flower", "shop"]
 
@@ -259,7 +261,7 @@ def test_without_monitoring_nothing_is_installed_or_opened(many, one):
         assert not values["monitoring_server"] and values["monitoring_exporters"] == [] and values["monitoring_scrapes"] == []
         assert values["rabbitmq_prometheus_listener"] == "127.0.0.1:15692"
         assert values["flower_address"] == "127.0.0.1"
-        assert [user["name"] for user in values["postgresql_users"]] == ["mailroom"]
+        assert [user["name"] for user in values["postgresql_users"]] == ["mailroom", "mailroom-next"]
 
 
 def test_only_the_monitoring_host_reaches_the_metrics_of_the_others(tmp_path):

@@ -31,6 +31,8 @@ DEBUG = boolean("DEBUG", False)
 SECRET_KEY = env.str("SECRET_KEY", "insecure-key-for-development" if DEBUG else "")
 if not SECRET_KEY:
     raise ImproperlyConfigured("environment variable SECRET_KEY: required unless DEBUG is true")
+# Sessions and tokens that these keys signed are still valid.
+SECRET_KEY_FALLBACKS = env.list("SECRET_KEY_FALLBACKS", default=[])
 
 ALLOWED_HOSTS = env.list("ALLOWED_HOSTS", default=[])
 CSRF_TRUSTED_ORIGINS = env.list("CSRF_TRUSTED_ORIGINS", default=[])

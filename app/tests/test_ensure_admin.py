@@ -56,6 +56,24 @@ def test_new_api_key_replaces_the_old_one(ensure):
     assert api_keys.authenticate(KEY[::-1]) is not None
 
 
+def test_old_api_key_is_valid_until_a_call_lacks_it(ensure):
+    ensure(WANTED | {"api_key": KEY})
+    rotated = WANTED | {"api_key": KEY[::-1], "old_api_key": KEY}
+    assert ensure(rotated) == "updated"
+    assert ensure(rotated) == "unchanged"
+    assert api_keys.authenticate(KEY) and api_keys.authenticate(KEY[::-1])
+    assert ensure(WANTED | {"api_key": KEY[::-1]}) == "updated"
+    assert ensure(WANTED | {"api_key": KEY[::-1]}) == "unchanged"
+    assert api_keys.authenticate(KEY) is None
+    assert api_keys.authenticate(KEY[::-1]) is not None
+
+
+def test_exchanges_the_old_and_the_new_api_key(ensure):
+    ensure(WANTED | {"api_key": KEY, "old_api_key": KEY[::-1]})
+    assert ensure(WANTED | {"api_key": KEY[::-1], "old_api_key": KEY}) == "updated"
+    assert api_keys.authenticate(KEY) and api_keys.authenticate(KEY[::-1])
+
+
 def test_repairs_manual_changes(ensure, django_user_model):
     ensure(WANTED | {"api_key": KEY})
     django_user_model.objects.update(is_active=False)
@@ -72,8 +90,11 @@ def test_repairs_manual_changes(ensure, django_user_model):
         ({"username": "root"}, "missing: password"),
         (WANTED | {"password": ""}, "password: expected"),
         (WANTED | {"password": 5}, "password: expected"),
-        (WANTED | {"passwort": "secret"}, "only api_key, email, password, username"),
+        (WANTED | {"passwort": "secret"}, "only api_key, email, old_api_key, password, username"),
         (WANTED | {"api_key": "short secret"}, "api_key: expected 32"),
+        (WANTED | {"api_key": KEY, "old_api_key": "short secret"}, "old_api_key: expected 32"),
+        (WANTED | {"api_key": KEY, "old_api_key": KEY}, "old_api_key: allowed only with another"),
+        (WANTED | {"old_api_key": KEY}, "old_api_key: allowed only with another"),
     ],
 )
 def test_reports_invalid_input_in_one_line_without_the_secret(

@@ -8,7 +8,7 @@ import json
 import os
 import secrets
 import string
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -64,13 +64,17 @@ def added(text: str, new: dict[str, str]) -> str:
     longer = text if text.strip() else HEADER
     longer += "" if longer.endswith("\n") else "\n"
     longer += "".join(f"{indent}{name}: {yaml_text(value)}\n" for name, value in new.items())
-    expected = entries(text) + [(name, yaml.serialize(text_node(value))) for name, value in new.items()]
-    try:
-        if entries(longer) == expected:
-            return longer
-    except NotAdded:
-        pass
-    raise NotAdded("can't be extended at its end. Write one name per line, as `name: value`, without brackets around all of them")
+    return verified(longer, entries(text) + [(name, yaml.serialize(text_node(value))) for name, value in new.items()])
+
+
+def read(path: Path, vault: VaultLib) -> tuple[str, Callable[[str], bytes]]:
+    """Return the text of a file, and the function that encodes another text in the same way."""
+    content = path.read_bytes() if path.exists() else b""
+    if is_encrypted(content):
+        text, secret, vault_id = decrypted(content, vault)
+        return text, lambda new: vault.encrypt(new, secret=secret, vault_id=vault_id)
+    # A new file is encrypted with Ansible's first vault password.
+    return content.decode(), vault.encrypt if not path.exists() and vault.secrets else str.encode
 
 
 def decrypted(content: bytes, vault: VaultLib) -> tuple[str, object, str | None]:
@@ -82,6 +86,38 @@ def decrypted(content: bytes, vault: VaultLib) -> tuple[str, object, str | None]
     except AnsibleVaultError:
         raise NotAdded("is encrypted, and none of Ansible's vault passwords decrypts it") from None
     return text.decode(), secret, parse_vaulttext_envelope(content)[3]
+
+
+def changed(text: str, new: dict[str, str]) -> str:
+    """Return the text with other values of existing names. All else stays, also the comment after a value."""
+    mapping = top(text)
+    longer = text
+    for key, value in reversed(mapping.value if mapping else []):
+        if key.value not in new:
+            continue
+        if not isinstance(value, yaml.ScalarNode) or value.style in ("|", ">"):
+            raise NotAdded(f"has no plain value of {key.value}. Write it as `{key.value}: value`")
+        longer = longer[: value.start_mark.index] + yaml_text(new[key.value]) + longer[value.end_mark.index :]
+    return verified(longer, [(n, yaml.serialize(text_node(new[n])) if n in new else value) for n, value in entries(text)])
+
+
+def removed(text: str, names: Collection[str]) -> str:
+    """Return the text without the lines of these names."""
+    mapping = top(text)
+    shorter = text
+    for key, value in reversed(mapping.value if mapping else []):
+        if key.value in names:
+            line = key.start_mark.index - key.start_mark.column
+            end = text.find("\n", value.end_mark.index) + 1 or len(text)
+            shorter = shorter[:line] + shorter[end:]
+    return verified(shorter, [(name, value) for name, value in entries(text) if name not in names])
+
+
+def verified(text: str, expected: list[tuple[str, str]]) -> str:
+    with contextlib.suppress(NotAdded):
+        if entries(text) == expected:
+            return text
+    raise NotAdded("can't be changed. Write one name per line, as `name: value`, without brackets around all of them")
 
 
 def replace(path: Path, content: bytes) -> None:
@@ -128,10 +164,7 @@ def add_secrets(
     if not check:
         path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path.parent) if path.parent.is_dir() else contextlib.nullcontext():
-        content = path.read_bytes() if path.exists() else b""
-        # Without a secret, the vault encrypts a new file with Ansible's first vault password.
-        text, secret, vault_id = decrypted(content, vault) if is_encrypted(content) else (content.decode(), None, None)
-        encrypted = is_encrypted(content) or (not path.exists() and bool(vault.secrets))
+        text, encode = read(path, vault)
         known = {name for name, _ in entries(text)}
         new = {name: values.get(name) or random_secret() for name in names if name not in known}
         open_to_others = path.exists() and path.stat().st_mode & 0o777 != 0o600
@@ -139,7 +172,7 @@ def add_secrets(
         if check:
             return list(new), bool(new) or open_to_others
         if new:
-            replace(path, vault.encrypt(longer, secret=secret, vault_id=vault_id) if encrypted else longer.encode())
+            replace(path, encode(longer))
         elif open_to_others:
             path.chmod(0o600)
         return list(new), bool(new) or open_to_others
