@@ -18,7 +18,7 @@ from ansible_collections.django_celery.stack.plugins.plugin_utils import rotatio
 from helpers import MARK, ROOT, common_variables, wiring
 
 KNOWN = wiring()["secret_names"]
-GROUPS = ("all", "app", "broker", "database", "flower", "monitoring")
+GROUPS = ("all", "app", "broker", "database", "cache", "flower", "monitoring")
 SECRET = VaultSecret(b"the team's password")
 TEXT = f"""\
 ---
@@ -192,7 +192,8 @@ def test_playbook_gives_new_values_to_later_plays_and_shows_no_secret(inventory,
     new = yaml.safe_load(text)
     assert {name for name in old if new[name] == old[name]} == {
         "secret_certificate_authority",
-        # No host runs Flower or the monitoring.
+        # No host runs Flower, the cache or the monitoring.
+        "secret_valkey_password",
         "secret_flower_password",
         "secret_flower_cookie",
         "secret_monitoring_password",
