@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import yaml
+from ansible.module_utils.testing import patch_module_args
 from ansible_collections.django_celery.stack.plugins.filter import rabbitmq_migration
 from ansible_collections.django_celery.stack.plugins.module_utils import rabbitmq_upgrade
+from ansible_collections.django_celery.stack.plugins.module_utils.errors import Failure
 from ansible_collections.django_celery.stack.plugins.module_utils.rabbitmq_versions import upstream
+from ansible_collections.django_celery.stack.plugins.modules import rabbitmq_upgrade as module
 from helpers import ROOT
 
 DATA = yaml.safe_load((ROOT / "roles/rabbitmq/vars/main/compatibility.yml").read_text())
@@ -144,6 +149,83 @@ def test_queues_with_an_old_machine_version():
         "silent in shop": [{"Machine Version": 4}, {"Machine Version": ""}],
     }
     assert rabbitmq_upgrade.old_queues(statuses, 4) == ["old in shop", "silent in shop"]
+
+
+# The module
+
+
+class Api:
+    """Imitates the management API of a broker with one quorum queue."""
+
+    def __init__(self, *_):
+        pass
+
+    def get(self, path):
+        if path.startswith("nodes?"):
+            return [NODE]
+        if path.startswith("queues/quorum/shop/mail/"):
+            return [{"Machine Version": 4}]
+        if path.startswith("queues?"):
+            return [{**QUEUE, "type": "quorum"}]
+        assert path == "feature-flags"
+        return [FLAG]
+
+
+class SilentApi(Api):
+    def get(self, path):
+        raise Failure("No answer.")
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path, capsys):
+    def run(installed, wanted, api=Api, machine_version=4):
+        monkeypatch.setattr(module, "installed_versions", lambda names: {"rabbitmq-server": installed} if installed else {})
+        monkeypatch.setattr(module, "ManagementApi", api)
+        monkeypatch.setattr(rabbitmq_upgrade, "current_machine_version", lambda: machine_version)
+        arguments = {
+            "version": wanted,
+            "erlang": "27",
+            "data": str(tmp_path),
+            "url": "",
+            "administrator": "a",
+            "password": "Secret",
+        }
+        tables = {"paths": PATHS, "required_flags": REQUIRED, "compatibility": TABLE}
+        with patch_module_args({**arguments, **tables}), pytest.raises(SystemExit):
+            module.main()
+        return json.loads(capsys.readouterr().out)
+
+    return run
+
+
+@pytest.mark.parametrize("installed", ["", "4.0.5-8", "4.0.5"])
+def test_broker_is_not_asked_without_an_upgrade(run, installed):
+    found = run(installed, "4.0", SilentApi)
+    assert (found["installed"], found["refusal"], found["unreadable"]) == (upstream(installed), "", False)
+
+
+def test_healthy_broker_is_upgraded(run):
+    assert run("4.0.5-8", "4.1")["refusal"] == ""
+
+
+def test_old_machine_version_prevents_an_upgrade(run):
+    expected = "The queues mail in shop have an old machine version. Restart the node of each queue's leader."
+    assert run("4.0.5-8", "4.1", machine_version=5)["refusal"] == expected
+
+
+def test_broker_that_does_not_answer_prevents_an_upgrade(run):
+    expected = "The broker must run before its upgrade, so that its queues can be checked. No answer."
+    assert run("4.0.5-8", "4.1", SilentApi)["refusal"] == expected
+
+
+def test_unreadable_data_is_reported(run, tmp_path):
+    (tmp_path / "rabbit@mq1-feature_flags").write_text(FLAGS_OF_310)
+    found = run("4.0.5-8", "4.0")
+    assert found["unreadable"]
+    assert "does not start with it" in found["refusal"]
+    found = run("3.10.8-1.1", "4.0")
+    assert not found["unreadable"]
+    assert "which can read the data of 3.13, 4.0 only" in found["refusal"]
 
 
 # The migration

@@ -63,9 +63,9 @@ def rabbitmq_absent_definitions(wanted, found):
 
 def rabbitmq_losses(results):
     """Return a sentence about the messages in the results of `rabbitmqctl list_queues`, one result per virtual host."""
-    found = [(queue["messages"], queue["name"], each["item"]) for each in results for queue in json.loads(each["stdout"])]
-    lost = [f"{messages} in {name} of {vhost}" for messages, name, vhost in found if messages]
-    total = sum(messages for messages, _, _ in found)
+    found = sorted((each["item"], queue["name"], queue["messages"]) for each in results for queue in json.loads(each["stdout"]))
+    lost = [f"{messages} in {name} of {vhost}" for vhost, name, messages in found if messages]
+    total = sum(messages for _, _, messages in found)
     return f"{total} messages would be lost: {', '.join(lost)}." if lost else "All queues are empty, so no message would be lost."
 
 

@@ -214,3 +214,33 @@ def test_upgrade_without_a_running_broker_is_refused(site, root):
     root("systemctl start rabbitmq-server")
     assert code != 0
     assert "The broker must run before its upgrade" in output
+
+
+# Debian has only one release of RabbitMQ 4.0. Its package with a higher version, in a local source, simulates the next release.
+NEXT_RELEASE = """
+set -e
+cd /var/tmp && mkdir -p next source
+apt-get -qq download rabbitmq-server
+dpkg-deb --raw-extract rabbitmq-server_*.deb next && rm rabbitmq-server_*.deb
+sed -i -E 's/^Version: .*$/Version: 4.0.99-1/' next/DEBIAN/control
+dpkg-deb --build next source/rabbitmq-server.deb > /dev/null
+{ cat next/DEBIAN/control; echo Filename: ./rabbitmq-server.deb; echo Size: $(stat --format %s source/rabbitmq-server.deb)
+  echo SHA256: $(sha256sum source/rabbitmq-server.deb | cut -d' ' -f1); } > source/Packages
+echo 'deb [trusted=yes] file:/var/tmp/source ./' > /etc/apt/sources.list.d/next.list
+apt-get -qq update
+"""
+
+
+def test_healthy_broker_is_upgraded_and_keeps_its_messages(run_playbook, root, connect, backups, api):
+    channel = connect().channel()
+    channel.confirm_select()
+    channel.basic_publish_confirm(amqp.Message("kept", delivery_mode=2), "orders", "quorum", confirm_timeout=10)
+    root(NEXT_RELEASE)
+    playbook = "playbooks/ops/upgrade_rabbitmq.yml"
+    done = run_playbook(playbook, backup_directory=str(backups), rabbitmq_version="4.0.99")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "rabbitmq-server 4.0.99-1" in root(PACKAGES)
+    assert (backups / "definitions.json").exists()
+    message = connect().channel().basic_get("orders.quorum", no_ack=True)
+    assert message.body == "kept"
+    assert [flag["name"] for flag in api("feature-flags") if flag["stability"] == "stable" and flag["state"] != "enabled"] == []
