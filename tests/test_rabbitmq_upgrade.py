@@ -68,6 +68,8 @@ def test_refused_paths(installed, wanted, reason):
 def test_erlang_on_which_the_installed_series_does_not_run_is_refused():
     expected = "RabbitMQ 3.13.7 is installed, which does not run on Erlang 27 (rabbitmq_erlang_version)."
     assert expected in refusal("3.13.7", "4.0", "27", FLAGS_OF_313)
+    assert "RabbitMQ 4.0.2 is installed, which does not run on Erlang 27" in refusal("4.0.2", "4.0", "27")
+    assert refusal("4.0.2", "4.0", "26.2") == ""
 
 
 def test_disabled_flags_of_313_are_named():

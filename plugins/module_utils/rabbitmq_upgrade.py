@@ -110,8 +110,10 @@ def offline_refusal(
     `installed` is empty if the package is not installed.
     """
     refusal = data_refusal(required, installed or wanted, enabled)
-    if refusal or not is_upgrade(installed, wanted):
+    if refusal or not installed:
         return refusal
+    if not is_upgrade(installed, wanted):
+        return erlang_refusal(table, installed, erlang)
     return (
         path_refusal(paths, installed, wanted)
         or erlang_refusal(table, installed, erlang)
