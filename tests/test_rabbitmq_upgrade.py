@@ -212,7 +212,9 @@ def test_healthy_broker_is_upgraded(run):
 
 def test_old_machine_version_prevents_an_upgrade(run):
     expected = "The queues mail in shop have an old machine version. Restart the node of each queue's leader."
-    assert run("4.0.5-8", "4.1", machine_version=5)["refusal"] == expected
+    found = run("4.0.5-8", "4.1", machine_version=5)
+    assert found["refusal"] == expected
+    assert not found["migration"]
 
 
 def test_broker_that_does_not_answer_prevents_an_upgrade(run):
@@ -224,9 +226,11 @@ def test_unreadable_data_is_reported(run, tmp_path):
     (tmp_path / "rabbit@mq1-feature_flags").write_text(FLAGS_OF_310)
     found = run("4.0.5-8", "4.0")
     assert found["unreadable"]
+    assert found["migration"]
     assert "does not start with it" in found["refusal"]
     found = run("3.10.8-1.1", "4.0")
     assert not found["unreadable"]
+    assert found["migration"]
     assert "which can read the data of 3.13, 4.0 only" in found["refusal"]
 
 

@@ -9,6 +9,7 @@ from ansible_collections.django_celery.stack.plugins.module_utils.host_state imp
 from ansible_collections.django_celery.stack.plugins.module_utils.management_api import ManagementApi
 from ansible_collections.django_celery.stack.plugins.module_utils.masking import masked
 from ansible_collections.django_celery.stack.plugins.module_utils.rabbitmq_upgrade import (
+    MIGRATE,
     data_refusal,
     flags_of_data,
     is_upgrade,
@@ -95,6 +96,10 @@ refusal:
   type: str
   returned: always
   sample: "The node rabbit@mq1 has a memory alarm."
+migration:
+  description: Whether the playbook migrate_rabbitmq.yml is a way to the wanted version.
+  type: bool
+  returned: always
 unreadable:
   description: Whether the installed RabbitMQ does not start with the data of the node.
   type: bool
@@ -131,7 +136,7 @@ def main() -> None:
             refusal = " ".join(running_refusals(api))
         except Failure as failure:
             refusal = masked(f"The broker must run before its upgrade, so that its queues can be checked. {failure}")
-    module.exit_json(changed=False, installed=installed, refusal=refusal, unreadable=unreadable)
+    module.exit_json(changed=False, installed=installed, refusal=refusal, migration=MIGRATE in refusal, unreadable=unreadable)
 
 
 if __name__ == "__main__":
