@@ -116,7 +116,8 @@ def test_version_of_a_package(version, expected):
 
 # The running broker
 
-NODE = {"name": "rabbit@mq1", "running": True, "mem_alarm": False, "disk_free_alarm": False}
+NODE = {"name": "rabbit@mq1", "running": True}
+ALARM = {"node": "rabbit@mq1", "resource": "memory"}
 QUEUE = {"name": "mail", "vhost": "shop", "members": ["a", "b", "c"], "online": ["a", "b"]}
 FLAG = {"name": "khepri_db", "state": "enabled", "stability": "stable"}
 
@@ -125,9 +126,7 @@ FLAG = {"name": "khepri_db", "state": "enabled", "stability": "stable"}
     ("node", "queue", "flag", "reason"),
     [
         ({}, {}, {}, None),
-        ({"running": False, "mem_alarm": None}, {}, {}, "The node rabbit@mq1 does not run."),
-        ({"mem_alarm": True}, {}, {}, "The node rabbit@mq1 has a memory alarm."),
-        ({"disk_free_alarm": True}, {}, {}, "The node rabbit@mq1 has a disk alarm."),
+        ({"running": False}, {}, {}, "The node rabbit@mq1 does not run."),
         ({}, {"online": ["a"]}, {}, "The queue mail in shop has no majority: 1 of 3 members run."),
         ({}, {"members": ["a", "b"], "online": ["a"]}, {}, "The queue mail in shop has no majority: 1 of 2 members run."),
         ({}, {}, {"state": "disabled"}, "The feature flags khepri_db are not enabled. Run `rabbitmqctl enable_feature_flag all`."),
@@ -136,12 +135,12 @@ FLAG = {"name": "khepri_db", "state": "enabled", "stability": "stable"}
     ],
 )
 def test_states_that_prevent_an_upgrade(node, queue, flag, reason):
-    found = rabbitmq_upgrade.broker_refusals([{**NODE, **node}], [{**QUEUE, **queue}], [{**FLAG, **flag}])
+    found = rabbitmq_upgrade.broker_refusals([{**NODE, **node}], [], [{**QUEUE, **queue}], [{**FLAG, **flag}])
     assert found == ([reason] if reason else [])
 
 
 def test_classic_queue_has_no_members():
-    assert rabbitmq_upgrade.broker_refusals([NODE], [{"name": "q", "vhost": "shop"}], [FLAG]) == []
+    assert rabbitmq_upgrade.broker_refusals([NODE], [], [{"name": "q", "vhost": "shop"}], [FLAG]) == []
 
 
 def test_queues_with_an_old_machine_version():
@@ -171,6 +170,10 @@ class Api:
             return [{**QUEUE, "type": "quorum"}]
         assert path == "feature-flags"
         return [FLAG]
+
+    def health(self, check):
+        assert check == "alarms"
+        return {"status": "ok"}
 
 
 class SilentApi(Api):
@@ -208,6 +211,14 @@ def test_broker_is_not_asked_without_an_upgrade(run, installed):
 
 def test_healthy_broker_is_upgraded(run):
     assert run("4.0.5-8", "4.1")["refusal"] == ""
+
+
+def test_alarm_prevents_an_upgrade(run):
+    class AlarmedApi(Api):
+        def health(self, check):
+            return {"status": "failed", "alarms": [ALARM]}
+
+    assert run("4.0.5-8", "4.1", AlarmedApi)["refusal"] == "The node rabbit@mq1 has a memory alarm."
 
 
 def test_old_machine_version_prevents_an_upgrade(run):

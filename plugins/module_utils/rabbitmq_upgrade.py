@@ -126,14 +126,12 @@ def is_upgrade(installed: str, wanted: str) -> bool:
     return bool(installed) and not begins(installed, wanted)
 
 
-def broker_refusals(nodes: Iterable[Object], queues: Iterable[Object], flags: Iterable[Object]) -> list[str]:
+def broker_refusals(
+    nodes: Iterable[Object], alarms: Iterable[Object], queues: Iterable[Object], flags: Iterable[Object]
+) -> list[str]:
     """Return why a running broker must not be upgraded now, from the answers of its management API."""
-    found = []
-    for node in nodes:
-        if not node["running"]:
-            found.append(f"The node {node['name']} does not run.")
-        alarms = [what for what, key in (("memory", "mem_alarm"), ("disk", "disk_free_alarm")) if node.get(key)]
-        found += [f"The node {node['name']} has a {what} alarm." for what in alarms]
+    found = [f"The node {node['name']} does not run." for node in nodes if not node["running"]]
+    found += [f"The node {alarm['node']} has a {alarm['resource']} alarm." for alarm in alarms]
     for queue in queues:
         members, online = queue.get("members", []), queue.get("online", [])
         if members and len(online) * 2 <= len(members):
@@ -184,7 +182,9 @@ def quorum_statuses(api: ManagementApi) -> dict[str, list[Object]]:
 def running_refusals(api: ManagementApi) -> list[str]:
     """Return why the running broker must not be upgraded now. Raises Failure if it does not answer."""
     found = broker_refusals(
-        api.get("nodes?columns=name,running,mem_alarm,disk_free_alarm"),
+        api.get("nodes?columns=name,running"),
+        # The alarms in the list of nodes are some seconds old.
+        api.health("alarms").get("alarms", []),
         api.get("queues?columns=vhost,name,members,online"),
         api.get("feature-flags"),
     )
