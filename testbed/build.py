@@ -32,7 +32,7 @@ STAND_IN_FILES = "/etc/testbed"
 
 NPM = ("npm", "ci", "--omit=dev", "--ignore-scripts", "--no-audit", "--no-fund")
 
-DEBIAN_SUITES = {"debian13": "trixie", "debian-testing": "testing"}
+DEBIAN_SUITES = {"debian12": "bookworm", "debian13": "trixie", "debian-testing": "testing"}
 
 
 @dataclass(frozen=True)

@@ -218,7 +218,7 @@ TABLE = yaml.safe_load((ROOT / "roles/rabbitmq/vars/main/compatibility.yml").rea
     ],
 )
 def test_included_table_of_rabbitmq_and_erlang(version, erlang, level):
-    assert rabbitmq.rabbitmq_compatibility(TABLE, version, erlang) == level
+    assert rabbitmq.compatibility(TABLE, version, erlang) == level
 
 
 # Celery

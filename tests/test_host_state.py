@@ -24,7 +24,7 @@ ME, GROUP = pwd.getpwuid(os.getuid()).pw_name, grp.getgrgid(os.getgid()).gr_name
 
 def state(check=False, **wanted):
     """The HostState object after a run with these options."""
-    options = {"users": [], "directories": [], "files": [], "packages": {}, "upgrades": [], "look_at": [], "requires": []}
+    options = {"users": [], "directories": [], "files": [], "packages": {}, "look_at": [], "requires": []}
     warnings = []
     module = SimpleNamespace(
         params=options | wanted, check_mode=check, set_default_selinux_context=lambda path, changed: changed, warn=warnings.append
@@ -290,24 +290,6 @@ def test_packages_of_another_version_are_missing(dpkg):
     result = state(packages=wanted).result
     assert result["packages_missing"] == ["erlang-base", "old", "never"]
     assert result["packages"] == {"rabbitmq-server": "4.0.5-6", "erlang-base": "1:27.3.4-1"}
-
-
-@pytest.mark.parametrize(("accepted", "refused"), [("(3[.]13|4[.]0)[.]", False), ("(4[.]2|4[.]3)[.]", True)])
-def test_upgrade_from_another_version_is_refused_before_a_change(dpkg, tmp_path, accepted, refused):
-    upgrade = {"package": "rabbitmq-server", "from": accepted, "otherwise": "That is too old."}
-    wanted = {"packages": {"rabbitmq-server": "4[.]3"}, "upgrades": [upgrade], "files": [file_entry(tmp_path / "pin", "4.3\n")]}
-    if not refused:
-        assert state(**wanted).result["changed"]
-        return
-    with pytest.raises(Failure) as failure:
-        state(**wanted)
-    assert str(failure.value) == "rabbitmq-server 4.0.5-6 is installed. That is too old."
-    assert not (tmp_path / "pin").exists()
-
-
-def test_first_installation_is_no_upgrade(dpkg):
-    upgrade = {"package": "never", "from": "4[.]2", "otherwise": ""}
-    assert state(packages={"never": ""}, upgrades=[upgrade]).result["packages_missing"] == ["never"]
 
 
 def test_packages_of_rpm(tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ class Node(BaseHTTPRequestHandler):
     """Responds with the status in the path."""
 
     def do_GET(self):
-        status = int(self.path.removeprefix("/api/"))
+        status = int(self.path.rpartition("/")[2])
         self.send_response(status)
         self.end_headers()
         if status != 204:
@@ -52,6 +52,15 @@ def test_waits_for_a_starting_node(server, monkeypatch):
     Timer(0.3, listen, (server,)).start()
     assert client(server, timeout=60).get("200") == {"uri": "amqp://u:Hidden@h"}
     assert time.monotonic() - begin >= 0.3
+
+
+def test_failed_health_check_is_an_answer(server):
+    listen(server)
+    assert client(server).health("503") == {"uri": "amqp://u:Hidden@h"}
+    with pytest.raises(Failure):
+        client(server).health("500")
+    with pytest.raises(Failure):
+        client(server).get("503")
 
 
 def test_empty_response_is_none(server):

@@ -27,6 +27,7 @@ class Api:
         self.definitions = {"users": [{"name": ADMINISTRATOR, "password_hash": hash_of(PASSWORD)}], "vhosts": []}
         self.flags = {"old": "enabled", "new": "disabled", "newer than this node": "unavailable"}
         self.queues, self.connections = {}, {}
+        self.machine_version = 4
         self.gone, self.requests, self.refusal, self.imported = set(), [], None, folder / "imported.json"
 
     def administrators_hash(self):
@@ -56,6 +57,10 @@ class Api:
         what, *names = map(unquote, below.partition("?")[0].split("/"))
         if what == "feature-flags":
             return 200, [{"name": name, "state": state, "stability": "stable"} for name, state in self.flags.items()]
+        if below.startswith("queues/quorum/"):
+            return 200, [{"Machine Version": self.machine_version}]
+        if what == "queues" and not names:
+            return 200, [{"vhost": "app", "name": "mail", "type": "quorum"}, {"vhost": "app", "name": "other", "type": "classic"}]
         if what == "queues":
             return 200, self.queues.get(names[0], [])
         if what == "exchanges":
@@ -87,7 +92,9 @@ def api(tmp_path, monkeypatch):
 
     executable(
         tmp_path / "bin/rabbitmqctl",
-        f"import sys\nopen({str(tmp_path / 'argv')!r}, 'w').write(repr(sys.argv))\n"
+        # The machine version of the node's quorum queues.
+        "import sys\nif 'eval' in sys.argv:\n    print(4)\n    sys.exit()\n"
+        f"open({str(tmp_path / 'argv')!r}, 'w').write(repr(sys.argv))\n"
         f"open({str(api.imported)!r}, 'w').write(open(sys.argv[-1]).read())\n",
     )
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
@@ -149,6 +156,17 @@ def test_stable_feature_flags_are_enabled(api, run):
     assert run(api.url)["changed"]
     assert api.flags == {"old": "enabled", "new": "enabled", "newer than this node": "unavailable"}
     assert not run(api.url)["changed"]
+
+
+def test_feature_flags_wait_for_the_machine_version_of_quorum_queues(api, run, monkeypatch):
+    monkeypatch.setattr(brokers, "CURRENT", 0)
+    api.flags["new"] = "disabled"
+    api.machine_version = 3
+    result = run(api.url)
+    assert result["failed"]
+    assert "The feature flags new are not enabled" in result["msg"]
+    assert "mail in app" in result["msg"]
+    assert api.flags["new"] == "disabled"
 
 
 def test_guest_is_deleted(api, run):

@@ -18,12 +18,20 @@ from ansible_collections.django_celery.stack.plugins.module_utils.definitions im
 from ansible_collections.django_celery.stack.plugins.module_utils.errors import Failure
 from ansible_collections.django_celery.stack.plugins.module_utils.management_api import ManagementApi, Unauthorized
 from ansible_collections.django_celery.stack.plugins.module_utils.masking import masked, uri_passwords
+from ansible_collections.django_celery.stack.plugins.module_utils.rabbitmq_upgrade import (
+    current_machine_version,
+    disabled_flags,
+    old_queues,
+    quorum_statuses,
+)
 
 # Exchanges that RabbitMQ creates in each virtual host.
 BUILT_IN = re.compile(r"$|amq\.")
 
-# Time limits in seconds: until an import is visible on this node, and until rabbitmqctl exits.
+# Time limits in seconds: until an import is visible on this node, until quorum queues have the machine version of an upgraded
+# node, and until rabbitmqctl exits.
 VISIBLE = 5
+CURRENT = 60
 RABBITMQCTL = 120
 
 
@@ -69,7 +77,7 @@ class Broker:
             self.set_administrator()
             actual = self.read_as_new_administrator()
         self.add_secrets(uri_passwords([actual.get("parameters"), actual.get("global_parameters")]))
-        flags = self.disabled_feature_flags()
+        flags = disabled_flags(self.api.get("feature-flags"))
         purge, kept = self.purge(actual) if self.variables["purge"] else (None, [])
         found = compare(actual, self.variables, purge)
         if found.conflicts:
@@ -81,6 +89,8 @@ class Broker:
         for flag in flags:
             before[f"feature flag {flag}"], after[f"feature flag {flag}"] = "disabled", "enabled"
         if not self.check:
+            if flags:
+                self.require_current_queues(flags)
             for flag in flags:
                 self.api.put(api_path("feature-flags", flag, "enable"), {})
             if found:
@@ -108,10 +118,22 @@ class Broker:
             raise Failure(f"RabbitMQ rejects {self.administrator} even after its password was set.") from None
         return definitions
 
-    def disabled_feature_flags(self) -> list[str]:
-        """Return the names of the disabled stable feature flags. If a node lacks a flag, the flag's state is `unavailable`."""
-        flags = self.api.get("feature-flags")
-        return sorted(flag["name"] for flag in flags if flag["state"] == "disabled" and flag["stability"] in ("stable", "required"))
+    def require_current_queues(self, flags: list[str]) -> None:
+        """Wait until each quorum queue has the node's machine version. Raises Failure if one keeps an older version.
+
+        With the flag `rabbitmq_4.0.0`, a queue of machine version 3 crashes, and confirms messages that it discards
+        (rabbitmq-server#17504).
+        """
+        current = current_machine_version()
+        until = time.monotonic() + CURRENT
+        while old := old_queues(quorum_statuses(self.api), current):
+            if time.monotonic() > until:
+                raise Failure(
+                    f"The feature flags {', '.join(flags)} are not enabled, because quorum queues have a member with an old "
+                    f"machine version or without an answer: {', '.join(old)}. Restart the node of each queue's leader, and run the "
+                    "playbook again."
+                )
+            time.sleep(1)
 
     def purge(self, actual: Object) -> tuple[Purge, list[str]]:
         """Return the objects to delete, and a message for each unlisted virtual host that is kept.

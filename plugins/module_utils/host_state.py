@@ -102,10 +102,6 @@ class HostState:
         self.result["packages_missing"] = [
             name for name, pattern in wanted["packages"].items() if name not in versions or not re.match(pattern, versions[name])
         ]
-        for upgrade in wanted["upgrades"]:
-            version = versions.get(upgrade["package"])
-            if version is not None and not re.match(upgrade["from"], version):
-                raise Failure(f"{upgrade['package']} {version} is installed. {upgrade['otherwise']}")
         if self.result["packages_missing"] and not self.check:
             self.warn_about_lock()
         paths = {path: os.path.exists(path) for path in [*wanted["look_at"], *wanted["requires"]]}

@@ -40,6 +40,10 @@ class ManagementApi:
     def get(self, path: str) -> Any:
         return self.request("GET", path)
 
+    def health(self, check: str) -> Any:
+        """Return the answer of a health check, which has the status 503 if it fails."""
+        return self.request("GET", f"health/checks/{check}", accepted=503)
+
     def post(self, path: str, data: Any) -> None:
         self.request("POST", path, data)
 
@@ -50,9 +54,10 @@ class ManagementApi:
         """Delete the object at a path. It may already be deleted, manually or by an interrupted run."""
         self.request("DELETE", path)
 
-    def request(self, method: str, path: str, data: Any = None) -> Any:
+    def request(self, method: str, path: str, data: Any = None, accepted: Optional[int] = None) -> Any:
         """Return the answer's JSON, or None if the answer is empty. `path` is below /api. `data` is sent as JSON.
 
+        An answer with the status `accepted` is no error.
         Raises NoAnswer, Unauthorized, or Failure with the API's reason. Passwords in URIs are masked.
         """
         while True:
@@ -77,6 +82,8 @@ class ManagementApi:
                     return None
                 if error.code == 401:
                     raise Unauthorized(f"The management API at {masked(self.url)} rejects {self.user}'s password.") from None
+                if error.code == accepted:
+                    return json.loads(error.read())
                 reason = error.read().decode(errors="replace").strip()
                 raise Failure(masked(f"The management API at {self.url} answered {error.code}: {reason}")) from None
             except (URLError, OSError) as error:

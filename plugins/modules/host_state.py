@@ -94,24 +94,6 @@ options:
     description: Packages of dpkg or rpm. Each value is a regular expression that the beginning of the version must match.
     type: dict
     default: {}
-  upgrades:
-    description: Packages that must not be upgraded from each version. If one of them is refused, nothing is changed.
-    type: list
-    elements: dict
-    default: []
-    suboptions:
-      package:
-        description: The name of a package in O(packages).
-        type: str
-        required: true
-      from:
-        description: Regular expression that the beginning of the installed version must match. A missing package is accepted.
-        type: str
-        required: true
-      otherwise:
-        description: The end of the error message.
-        type: str
-        required: true
   look_at:
     description: Paths to report in RV(exists) and RV(links).
     type: list
@@ -205,12 +187,6 @@ def main() -> None:
                 "required_one_of": [("content", "secret_content")],
             },
             "packages": {"type": "dict", "default": {}},
-            "upgrades": {
-                "type": "list",
-                "elements": "dict",
-                "default": [],
-                "options": {name: {"type": "str", "required": True} for name in ("package", "from", "otherwise")},
-            },
             "look_at": {"type": "list", "elements": "path", "default": []},
             "requires": {"type": "list", "elements": "path", "default": []},
         },
