@@ -23,8 +23,8 @@ OPTIONAL_GROUPS = ("broker", "database", "flower", "proxy", "monitoring")
 # The roles that validate.yml checks, by the inventory group on whose hosts they run.
 ROLES = {
     "all": ("offline_packages", "ca_certificates", "certificates", "firewall", "monitoring"),
-    "broker": ("erlang", "rabbitmq"),
-    "database": ("postgresql",),
+    "broker": ("erlang", "rabbitmq", "backups"),
+    "database": ("postgresql", "backups"),
     "app": ("django",),
     "workers": ("celery",),
     "flower": ("flower",),
