@@ -6,6 +6,7 @@ import json
 from datetime import datetime, timedelta
 
 import pytest
+import requests
 
 DUMPS = "/var/lib/mailroom-backups/dumps"
 SUCCESS = "/var/lib/mailroom-backups/success.prom"
@@ -136,20 +137,27 @@ def test_status_and_smoke_test_report_the_age(status, play):
     assert "The oldest backup is 0 hours old." in play("smoke", smoke_backup_hours=1)
 
 
-def prometheus(root, query):
-    login = "--user monitoring:$(cat /etc/prometheus/tokens/password)"
-    done = root(f"curl --silent --fail {login} --data-urlencode 'query={query}' http://127.0.0.1:9090/api/v1/query")
-    return json.loads(done.stdout)["data"]["result"]
+@pytest.fixture
+def prometheus(url, variables):
+    """Returns the values of the label `kind` in the result of a query."""
+    login = ("monitoring", variables["secret_monitoring_password"])
+
+    def kinds(query):
+        answer = requests.get(f"{url(9090)}/api/v1/query", params={"query": query}, auth=login, timeout=10)
+        answer.raise_for_status()
+        return {each["metric"]["kind"] for each in answer.json()["data"]["result"]}
+
+    return kinds
 
 
-def test_alert_reads_the_metric(root, backup, eventually):
+def test_alert_reads_the_metric(root, backup, eventually, prometheus):
+    both = {"postgresql", "rabbitmq"}
     assert backup().rc == 0
-    query = "time() - backup_last_success_timestamp_seconds < 600"
-    eventually(lambda: {each["metric"]["kind"] for each in prometheus(root, query)} == {"postgresql", "rabbitmq"}, seconds=90)
+    eventually(lambda: prometheus("time() - backup_last_success_timestamp_seconds < 600") == both, seconds=90)
     firing = 'ALERTS{alertname="BackupOld", alertstate="firing"}'
-    assert prometheus(root, firing) == []
-    root(f"sed -i -E 's/ [0-9]+$/ '$(date --date='27 hours ago' +%s)/ {METRICS}")
-    eventually(lambda: {each["metric"]["kind"] for each in prometheus(root, firing)} == {"postgresql", "rabbitmq"}, seconds=90)
+    eventually(lambda: prometheus(firing) == set(), seconds=90)
+    assert root(f"sed -i -E \"s/ [0-9]+$/ $(date --date='27 hours ago' +%s)/\" {METRICS}").rc == 0
+    eventually(lambda: prometheus(firing) == both, seconds=90)
     assert backup().rc == 0
 
 
