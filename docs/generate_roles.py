@@ -20,6 +20,7 @@ GALAXY = {
 }
 # The platforms that a role does not support.
 UNSUPPORTED = {
+    "backups": {"macOS"},
     "certificates": {"macOS"},
     "firewall": {"macOS"},
     "monitoring": {"EL", "macOS"},

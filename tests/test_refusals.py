@@ -20,6 +20,7 @@ import yaml
 from helpers import MARK, ROOT, common_variables, names_in, playbook
 
 LAYERS = {
+    "backups": "broker",
     "rabbitmq": "broker",
     "erlang": "broker",
     "postgresql": "database",
@@ -677,8 +678,93 @@ REFUSED |= {
         ),
     ],
 }
+BY_SFTP = {
+    "backups_repository": "sftp:backup@store.example.org:/srv/backups",
+    "backups_ssh_key": f"-----BEGIN {'OPENSSH'} PRIVATE KEY-----\n{MARK}\n",
+    "backups_ssh_known_hosts": "store.example.org ssh-ed25519 AAAA",
+}
+REFUSED |= {
+    "backups types": [
+        ({"backups_keep_daily": "seven"}, "backups_keep_daily is 'seven', not a whole number."),
+        ({"backups_keep_yearly": 1}, "backups_keep_yearly is not a variable of the role backups"),
+        ({"backups_schedule": 150}, "backups_schedule is 150, not a quoted string."),
+    ],
+    "backups": [
+        (
+            {"backups_name": "My Shop"},
+            "backups_name is 'My Shop'; allowed is a lower-case word of at most 24 letters, digits and hyphens.",
+        ),
+        *(
+            (
+                {"backups_repository": repository},
+                f"backups_repository is '{repository}'; allowed are an absolute path, sftp:user@host:/path, "
+                "s3:https://host/bucket, or an empty string.",
+            )
+            for repository in ("srv/backups", "/", "/srv/my backups", "sftp:backup@store", "s3:https://s3.example.org", "ftp://a/b")
+        ),
+        (
+            {"backups_repository": "/srv/backups", "backups_password": MARK[:11]},
+            "backups_password must have at least 12 characters, because backups_repository is set.",
+        ),
+        (
+            {**BY_SFTP, "backups_ssh_key": MARK},
+            "backups_ssh_key is not a private SSH key, which backups_repository needs for sftp.",
+        ),
+        (
+            {**BY_SFTP, "backups_ssh_known_hosts": " "},
+            "backups_ssh_known_hosts is empty; allowed for sftp are the server's host keys, as printed by ssh-keyscan.",
+        ),
+        (
+            {"backups_environment": {"AWS KEY": MARK}},
+            "backups_environment has a wrong value: 'AWS KEY' is not a valid name of an environment variable.",
+        ),
+        (
+            {"backups_environment": {"RESTIC_PASSWORD": MARK}},
+            "backups_environment has RESTIC_PASSWORD or RESTIC_REPOSITORY; set backups_password and backups_repository instead.",
+        ),
+        *(
+            (
+                {"backups_schedule": schedule},
+                f"backups_schedule is '{schedule}'; allowed are hourly, or the time of a daily backup, such as 02:30.",
+            )
+            for schedule in ("weekly", "24:00", "2:30")
+        ),
+        (
+            {"backups_keep_daily": 0, "backups_keep_weekly": 0, "backups_keep_monthly": 0},
+            "backups_keep_daily, backups_keep_weekly and backups_keep_monthly are 0, 0, 0; allowed is 0 or more, and at least one "
+            "must be 1 or more, because otherwise no backup is kept.",
+        ),
+        (
+            {"backups_keep_weekly": -1},
+            "backups_keep_daily, backups_keep_weekly and backups_keep_monthly are 7, -1, 12; allowed is 0 or more",
+        ),
+        (
+            {"backups_databases": ["shop", "it's"]},
+            "backups_databases has 'it's'; allowed are names of letters, digits, underscores and hyphens.",
+        ),
+        (
+            {"backups_metrics_directory": "metrics"},
+            "backups_metrics_directory is 'metrics'; allowed is an absolute path without spaces, or an empty string.",
+        ),
+        (
+            {"backups_broker_url": f"http://admin:{MARK}/127.0.0.1"},
+            "backups_broker_url has no such form; allowed are http://user:password@host:port, https, or an empty string.",
+        ),
+        (
+            {"backups_snapshot": "yesterday"},
+            "backups_snapshot is 'yesterday'; allowed are latest, or a snapshot's ID of at least 8 characters.",
+        ),
+    ],
+}
 # The cases by host group: the variables of each case, and its warning.
 ACCEPTED = {
+    "backups accepted": [
+        ({}, ""),
+        ({"backups_repository": "/srv/backups", "backups_schedule": "hourly", "backups_keep_daily": 0}, ""),
+        (BY_SFTP, ""),
+        ({**BY_SFTP, "backups_repository": "sftp://backup@store.example.org:2222//srv/backups"}, ""),
+        ({"backups_repository": "s3:https://s3.example.org/bucket", "backups_environment": {"AWS_ACCESS_KEY_ID": "a"}}, ""),
+    ],
     "rabbitmq accepted": [
         ({}, ""),
         (versions("4.3", "29"), "WARNING: RabbitMQ 4.3 on Erlang 29"),

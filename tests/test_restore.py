@@ -141,13 +141,25 @@ def test_restore_of_databases_requires_all_dumps(restore, tmp_path):
     assert "host.invalid" in restore("postgresql")
 
 
-@pytest.mark.parametrize("role", ["postgresql", "rabbitmq"])
-@pytest.mark.parametrize("entry_point", ["backup", "restore"])
-def test_backup_directory_is_required(inventory, tmp_path, role, entry_point):
+def test_restore_of_scheduled_backups_needs_a_repository(restore):
+    assert "backups_repository is empty, so host.invalid has no scheduled backups." in restore("environment")
+
+
+@pytest.mark.parametrize(
+    ("role", "entry_point", "variable"),
+    [
+        ("postgresql", "backup", "postgresql_backup_directory"),
+        ("postgresql", "restore", "postgresql_backup_directory"),
+        ("rabbitmq", "backup", "rabbitmq_backup_directory"),
+        ("rabbitmq", "restore", "rabbitmq_backup_directory"),
+        ("backups", "fetch", "backups_restore_directory"),
+    ],
+)
+def test_directory_is_required(inventory, tmp_path, role, entry_point, variable):
     tasks = [{"import_role": {"name": f"django_celery.stack.{role}", "tasks_from": entry_point}}]
-    variables = {"postgresql_backup_directory": "", "rabbitmq_backup_directory": ""}
+    variables = {variable: ""}
     play = {"hosts": "all", "gather_facts": False, "vars": variables, "tasks": tasks}
     (tmp_path / "play.json").write_text(json.dumps([play]))
     _, _, output = playbook("-i", inventory, tmp_path / "play.json")
     assert f"Validating arguments against arg spec '{entry_point}' - " in output
-    assert f"{role}_backup_directory is empty; set it to a directory on the controller." in output
+    assert f"{variable} is empty; set it to a directory on the controller." in output

@@ -460,6 +460,19 @@ def test_age_of_backups_on_the_controller(tmp_path):
     ]
 
 
+def test_age_of_scheduled_backups(tmp_path):
+    file = tmp_path / "success.prom"
+    options = {"file": str(file), "kinds": ["postgresql", "rabbitmq"]}
+    assert host_status.backups(None) == []
+    assert host_status.backups(options) == [{"name": kind, "hours": None} for kind in ("postgresql", "rabbitmq")]
+    # The host backed up its database, but never its broker.
+    file.write_text(f'# HELP\nbackup_last_success_timestamp_seconds{{kind="postgresql"}} {int(time.time()) - 7200}\n')
+    found = host_status.backups(options)
+    assert found == [{"name": "postgresql", "hours": 2.0}, {"name": "rabbitmq", "hours": None}]
+    assert filters.scheduled_backups({"status": {"backups": found}}, "db1") == [{"host": "db1", **each} for each in found]
+    assert filters.scheduled_backups({"unreachable": True}, "db1") == []
+
+
 def test_report_has_broker_and_application_from_the_first_host_with_them():
     application = {"needs_operator": 1}
     broker = {"node": "rabbit@b", "nodes": [], "queues": [], "deprecated": []}
@@ -477,7 +490,13 @@ def test_report_has_broker_and_application_from_the_first_host_with_them():
 
 
 def test_names_of_filters():
-    assert set(filters.FilterModule().filters()) == {"file_backups", "host_entry", "status_report", "status_units"}
+    assert set(filters.FilterModule().filters()) == {
+        "file_backups",
+        "host_entry",
+        "scheduled_backups",
+        "status_report",
+        "status_units",
+    }
 
 
 def test_drift_is_read_from_a_run_in_check_mode():

@@ -23,8 +23,8 @@ OPTIONAL_GROUPS = ("broker", "database", "cache", "flower", "proxy", "monitoring
 # The roles that validate.yml checks, by the inventory group whose hosts run them.
 ROLES = {
     "all": ("offline_packages", "ca_certificates", "certificates", "firewall", "monitoring"),
-    "broker": ("erlang", "rabbitmq"),
-    "database": ("postgresql",),
+    "broker": ("erlang", "rabbitmq", "backups"),
+    "database": ("postgresql", "backups"),
     "cache": ("valkey",),
     "app": ("django",),
     "workers": ("celery",),

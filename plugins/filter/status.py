@@ -48,6 +48,11 @@ def file_backups(host, directory, names):
     ]
 
 
+def scheduled_backups(result, host):
+    """Return the ages of a host's scheduled backups in hours. Return an empty list if the host did not answer."""
+    return [{"host": host, **backup} for backup in (result.get("status") or {}).get("backups", [])]
+
+
 def status_report(hosts, environment, app, queues, backups, drift=None):
     """Return the report with its findings, its exit code, and its text and page."""
     status = [host["status"] for host in hosts if host["status"]]
@@ -76,6 +81,7 @@ class FilterModule:
         return {
             "file_backups": file_backups,
             "host_entry": host_entry,
+            "scheduled_backups": scheduled_backups,
             "status_report": status_report,
             "status_units": status_units,
         }

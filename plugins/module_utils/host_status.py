@@ -1,4 +1,5 @@
-"""Reads the state of a host of an environment: services, versions, disks, certificates, broker, workers and application.
+"""Reads the state of a host of an environment: services, versions, disks, certificates, broker, workers, application and
+backups.
 
 Changes nothing. If a part can't be read, the other parts are still returned.
 """
@@ -34,6 +35,9 @@ CERTIFICATE_SETTINGS = {
 }
 QUEUE_COLUMNS = "name,type,durable,messages,messages_ready,messages_unacknowledged,consumers,members,online,leader,state"
 NODE_COLUMNS = "name,running,mem_alarm,disk_free_alarm,partitions,fd_used,fd_total,mem_used,mem_limit,disk_free,disk_free_limit"
+
+# The metric that the role backups writes.
+BACKUP_TIME = r'^backup_last_success_timestamp_seconds\{kind="(\w+)"\} (\d+)$'
 
 
 def run(*command: str, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -231,6 +235,21 @@ def application(app: str, command: str) -> dict[str, Any]:
     return found
 
 
+# Backups
+
+
+def backups(options: Optional[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the age of the last successful backup of each kind of data in hours, or None without one."""
+    if not options:
+        return []
+    file = Path(options["file"])
+    times = dict(re.findall(BACKUP_TIME, file.read_text(), re.MULTILINE)) if file.exists() else {}
+    return [
+        {"name": kind, "hours": round((time.time() - int(times[kind])) / 3600, 1) if kind in times else None}
+        for kind in options["kinds"]
+    ]
+
+
 # All
 
 
@@ -246,6 +265,7 @@ def status(options: dict[str, Any]) -> dict[str, Any]:
         "broker": lambda: broker(options["broker"]),
         "workers": lambda: workers(app, options["workers"]),
         "application": lambda: application(app, options["command"]),
+        "backups": lambda: backups(options["backups"]),
     }
     for name, part in parts.items():
         try:

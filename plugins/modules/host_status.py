@@ -11,8 +11,8 @@ module: host_status
 short_description: Read the state of a host of an environment
 version_added: 0.2.0
 description:
-  - Reads services, versions, disks and certificates of a Linux host, and the state of the broker, the workers and the application
-    on it. Changes nothing.
+  - Reads services, versions, disks and certificates of a Linux host, and the state of the broker, the workers, the application and
+    the backups on it. Changes nothing.
   - If a part can't be read, the module returns its error in RV(status.errors) and the other parts. Needs root.
 options:
   app:
@@ -73,6 +73,19 @@ options:
     description: A management command of the project that prints its state as a JSON object.
     type: str
     default: ""
+  backups:
+    description: The scheduled backups of this host.
+    type: dict
+    suboptions:
+      file:
+        description: The file with the times of the last successful backups, which the role backups writes.
+        type: path
+        required: true
+      kinds:
+        description: The kinds of data that the host backs up, C(postgresql) and C(rabbitmq).
+        type: list
+        elements: str
+        required: true
 author: The maintainers of this bundle (@django-celery)
 """
 
@@ -119,6 +132,13 @@ def main() -> None:
                 },
             },
             "command": {"type": "str", "default": ""},
+            "backups": {
+                "type": "dict",
+                "options": {
+                    "file": {"type": "path", "required": True},
+                    "kinds": {"type": "list", "elements": "str", "required": True},
+                },
+            },
         },
         supports_check_mode=True,
     )

@@ -68,6 +68,10 @@ ELSEWHERE = {
         "secret_certificate_authority is not rotated: every client must trust the new authority before a server uses it. "
         "rotate=certificates replaces the keys and the certificates that it signed."
     ),
+    "secret_backups_password": (
+        "secret_backups_password is not rotated, because it opens the existing backups. Change it with restic's command "
+        "`key passwd` on each host that makes backups, and then in {path}."
+    ),
     "vault_password": (
         "The vault's password is on no host, so ansible-vault changes it: "
         "ansible-vault rekey --new-vault-password-file NEW_FILE {path}"
