@@ -159,7 +159,9 @@ if "beat" in sys.argv:
 
 
 @pytest.mark.parametrize("unit", BROKEN_WORKERS)
-def test_release_whose_workers_do_not_work_is_switched_back_on_all_hosts(run, state, on, project, traffic, unit):
+def test_release_whose_workers_do_not_work_is_switched_back_on_all_hosts(
+    run, state, project, traffic, require_stable_workers, unit
+):
     before = [state(name)[:2] for name in HOSTS]
     with traffic(80) as (_, errors):
         done = run("site.yml", "--tags", "django,celery", django_source=project("mailroom/celery.py", BROKEN_WORKERS[unit]))
@@ -172,7 +174,7 @@ def test_release_whose_workers_do_not_work_is_switched_back_on_all_hosts(run, st
     assert errors == []
 
 
-def test_environment_with_which_no_worker_answers_is_switched_back(run, state, on):
+def test_environment_with_which_no_worker_answers_is_switched_back(run, state, require_stable_workers):
     """The web service needs no broker."""
     before = [state(name)[:2] for name in HOSTS]
     done = run("site.yml", "--tags", "django,celery", wiring_broker_url="amqps://mailroom:wrong@127.0.0.1:5671/mailroom")
