@@ -13,7 +13,8 @@ from ansible_collections.django_celery.stack.plugins.module_utils.unlogged impor
 from helpers import ROOT
 
 # Action plugins. Their modules contain only the documentation.
-MODULES = sorted(path.stem for path in (ROOT / "plugins/modules").glob("*.py") if path.stem not in ("secrets_file", "deploy_lock"))
+ACTIONS = {path.stem for path in (ROOT / "plugins/action").glob("*.py")}
+MODULES = sorted({path.stem for path in (ROOT / "plugins/modules").glob("*.py")} - ACTIONS)
 KEYS = ("type", "elements", "required", "default")
 
 

@@ -8,12 +8,16 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import yaml
+from ansible.errors import AnsibleActionFail
 from ansible.parsing.vault import VaultLib, VaultSecret
 from ansible_collections.django_celery.stack.plugins.action import rotate_secrets
 from ansible_collections.django_celery.stack.plugins.action.secrets_file import NotAdded
+from ansible_collections.django_celery.stack.plugins.modules import rotate_secrets as documentation
 from ansible_collections.django_celery.stack.plugins.plugin_utils import rotation
 from helpers import MARK, ROOT, common_variables, wiring
 
@@ -129,6 +133,115 @@ def test_other_forms_of_a_value_are_refused(value):
 def test_file_in_brackets_is_refused():
     with pytest.raises(NotAdded, match="can't be changed"):
         rotated("{secret_one: a, secret_two: b}\n", "secret_one")
+
+
+# The action, without a playbook
+
+
+def run_action(options, task_vars, check_mode=False):
+    task = SimpleNamespace(args=options, action="rotate_secrets", check_mode=check_mode, async_val=0, environment=[], diff=False)
+    loader = SimpleNamespace(_vault=VaultLib())
+    return rotate_secrets.ActionModule(task, mock.Mock(), mock.Mock(), loader, mock.Mock(), mock.Mock()).run(task_vars=task_vars)
+
+
+@pytest.fixture
+def action(tmp_path):
+    """Runs the action on a file with two secrets, for a host with the variables; returns its result."""
+    file = tmp_path / "group_vars/all/91-secrets.yml"
+    file.parent.mkdir(parents=True)
+    values = {"secret_django_key": f"{MARK}one", "secret_app_api_key": f"{MARK}two"}
+    file.write_text(yaml.safe_dump(values, sort_keys=False))
+
+    def run(*words, check_mode=False, emergency=False, **variables):
+        options = {"path": str(file), "inventory": str(tmp_path), "rotate": list(words), "emergency": emergency}
+        options |= {"names": KNOWN, "overlapping": ["secret_django_key"]}
+        host = (rotate_secrets.values(file.read_text()) if run.readable else values) | variables
+        return run_action(options, {"groups": {"all": ["host1"], "flower": []}, "hostvars": {"host1": host}}, check_mode)
+
+    run.file, run.readable = file, True
+    return run
+
+
+def test_action_writes_new_values_and_describes_the_old_ones(action):
+    words = ("secret_django_key", "secret_app_api_key")
+    planned = action(*words, check_mode=True)
+    assert yaml.safe_load(action.file.read_text()) == {"secret_django_key": f"{MARK}one", "secret_app_api_key": f"{MARK}two"}
+    done = action(*words)
+    assert planned == done
+    assert (done["changed"], done["names"], done["earlier"], done["certificates"]) == (True, list(words), [], False)
+    assert [line.split(":")[0] for line in done["stops"]] == ["secret_app_api_key"]
+    assert [line.split(":")[0] for line in done["stays"]] == ["secret_django_key"]
+    new = yaml.safe_load(action.file.read_text())
+    assert (new["secret_django_key_old"], new["secret_app_api_key_old"]) == (f"{MARK}one", f"{MARK}two")
+    # A run that somebody killed after it wrote the file.
+    again = action(*words)
+    assert (again["changed"], again["names"], again["earlier"]) == (False, [], list(words))
+    ended = action("finish")
+    assert (ended["changed"], ended["names"], ended["stays"]) == (True, ["secret_django_key", "secret_app_api_key"], [])
+    assert sorted(yaml.safe_load(action.file.read_text())) == ["secret_app_api_key", "secret_django_key"]
+
+
+def test_action_keeps_no_old_value_in_an_emergency(action):
+    done = action("secret_django_key", emergency=True)
+    assert (done["stays"], [line.split(":")[0] for line in done["stops"]]) == ([], ["secret_django_key"])
+    assert list(yaml.safe_load(action.file.read_text())) == ["secret_django_key", "secret_app_api_key"]
+
+
+@pytest.mark.parametrize(
+    ("words", "variables", "reason"),
+    [
+        (["secret_djanga_key"], {}, "rotate has secret_djanga_key; allowed are "),
+        (["secret_flower_cookie"], {}, "rotate has secret_flower_cookie, but the inventory has no host in the group flower."),
+        (["metrics"], {}, "lacks secret_app_metrics_token."),
+        (["django"], {"secret_django_key": f"{MARK}own"}, "host1 has another secret_django_key than "),
+        (["django"], {"app_environment": {"SECRET_KEY": "own"}}, "SECRET_KEY of app_environment replaces secret_django_key"),
+    ],
+)
+def test_action_refuses_and_changes_nothing(action, words, variables, reason):
+    before = action.file.read_bytes()
+    with pytest.raises(AnsibleActionFail) as caught:
+        action(*words, **variables)
+    assert reason in str(caught.value)
+    assert str(caught.value).endswith(" Nothing was changed.")
+    assert action.file.read_bytes() == before
+
+
+def test_action_refuses_a_secret_that_another_file_sets(action):
+    other = action.file.parent / "95-own.yml"
+    other.write_text("secret_django_key: own\n")
+    (action.file.parent / "94-no-variables.yml").write_bytes(b"\xff")
+    with pytest.raises(AnsibleActionFail, match=f"secret_django_key is set in {other}, not by 91-secrets.yml"):
+        action("django")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (None, "does not exist. create_secrets.yml creates it."),
+        (b"a: \xff", "can not be read or written: it is not UTF-8."),
+        (b"- a\n", "is not a mapping of names to values."),
+    ],
+)
+def test_action_names_an_unusable_file(action, content, reason):
+    action.readable = False
+    action.file.unlink()
+    if content is not None:
+        action.file.write_bytes(content)
+    with pytest.raises(AnsibleActionFail) as caught:
+        action("django")
+    assert str(caught.value) == f"{action.file} {reason} Nothing was changed."
+
+
+def test_the_action_accepts_the_options_that_its_module_documents():
+    documented = yaml.safe_load(documentation.DOCUMENTATION)["options"]
+    with (
+        mock.patch.object(rotate_secrets.ActionModule, "validate_argument_spec", side_effect=KeyboardInterrupt) as validate,
+        pytest.raises(KeyboardInterrupt),
+    ):
+        run_action({}, {})
+    for option in documented.values():
+        del option["description"]
+    assert validate.call_args.args == (documented,)
 
 
 # The playbook, with a stand-in for site.yml that writes what the roles would get
