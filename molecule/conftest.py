@@ -237,6 +237,17 @@ def send(site, variables):
 
 
 @pytest.fixture
+def root(host):
+    """Runs a command as root; returns testinfra's result."""
+
+    def run(command):
+        with host.sudo():
+            return host.run(command)
+
+    return run
+
+
+@pytest.fixture
 def on(host):
     """Runs a command as root on the host with this name; returns its output."""
 

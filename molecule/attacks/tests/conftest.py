@@ -164,17 +164,6 @@ def connect(published, variables):
 
 
 @pytest.fixture
-def root(host):
-    """Runs a command as root; returns testinfra's result."""
-
-    def run(command):
-        with host.sudo():
-            return host.run(command)
-
-    return run
-
-
-@pytest.fixture
 def journal(root):
     """Returns the entries in the host's journal since the test began."""
     # The option --since gets whole seconds.

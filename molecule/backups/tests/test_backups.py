@@ -16,17 +16,6 @@ ADDRESS = "one@example.net"
 
 
 @pytest.fixture
-def root(host):
-    """Runs a shell command on the host as root; returns testinfra's result."""
-
-    def run(command):
-        with host.sudo():
-            return host.run(command)
-
-    return run
-
-
-@pytest.fixture
 def backup(root):
     """Runs the unit, as its timer does; returns testinfra's result."""
     return lambda: root("systemctl start mailroom-backup")

@@ -102,17 +102,6 @@ class Load:
 
 
 @pytest.fixture
-def root(host):
-    """Runs a command as root; returns testinfra's result."""
-
-    def run(command):
-        with host.sudo():
-            return host.run(command)
-
-    return run
-
-
-@pytest.fixture
 def manage(root):
     """Runs Python code in the application's environment; returns its output."""
 
