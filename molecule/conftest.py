@@ -30,6 +30,12 @@ def variables(host):
 
 
 @pytest.fixture(scope="module")
+def environment_secrets(variables):
+    """The environment's secrets by name. Outside of a rotation, there are no old values, and their variables are empty."""
+    return {name: value for name, value in variables.items() if name.startswith("secret_") and name != "secret_names" and value}
+
+
+@pytest.fixture(scope="module")
 def forwarded(host, variables):
     """Opens an SSH tunnel to a port on the host's loopback address; returns the port on this machine."""
     with contextlib.ExitStack() as stack:

@@ -84,19 +84,14 @@ def leaks(output, values):
     return [name for name, value in values.items() if value in output or quote(value, safe="") in output]
 
 
-@pytest.fixture(scope="module")
-def own(variables):
-    return {name: value for name, value in variables.items() if name.startswith("secret_") and name != "secret_names"}
-
-
 @pytest.fixture
-def quiet(run_playbook, own):
+def quiet(run_playbook, environment_secrets):
     """Runs a playbook with -vvv and --diff, and requires that no secret is printed."""
 
     def run(playbook, **variables):
         done = run_playbook(playbook, "-vvv", "--diff", **variables)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr
-        assert leaks(done.stdout + done.stderr, own) == []
+        assert leaks(done.stdout + done.stderr, environment_secrets) == []
 
     return run
 

@@ -84,7 +84,7 @@ def test_status_of_a_running_environment(status, send, eventually):
     assert queues["mail.v1"]["consumers"] == 2 and queues["mail.v1"]["leader"] == "rabbit@mq1"
 
 
-def test_status_changes_nothing_on_the_hosts_and_shows_no_secret(run_playbook, variables, tmp_path):
+def test_status_changes_nothing_on_the_hosts_and_shows_no_secret(run_playbook, environment_secrets, tmp_path):
     done = run_playbook(f"{OPS}/status.yml", "--limit", "all", "-vvv", status_directory=str(tmp_path))
     found = recap(done)
     # The first host writes the report to the controller.
@@ -95,7 +95,7 @@ def test_status_changes_nothing_on_the_hosts_and_shows_no_secret(run_playbook, v
         "new1": "0",
     }
     texts = done.stdout + "".join(path.read_text() for path in tmp_path.iterdir())
-    assert [name for name, value in variables.items() if name.startswith("secret_") and str(value) in texts] == []
+    assert [name for name, value in environment_secrets.items() if value in texts] == []
 
 
 def test_status_names_stopped_services_and_silent_hosts(status, on):
