@@ -218,7 +218,7 @@ def test_action_refuses_a_secret_that_another_file_sets(action):
     ("content", "reason"),
     [
         (None, "does not exist. create_secrets.yml creates it."),
-        (b"a: \xff", "can not be read or written: it is not UTF-8."),
+        (b"a: \xff", "can't be read or written: it is not UTF-8."),
         (b"- a\n", "is not a mapping of names to values."),
     ],
 )

@@ -433,6 +433,7 @@ def test_expected_units_follow_from_the_groups():
         return filters.status_units("shop", groups, [{"name": "relay"}], [{"name": "mail"}], True)
 
     assert units("broker", "database", "proxy") == ["rabbitmq-server.service", "postgresql*.service", "nginx.service"]
+    assert units("cache") == ["valkey*.service"]
     assert units("app", "web") == ["shop-web.service", "shop-relay.service"]
     assert units("app", "workers") == ["shop-relay.service", "shop-worker@mail.service", "shop-beat.service"]
     assert units("flower") == ["shop-flower.service"]

@@ -15,6 +15,7 @@ from ansible_collections.django_celery.stack.plugins.action.secrets_file import 
     changed,
     entries,
     locked,
+    problem,
     random_secret,
     read,
     removed,
@@ -97,11 +98,10 @@ class ActionModule(ActionBase):
         )
         try:
             return self.rotate(options, task_vars)
-        except (Refused, NotAdded, OSError, UnicodeDecodeError) as error:
-            # The text of a decoding error quotes the file's content.
-            cause = getattr(error, "strerror", None) or "it is not UTF-8"
-            reason = f"{options['path']} {error if isinstance(error, NotAdded) else f'can not be read or written: {cause}'}."
-            raise AnsibleActionFail(f"{error if isinstance(error, Refused) else reason} Nothing was changed.") from None
+        except Refused as error:
+            raise AnsibleActionFail(f"{error} Nothing was changed.") from None
+        except (NotAdded, OSError, UnicodeDecodeError) as error:
+            raise AnsibleActionFail(f"{problem(options['path'], error)} Nothing was changed.") from None
 
     def rotate(self, options, task_vars):
         # The path may be a link, if a team stores the file elsewhere.

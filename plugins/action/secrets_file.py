@@ -178,6 +178,12 @@ def add_secrets(
         return list(new), bool(new) or open_to_others
 
 
+def problem(path: str | Path, error: Exception) -> str:
+    """Return a sentence about a file that the action can't use. The text of a decoding error quotes the file, so it is left out."""
+    cause = getattr(error, "strerror", None) or "it is not UTF-8"
+    return f"{path} {error}." if isinstance(error, NotAdded) else f"{path} can't be read or written: {cause}."
+
+
 class ActionModule(ActionBase):
     _supports_check_mode = True
     _requires_connection = False
@@ -196,8 +202,5 @@ class ActionModule(ActionBase):
             # Ansible decrypts variables with the same vault object.
             new, changed = add_secrets(path, options["names"], self._loader._vault, self._task.check_mode, options["values"])
         except (NotAdded, OSError, UnicodeDecodeError) as error:
-            # The text of a decoding error quotes the file's content.
-            cause = getattr(error, "strerror", None) or "it is not UTF-8"
-            reason = error if isinstance(error, NotAdded) else f"can't be read or written: {cause}"
-            raise AnsibleActionFail(f"{path} {reason}. Nothing was changed.") from None
+            raise AnsibleActionFail(f"{problem(path, error)} Nothing was changed.") from None
         return {"changed": changed, "added": new}
