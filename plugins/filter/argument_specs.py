@@ -9,8 +9,8 @@ import copy
 import functools
 from pathlib import Path
 
-import yaml
 from ansible.errors import AnsibleFilterError
+from ansible_collections.django_celery.stack.plugins.filter.role_variables import role_options
 
 ROLES = Path(__file__).resolve().parents[2] / "roles"
 
@@ -18,12 +18,10 @@ ROLES = Path(__file__).resolve().parents[2] / "roles"
 @functools.cache
 def _options(role):
     """Return the options of a role of this collection, from its meta/argument_specs.yml."""
-    file = ROLES / role / "meta" / "argument_specs.yml"
     try:
-        text = file.read_text(encoding="utf-8")
+        return role_options(ROLES / role)
     except FileNotFoundError:
-        raise AnsibleFilterError(f"with_defaults: the collection has no {file}.") from None
-    return yaml.safe_load(text)["argument_specs"]["main"]["options"]
+        raise AnsibleFilterError(f"with_defaults: the collection has no role {role}.") from None
 
 
 def _complete(value, spec):
