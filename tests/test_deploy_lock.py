@@ -207,3 +207,13 @@ def test_documentation_has_the_options_of_the_plugin(plugin, monkeypatch):
     assert {name: (spec["type"], spec["required"]) for name, spec in specs[0].items()} == {
         name: (option["type"], option["required"]) for name, option in documented.items()
     }
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["rollback", "rotate_secrets", "restore_environment", "restore_postgresql", "restore_rabbitmq", "upgrade_rabbitmq", "migrate_rabbitmq"],
+)
+def test_playbook_takes_the_lock_before_it_changes_a_host(name):
+    plays = yaml.safe_load((ROOT / "playbooks" / "ops" / f"{name}.yml").read_text())
+    first = next(play for play in plays if play.get("hosts") != "localhost" and play.get("become", True))
+    assert first.get("ansible.builtin.import_playbook") in ("../lock.yml", "../site.yml")
