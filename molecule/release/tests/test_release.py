@@ -184,15 +184,18 @@ def test_environment_with_which_no_worker_answers_is_switched_back(run, state, r
     require_stable_workers()
 
 
-def test_command_after_the_switch_runs_once_per_release(run, on, project):
-    """The command prints the release that is active."""
-    command = {"command": "shell -c \"import os; os.system('readlink /opt/mailroom/current >> /tmp/after')\"", "after_switch": True}
+def test_command_after_the_switch_runs_until_it_succeeds_once(run, on, project):
+    """The command prints the release that is active, and fails before a file exists."""
+    code = "import os, sys; os.system('readlink /opt/mailroom/current >> /tmp/after'); sys.exit(not os.path.exists('/tmp/ready'))"
+    command = {"command": f'shell -c "{code}"', "after_switch": True}
     source = project("mailroom/other.py", "# A release with a command after the switch.\n")
+    assert run("playbooks/app.yml", django_source=source, django_commands=[command]).returncode != 0
+    on("web1", "touch /tmp/ready")
     for _ in range(2):
         done = run("playbooks/app.yml", django_source=source, django_commands=[command])
         assert done.returncode == 0, done.stdout
     lines = on("web1", "cat /tmp/after").split()
-    assert lines == [on("web1", "readlink /opt/mailroom/current")]
+    assert lines == [on("web1", "readlink /opt/mailroom/current")] * 2
     done = run("playbooks/ops/rollback.yml")
     assert done.returncode == 0, done.stdout
 
