@@ -149,7 +149,7 @@ def variables_file(name: str, domain: str, mail: str, platform: str) -> str:
 host_platform: {platform}
 
 # The names by which clients reach the web service. It needs a proxy that terminates TLS: a host in the group proxy with
-# nginx_certificate and nginx_certificate_key, or your own proxy, which connects to 127.0.0.1:8000 on the hosts of the group web.
+# nginx_acme_directory_url or nginx_certificate, or your own proxy, which connects to 127.0.0.1:8000 on the hosts of the group web.
 app_allowed_hosts: [{domain}]
 # Addresses and domains that emails may be sent from.
 app_allowed_senders: ["@{domain}"]

@@ -319,6 +319,8 @@ def test_units_of_the_bundle_may_use_their_ports(unit, port):
         (["app"], "debian13", {}, [filters.default_package_index()]),
         (["flower"], "debian13", {"host_package_index_url": "https://mirror.example/"}, ["https://mirror.example/"]),
         (["broker"], "debian13", {}, []),
+        (["proxy"], "debian13", {}, []),
+        (["proxy"], "debian13", {"nginx_acme_directory_url": "https://acme.example/dir"}, ["https://acme.example/dir"]),
         (
             ["broker"],
             "ubuntu2404",

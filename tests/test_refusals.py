@@ -40,6 +40,7 @@ DATABASE_USER = {"name": "orders", "password": f"{MARK}orders"}
 NO_DATABASES = {"postgresql_databases": [], "postgresql_clients": []}
 SCRAPES = (("one", "web1"), ("two", "1:2:3"), ("three", "web1:8000"), ("four", "[::1]:8000"))
 TOPIC = {"vhost": "of-topics", "exchange": "e", "write": "", "read": ""}
+ACME = {"nginx_acme_directory_url": "https://acme.example/directory"}
 POLICY = {"name": "p", "vhost": "mailroom", "pattern": "^p", "definition": {}}
 
 KNOWN = "combinations, from each version on: RabbitMQ 4.3.3 on Erlang 27 or 28 or 29, RabbitMQ 4.3.0 on Erlang 26.2 or 27 or 28,"
@@ -606,6 +607,25 @@ REFUSED |= {
             "more.",
         ),
         ({"nginx_hsts_max_age": -1}, "nginx_hsts_max_age is -1; allowed is 0 or more."),
+        (
+            {"nginx_acme_directory_url": "http://acme.example", "nginx_server_names": ["a.example.org"]},
+            "nginx_acme_directory_url is 'http://acme.example'; allowed is a URL that begins with https:// or an empty string.",
+        ),
+        ({"nginx_acme_email": "me"}, "nginx_acme_email is 'me'; allowed is an email address or an empty string."),
+        (
+            {**ACME, "nginx_server_names": ["a.example.org", ".example.org", "localhost", "192.0.2.1"]},
+            "nginx_server_names has .example.org, localhost, 192.0.2.1; with nginx_acme_directory_url, allowed are one or more "
+            "host names such as shop.example.org.",
+        ),
+        (
+            {**ACME, "nginx_server_names": []},
+            "nginx_server_names is empty; with nginx_acme_directory_url, allowed are one or more host names such as "
+            "shop.example.org.",
+        ),
+        (
+            {"nginx_acme_other_proxies": ["proxy2", "proxy3:80"]},
+            "nginx_acme_other_proxies has proxy3:80; allowed are host names, IPv4 addresses, and IPv6 addresses in brackets.",
+        ),
     ],
 }
 REFUSED |= {
@@ -814,6 +834,7 @@ ACCEPTED = {
     "nginx accepted": [
         ({}, ""),
         ({"nginx_certificate": "/c.pem", "nginx_certificate_key": "/k.pem", "nginx_upstreams": ["/run/web.sock"]}, ""),
+        ({**ACME, "nginx_server_names": ["a.example.org"], "nginx_acme_email": "a@example.org"}, ""),
     ],
 }
 # The variables of an environment other than its secrets.

@@ -22,6 +22,7 @@ NAMES = (
     "flower_broker_url", "flower_broker_api", "flower_broker_ca_file", "rabbitmq_tls", "postgresql_tls",
     "rabbitmq_certificate_names", "rabbitmq_management_listener", "rabbitmq_nodes", "rabbitmq_distribution_address",
     "celery_beat", "django_migrate", "django_environment", "django_commands", "django_web_listen", "django_web_proxies",
+    "nginx_acme_other_proxies",
     "nginx_upstreams", "nginx_static_directories", "nginx_server_names", "rabbitmq_vhosts", "rabbitmq_users",
     "rabbitmq_prometheus_listener", "flower_address", "monitoring_server", "monitoring_exporters", "monitoring_exporter_address",
     "monitoring_scrapes", "monitoring_units", "postgresql_users", "celery_workers",
@@ -246,6 +247,12 @@ def test_proxy_on_another_host_reaches_all_web_hosts(tmp_path):
         assert (hosts[name]["django_web_listen"], hosts[name]["django_web_proxies"]) == (["0.0.0.0:8000"], ["proxy1"])
         assert hosts[name]["firewall_rules"] == [{"ports": [8000], "sources": ["proxy1"]}]
     assert hosts["worker1"]["firewall_rules"] == []
+
+
+def test_each_proxy_knows_the_others(tmp_path):
+    hosts = wired(tmp_path, {**MANY, "proxy": ["proxy1", "proxy2", "proxy3"]})
+    assert hosts["proxy2"]["nginx_acme_other_proxies"] == ["proxy1", "proxy3"]
+    assert wired(tmp_path, {**ONE, "proxy": ["host1"]})["host1"]["nginx_acme_other_proxies"] == []
 
 
 def test_proxy_on_one_of_several_web_hosts_uses_its_loopback_and_the_other_host(tmp_path):

@@ -74,8 +74,10 @@ def default_package_index():
 
 
 def host_urls(values, platform, source, groups):
-    """Return the URLs of the package index and of Team RabbitMQ's repositories, if the host needs them."""
+    """Return the URLs of the package index, of Team RabbitMQ's repositories and of the ACME server, if the host needs them."""
     urls = []
+    if "proxy" in groups and (directory := values.get("nginx", "nginx_acme_directory_url")):
+        urls.append(directory)
     if {"app", "flower"} & set(groups):
         urls.append(values.get("django", "host_package_index_url") or default_package_index())
     for role in ("erlang", "rabbitmq") if "broker" in groups else ():
