@@ -1,0 +1,157 @@
+"""Creates environments on empty hosts as docs/new-environment.md describes: only with its command, and with the commands that it prints."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+PROJECT = Path(__file__).resolve().parents[3]
+HOSTS = ("server1", "server2", "server3")
+
+
+def ssh_configuration(host):
+    """Returns the SSH configuration of a person who can log in to the hosts: names, ports, the key, and the hosts' keys."""
+    blocks = []
+    for name in HOSTS:
+        variables = host.get_host(f"ansible://{name}").ansible.get_variables()
+        options = shlex.split(variables["ansible_ssh_common_args"])[1::2]
+        blocks += [
+            f"Host {name}",
+            "HostName 127.0.0.1",
+            f"Port {variables['ansible_port']}",
+            f"User {variables['ansible_user']}",
+            f"IdentityFile {variables['ansible_ssh_private_key_file']}",
+            *(option.replace("=", " ", 1) for option in options),
+        ]
+    return "\n".join(blocks) + "\n"
+
+
+class Person:
+    """Types commands in the repository's directory. Has a separate home directory."""
+
+    def __init__(self, home, host):
+        self.commands = 0
+        # ssh does not use HOME, so this program passes the person's configuration to it.
+        (home / "ssh_config").write_text(ssh_configuration(host))
+        program = home / "bin" / "ssh"
+        program.parent.mkdir()
+        program.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {home}/ssh_config "$@"\n')
+        program.chmod(0o755)
+        self.environment = {
+            name: value for name, value in os.environ.items() if not name.startswith(("ANSIBLE_", "MOLECULE_", "MAKE"))
+        }
+        self.environment |= {"HOME": str(home), "PATH": f"{program.parent}:{os.environ['PATH']}"}
+
+    def run(self, command, check=True):
+        """Run a command without a terminal; return its output."""
+        self.commands += 1
+        done = subprocess.run(
+            ["bash", "-c", command],
+            cwd=PROJECT,
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0 or not check, f"{command}\n{done.stdout}"
+        return done.stdout
+
+
+@pytest.fixture(scope="module")
+def home():
+    # SSH's control sockets are below the home directory, and the path of a socket must be short. The path of tmp_path is too long.
+    with tempfile.TemporaryDirectory(prefix="environment-") as folder:
+        yield Path(folder)
+
+
+@pytest.fixture(scope="module")
+def person(home, host):
+    return Person(home, host)
+
+
+TOPOLOGIES = {
+    "molecule-one-host": "HOST=server1",
+    "molecule-two-hosts": "HOSTS='broker=server2 database=server2 web=server3 workers=server2,server3 flower=server2'",
+}
+
+
+@pytest.fixture(scope="module", params=TOPOLOGIES)
+def environment(request, person, variables):
+    """The name of an environment that exists, and the output of the command that created it. Removes its files afterwards."""
+    folder = PROJECT / "inventories" / request.param
+    shutil.rmtree(folder, ignore_errors=True)
+    person.commands, person.began = 0, time.monotonic()
+    mail = f"smtp://{variables['testbed_mail_host']}:{variables['testbed_mail_smtp_port']}"
+    yield (
+        request.param,
+        person.run(f"make environment NAME={request.param} {TOPOLOGIES[request.param]} DOMAIN=mail.example.org MAIL={mail}"),
+    )
+    shutil.rmtree(folder)
+    shutil.rmtree(PROJECT / "status" / request.param, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def installed(environment, person, variables):
+    """The environment's name, and the outputs of preflight.yml, site.yml and smoke.yml."""
+    name, output = environment
+    # Only a machine on which somebody has added certificate authorities needs this file.
+    if files := variables["testbed_ca_certificates"]:
+        path = PROJECT / "inventories" / name / "group_vars/all/40-authorities.yml"
+        path.write_text(yaml.safe_dump({"ca_certificates_files": files}, explicit_start=True))
+    commands = re.findall(r"^  (\.venv/bin/ansible-playbook .*)$", output, re.MULTILINE)
+    assert [Path(command.split()[3]).name for command in commands] == ["preflight.yml", "site.yml", "smoke.yml"]
+    outputs = [person.run(command) for command in commands]
+    return name, outputs, time.monotonic() - person.began, person.commands
+
+
+def recap(output):
+    """Returns the counters of Ansible's recap per host."""
+    lines = output.rpartition("PLAY RECAP")[2].splitlines()
+    return {line.split()[0]: dict(each.split("=") for each in line.split()[2:]) for line in lines if " : " in line}
+
+
+def test_first_email_arrives_after_four_commands(installed, inbox, capsys):
+    name, _, seconds, commands = installed
+    web = "server3" if "two" in name else "server1"
+    assert inbox().count(f"Test of mailroom on {web}") == 1
+    assert commands == 4
+    with capsys.disabled():
+        print(f"\n{name}: {commands} commands and {seconds / 60:.1f} minutes to the first email")
+
+
+def test_verify_passes(installed, person):
+    output = person.run(f"make verify ENV={installed[0]}")
+    assert re.findall(r"(\d+) passed", output) == ["1", "3"], output
+    assert "failed" not in output and "skipped" not in output, output
+
+
+def test_status_is_healthy(installed, person):
+    assert "Status: healthy" in person.run(f"make status ENV={installed[0]}")
+
+
+def test_secret_can_be_read_as_printed(environment, installed, person):
+    (command,) = re.findall(r"^  (\.venv/bin/ansible -i .*)$", environment[1], re.MULTILINE)
+    (password,) = re.findall(r'"secret_app_admin_password": "(.+)"', person.run(command))
+    assert len(password) > 20
+
+
+def test_second_run_changes_nothing(installed, person):
+    counts = recap(person.run(f".venv/bin/ansible-playbook -i inventories/{installed[0]} site.yml"))
+    assert {host: count["changed"] for host, count in counts.items()} == dict.fromkeys(counts, "0")
+    assert len(counts) == (2 if "two" in installed[0] else 1)
+
+
+def test_creation_can_be_repeated(installed, person):
+    output = person.run(f"make environment NAME={installed[0]}")
+    assert not re.findall(r"^(?:created|extended) .*$", output, re.MULTILINE), output
