@@ -1,4 +1,4 @@
-"""Creates environments on empty hosts as docs/new-environment.md describes: only with its command, and with the commands that it prints."""
+"""Creates environments on empty hosts, only with the command of docs/new-environment.md and the commands that it prints."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_verify_passes(installed, person):
 
 
 def test_status_is_healthy(installed, person):
-    assert "Status: healthy" in person.run(f"make status ENV={installed[0]}")
+    assert ": healthy\n" in person.run(f"make status ENV={installed[0]}")
 
 
 def test_secret_can_be_read_as_printed(environment, installed, person):
