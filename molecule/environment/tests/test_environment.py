@@ -147,11 +147,56 @@ def test_secret_can_be_read_as_printed(environment, installed, person):
 
 
 def test_second_run_changes_nothing(installed, person):
-    counts = recap(person.run(f".venv/bin/ansible-playbook -i inventories/{installed[0]} site.yml"))
+    output = person.run(f".venv/bin/ansible-playbook -i inventories/{installed[0]} site.yml")
+    counts = recap(output)
     assert {host: count["changed"] for host, count in counts.items()} == dict.fromkeys(counts, "0")
     assert len(counts) == (2 if "two" in installed[0] else 1)
+    # The first run has inspected the hosts.
+    assert "Look for problems" not in output, output
 
 
 def test_creation_can_be_repeated(installed, person):
     output = person.run(f"make environment NAME={installed[0]}")
     assert not re.findall(r"^(?:created|extended) .*$", output, re.MULTILINE), output
+
+
+# The quick part of preflight.yml
+
+
+def test_site_refuses_a_new_host_before_it_changes_anything(installed, person, on):
+    """Without the record, the host is like a new one."""
+    host = "server2" if "two" in installed[0] else "server1"
+    record = "/etc/ansible/facts.d/mailroom.fact"
+    before = on(host, f"cat {record}")
+    on(
+        host,
+        f"rm {record}; systemctl stop mailroom-flower; systemd-run --unit=stranger python3 -m http.server --bind 127.0.0.1 5555",
+    )
+    try:
+        output = person.run(
+            f".venv/bin/ansible-playbook -i inventories/{installed[0]} site.yml -e host_platform=ubuntu2404", check=False
+        )
+    finally:
+        on(host, "systemctl stop stranger; systemctl start mailroom-flower")
+    for sentence in (
+        "The host has Debian 13, and host_platform is ubuntu2404. Set host_platform to debian13.",
+        "Port 5555 is used by stranger.service. Stop it, or choose another port for one of them.",
+    ):
+        assert f"  {host}: {sentence}" in output, output
+    assert {count["changed"] for count in recap(output).values()} == {"0"}
+    output = person.run(f".venv/bin/ansible-playbook -i inventories/{installed[0]} site.yml")
+    assert {name: count["changed"] for name, count in recap(output).items() if name == host} == {host: "1"}, output
+    assert on(host, f"cat {record}") == before
+
+
+def test_site_stops_before_it_changes_anything_if_a_host_does_not_answer(installed, person):
+    name = installed[0]
+    file = PROJECT / f"inventories/{name}/host_vars/{'server3' if 'two' in name else 'server1'}.yml"
+    file.parent.mkdir()
+    file.write_text("---\nansible_port: 1\n")
+    try:
+        output = person.run(f".venv/bin/ansible-playbook -i inventories/{name} site.yml -e app_mail_concurrency=3", check=False)
+    finally:
+        shutil.rmtree(file.parent)
+    assert f"1 problem:\n  {file.stem}: Ansible can't connect: " in output, output
+    assert {count["changed"] for count in recap(output).values()} == {"0"}
