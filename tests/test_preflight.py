@@ -261,7 +261,7 @@ def test_module_reports_problems_and_warnings(monkeypatch, capsys):
 # The filters
 
 
-def options(groups, platform="debian13", **variables):
+def options(groups, platform="debian13", quick=False, **variables):
     everything = {
         "group_names": groups,
         "host_platform": platform,
@@ -270,7 +270,7 @@ def options(groups, platform="debian13", **variables):
         "rabbitmq_listeners": ["127.0.0.1:5672"],
         **variables,
     }
-    return filters.preflight_options(SimpleNamespace(resolve=everything.__getitem__), everything.keys())
+    return filters.preflight_options(SimpleNamespace(resolve=everything.__getitem__), everything.keys(), quick)
 
 
 def test_ports_of_each_layer_have_the_defaults_of_the_roles():
@@ -410,18 +410,38 @@ def test_failed_step_becomes_a_problem(result, step, begin):
     assert filters.failure_problem(result, step).startswith(begin)
 
 
+def test_result_of_gather_facts_is_that_of_its_module():
+    result = {"msg": "The following modules failed to execute: setup.", "failed_modules": {"setup": {"msg": "no sudo"}}}
+    assert filters.failure_problem(result, "become").startswith("sudo fails: no sudo. Permit")
+
+
+def test_quick_inspection_connects_to_no_other_host():
+    variables = {"app_email_url": "smtp://a"}
+    assert set(options(["app", "workers"], **variables)) == {"ports", "package_sources", "urls", "mail_server"}
+    assert options(["app", "workers"], **variables, quick=True) == {"ports": {}, "package_sources": False, "urls": []}
+    assert "8000" in options(["web"], quick=True)["ports"]
+
+
 def test_report_names_the_host_of_each_problem():
-    assert filters.preflight_report([("a", []), ("b", [])], "problem") == ""
-    assert filters.preflight_report([("a", ["One."]), ("b", [])], "warning") == "1 warning:\n  a: One."
-    assert filters.preflight_report([("a", ["One."]), ("b", ["Two.", "Three."])], "problem") == (
-        "3 problems:\n  a: One.\n  b: Two.\n  b: Three."
-    )
-    assert set(filters.FilterModule().filters()) == {
-        "failure_problem",
-        "platform_problems",
-        "preflight_options",
-        "preflight_report",
+    good = {"ansible_facts": facts("Debian", "13.2"), "host_platform": "debian13", "preflight_facts": {}}
+    hosts = {"a": good, "b": {**good, "preflight_host": {"problems": [], "warned": []}}}
+    assert filters.preflight_problems(hosts, hosts) == "" and filters.preflight_warnings(hosts, hosts) == ""
+    hosts = {
+        "a": good,
+        "b": {**good, "host_platform": "ubuntu2404", "preflight_host": {"problems": ["Two.", "Three."], "warned": ["Small."]}},
+        "c": {**good, "ansible_facts": {}, "preflight_facts": {"unreachable": True, "msg": "no route"}},
+        "d": {**good, "ansible_facts": {}, "preflight_failure": {"msg": "a"}, "preflight_step": "become"},
     }
+    assert filters.preflight_warnings(hosts, hosts) == "1 warning:\n  b: Small."
+    lines = filters.preflight_problems(hosts, hosts).splitlines()
+    assert [line.split()[0] for line in lines] == ["5", "b:", "b:", "b:", "c:", "d:"]
+    assert lines[1:4] == [
+        "  b: The host has Debian 13, and host_platform is ubuntu2404. Set host_platform to debian13.",
+        "  b: Two.",
+        "  b: Three.",
+    ]
+    assert lines[4].startswith("  c: Ansible can't connect: no route.") and lines[5].startswith("  d: sudo fails: a.")
+    assert set(filters.FilterModule().filters()) == {"preflight_options", "preflight_problems", "preflight_warnings"}
 
 
 def test_commands_print_english_messages(programs):

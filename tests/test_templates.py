@@ -185,6 +185,8 @@ def test_flower_verifies_the_broker(rendered):
     options["server_hostname"] = "first"
     assert options["server_hostname"] is None
     assert options["ca_certs"] == "/etc/ssl/ca.pem"
+    # Flower verifies the certificate of the management API with this option.
+    assert options.get("ssl_ca_certs") == "/etc/ssl/ca.pem" and options.get("keyfile") is None
     assert "\nPYTHONPATH='/opt/mailroom/flower/configuration-" in rendered["tls"]["flower.environment"]
 
 

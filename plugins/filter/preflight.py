@@ -98,16 +98,22 @@ def mail_server(url):
 
 
 @pass_context
-def preflight_options(context, names):
-    """Return options of the module preflight for a host. `names` are the names of the host's variables."""
+def preflight_options(context, names, quick=False):
+    """Return options of the module preflight for a host. `names` are the names of the host's variables.
+
+    With `quick`, the module connects to no other host.
+    """
     values = RoleVariables(context, names)
     groups, platform = context.resolve("group_names"), context.resolve("host_platform")
     source = context.resolve("wiring_versions").get(platform, {}).get("source", "distribution")
+    ports = host_ports(values, context.resolve("app_name"), groups)
+    if quick:
+        return {"ports": ports, "package_sources": False, "urls": []}
     email = context.resolve("app_email_url") if "workers" in groups and "app_email_url" in names else ""
     # The host needs no index, since a run copies the archive with all packages to it.
     offline = bool(values.get("offline_packages", "offline_packages_archive"))
     return {
-        "ports": host_ports(values, context.resolve("app_name"), groups),
+        "ports": ports,
         "package_sources": not offline,
         "urls": [] if offline else host_urls(values, platform, source, groups),
         **({"mail_server": server} if (server := mail_server(email)) else {}),
@@ -131,6 +137,9 @@ def platform_problems(facts, platform):
 
 def failure_problem(result, step):
     """Return the problem of a host on which a step of the playbook failed: `connect`, `become` or `inspect`."""
+    # The action gather_facts reports the result of the module setup.
+    for failed in result.get("failed_modules", {}).values():
+        result = failed
     texts = (result.get("msg"), result.get("module_stderr"), result.get("module_stdout"))
     text = " ".join(" ".join(str(each) for each in texts if each).split()).removeprefix("Task failed: ").rstrip(".")
     if result.get("unreachable"):
@@ -142,22 +151,42 @@ def failure_problem(result, step):
     return f"The inspection fails: {text}."
 
 
-def preflight_report(problems, title):
-    """Return the report: a heading, and one line per problem, grouped by host. `problems` are pairs of a host and its problems."""
-    found = [(host, lines) for host, lines in problems if lines]
-    if not found:
+def host_problems(variables):
+    """Return the problems of a host, from its variables after the tasks of the playbook."""
+    facts, reached = variables["ansible_facts"], variables["preflight_facts"]
+    found = variables.get("preflight_host", {}).get("problems", [])
+    if "preflight_failure" in variables:
+        found = [failure_problem(variables["preflight_failure"], variables["preflight_step"])]
+    elif reached.get("unreachable"):
+        found = [failure_problem(reached, "connect")]
+    return (platform_problems(facts, variables["host_platform"]) if "os_family" in facts else []) + found
+
+
+def report(problems, title):
+    """Return the report: a heading, and one line per problem, grouped by host. `problems` are the problems by host."""
+    count = sum(map(len, problems.values()))
+    if not count:
         return ""
-    count = sum(len(lines) for _, lines in found)
     return "\n".join(
-        [f"{count} {title}{'s' if count > 1 else ''}:", *(f"  {host}: {line}" for host, lines in found for line in lines)]
+        [
+            f"{count} {title}{'s' if count > 1 else ''}:",
+            *(f"  {host}: {line}" for host, lines in problems.items() for line in lines),
+        ]
     )
+
+
+def preflight_problems(hosts, hostvars):
+    return report({host: host_problems(hostvars[host]) for host in hosts}, "problem")
+
+
+def preflight_warnings(hosts, hostvars):
+    return report({host: hostvars[host].get("preflight_host", {}).get("warned", []) for host in hosts}, "warning")
 
 
 class FilterModule:
     def filters(self):
         return {
-            "failure_problem": failure_problem,
-            "platform_problems": platform_problems,
             "preflight_options": preflight_options,
-            "preflight_report": preflight_report,
+            "preflight_problems": preflight_problems,
+            "preflight_warnings": preflight_warnings,
         }
