@@ -159,3 +159,10 @@ def test_variables_exist(page):
         # The other columns have variables of other roles.
         text = "\n".join(re.findall(r"\|([^|\n]*)\|$", text, re.MULTILINE))
     assert sorted(set(unknown_variables(text))) == []
+
+
+@pytest.mark.parametrize("playbook", sorted(path.name for path in ROOT.glob("playbooks/ops/*.yml")))
+def test_every_playbook_for_operations_is_documented(playbook):
+    # `make status` and `make offline-packages` run a playbook.
+    places = [*ROOT.glob("docs/*.md"), ROOT / "Makefile", *ROOT.glob("scripts/*.py")]
+    assert [place for place in places if f"playbooks/ops/{playbook}" in place.read_text()]
