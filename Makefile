@@ -221,6 +221,13 @@ docs-site: $(DOCS_VENV)/.complete ## Build the documentation as a site in dist/s
 	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict
 	@echo "The site: dist/site/index.html"
 
+.PHONY: pictures
+pictures: $(VENV)/.complete $(APP_VENV)/.complete ## Take the pictures of the README from the running sandbox
+	@tests/install
+	@# The report also exists if it has warnings (1) or faults (2).
+	@$(VENV)/bin/python scripts/status.py --env sandbox >/dev/null || [ $$? -lt 3 ]
+	@$(TESTBED) info --inventory inventories/sandbox --json | $(APP_VENV)/bin/python docs/take_pictures.py
+
 LOCK := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header
 lock: ## Update the locks with uv to the newest versions that the requirements allow
 	$(LOCK) --upgrade requirements/controller.in --output-file requirements/controller.txt

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import time
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -19,28 +18,18 @@ ROWS = {
         re.MULTILINE,
     )
 }
-SHELL = "mailroom-manage shell --verbosity 0 --command"
-PUBLISH = (
-    "from mailroom.celery import app; connection = app.connection_for_write(); "
-    "connection.Producer().publish('malformed', exchange='emails', routing_key='mail.v1'); connection.close()"
-)
-# Per alert: the commands that provoke the failure.
+# Per alert: the command that provokes the failure.
 FAILURES = {
-    "ServiceDown": ["systemctl stop mailroom-beat"],
-    "ServiceRestarts": ["for _ in 1 2 3 4 5; do systemctl kill --signal=KILL mailroom-beat; sleep 5; done"],
-    "WebDown": ["systemctl stop mailroom-web.socket mailroom-web"],
-    "RelayDown": ["systemctl stop mailroom-relay"],
-    "WorkerMissing": ["systemctl stop mailroom-worker@mail"],
-    "RabbitMQQueueWithoutConsumers": [
-        f"{SHELL} \"from mailroom.celery import app; app.control.cancel_consumer('mail.v1', destination=['mail@site1'])\""
-    ],
-    "FlowerDown": ["systemctl stop mailroom-flower"],
-    "RabbitMQNodeDown": ["systemctl stop rabbitmq-server"],
-    "RabbitMQDiskAlarm": ["rabbitmqctl set_disk_free_limit 100TB"],
-    "RabbitMQMemoryAlarm": ["rabbitmqctl set_vm_memory_high_watermark absolute 10MB"],
-    "PostgreSQLDown": ["systemctl stop postgresql@17-main"],
-    "EmailsFailed": [],
-    "MessagesDeadLettered": [f'{SHELL} "{PUBLISH}"'],
+    "ServiceDown": "systemctl stop mailroom-beat",
+    "ServiceRestarts": "for _ in 1 2 3 4 5; do systemctl kill --signal=KILL mailroom-beat; sleep 5; done",
+    "WebDown": "systemctl stop mailroom-web.socket mailroom-web",
+    "RelayDown": "systemctl stop mailroom-relay",
+    "WorkerMissing": "systemctl stop mailroom-worker@mail",
+    "FlowerDown": "systemctl stop mailroom-flower",
+    "RabbitMQNodeDown": "systemctl stop rabbitmq-server",
+    "RabbitMQDiskAlarm": "rabbitmqctl set_disk_free_limit 900GB",
+    "RabbitMQMemoryAlarm": "rabbitmqctl set_vm_memory_high_watermark absolute 10MB",
+    "PostgreSQLDown": "systemctl stop postgresql@17-main",
 }
 # During these failures, the web service accepts no email.
 REFUSES = {"WebDown", "PostgreSQLDown"}
@@ -66,44 +55,31 @@ def firing(query):
 @pytest.fixture
 def faults(status):
     def read():
-        _, report, output = status()
-        return [finding["text"] for finding in report["findings"]], output
+        _, report, _ = status()
+        return [finding["text"] for finding in report["findings"]]
 
     return read
-
-
-def fail_an_email(on, post_email, call_api, eventually):
-    """Posts an email whose deadline passes while no worker runs; returns its id."""
-    on("site1", "systemctl stop mailroom-worker@mail")
-    email = post_email(deadline=(datetime.now(UTC) + timedelta(seconds=5)).isoformat())
-    eventually(lambda: call_api(f"emails/{email}")["state"] == "failed", seconds=90)
-    on("site1", "systemctl start mailroom-worker@mail")
-    return email
 
 
 @pytest.mark.parametrize("alert", FAILURES)
 def test_command_of_the_page_repairs_the_failure(alert, on, firing, faults, post_email, call_api, eventually):
     shown, command = ROWS[alert]
     eventually(lambda: not firing(alert), seconds=60)
-    email = fail_an_email(on, post_email, call_api, eventually) if alert == "EmailsFailed" else None
-    for provoke in FAILURES[alert]:
-        on("site1", provoke)
-    if not email and alert not in REFUSES:
-        email = post_email()
+    on("site1", FAILURES[alert])
+    email = None if alert in REFUSES else post_email()
     began = time.monotonic()
     try:
         eventually(lambda: firing(alert), seconds=180)
         print(f"{alert} fired after {time.monotonic() - began:.0f} s")
-        found, output = faults()
-        assert [text for text in found if shown in text], output
+        # RabbitMQ's management API shows an alarm some seconds later.
+        eventually(lambda: any(shown in text for text in faults()), seconds=30)
     finally:
         on("site1", command)
     if alert not in LOOKS_BACK:
         eventually(lambda: not firing(alert), seconds=120)
     if email:
         eventually(lambda: call_api(f"emails/{email}")["state"] == "sent", seconds=120)
-    found, output = faults()
-    assert [text for text in found if shown in text] == [], output
+    eventually(lambda: not any(shown in text for text in faults()), seconds=30)
 
 
 def test_the_page_says_which_failures_were_run():
