@@ -453,8 +453,8 @@ REFUSED = {
         ),
         (
             {"django_environment": {"JSON": {"a": 1}, "KEY": f"{MARK}\n{MARK}"}},
-            "django_environment or django_build_environment is wrong: JSON is a mapping or a nested list. For JSON, use to_json. "
-            "The value of the environment variable KEY contains a line break or a NUL byte.",
+            "django_environment, django_build_environment or django_private_environments is wrong: JSON is a mapping or a nested "
+            "list. For JSON, use to_json. The value of the environment variable KEY contains a line break or a NUL byte.",
         ),
         ({"django_build_commands": [{"command": []}]}, "django_build_commands has an empty command; allowed is a program with"),
         (

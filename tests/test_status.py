@@ -165,12 +165,12 @@ def test_broker_reports_queues_of_its_virtual_host(monkeypatch):
 def test_silent_worker_is_reported(monkeypatch):
     answers = {}
 
-    def as_user(app, *command):
+    def as_worker(app, *command):
         assert app == "shop" and command[:3] == ("/opt/shop/current/venv/bin/celery", "--app", "shop.celery")
         assert re.fullmatch(r"--destination=mail@\S+,slow@\S+", command[-1])
         return subprocess.CompletedProcess(command, 0, answers["text"], "")
 
-    monkeypatch.setattr(host_status, "as_user", as_user)
+    monkeypatch.setattr(host_status, "as_worker", as_worker)
     monkeypatch.setattr(host_status.platform, "node", lambda: "a")
     options = {"app": "shop.celery", "names": ["mail", "slow"]}
     assert host_status.workers("shop", None) == []
@@ -180,12 +180,16 @@ def test_silent_worker_is_reported(monkeypatch):
     assert [each["answers"] for each in host_status.workers("shop", options)] == [False, False]
 
 
-def test_program_of_a_release_runs_as_the_application_in_its_environment(monkeypatch):
+def test_program_of_a_release_runs_as_the_application_in_the_environment_of_a_worker(monkeypatch):
     calls = []
     monkeypatch.setattr(host_status, "run", lambda *words, **options: calls.append((words, options)))
-    host_status.as_user("shop", "celery", "status")
-    ((words, options),) = calls
-    assert words[:4] == ("runuser", "-u", "shop", "--") and words[-3:] == ("/opt/shop/current/environment", "celery", "status")
+    monkeypatch.setattr(host_status.os.path, "exists", lambda path: not path.endswith(".worker"))
+    host_status.as_worker("shop", "celery", "status")
+    monkeypatch.setattr(host_status.os.path, "exists", lambda path: True)
+    host_status.as_worker("shop", "celery", "status")
+    file, program = "/opt/shop/current/environment", ("--", "runuser", "-u", "shop", "--", "celery", "status")
+    assert [words[4:] for words, _ in calls] == [(file, *program), (file, f"{file}.worker", *program)]
+    _, options = calls[0]
     assert options == {"cwd": "/opt/shop/current", "environment": {"PYTHONNOUSERSITE": "1"}}
 
 

@@ -201,11 +201,12 @@ def broker(options: Optional[dict[str, Any]]) -> dict[str, Any]:
 # Application
 
 
-def as_user(app: str, *command: str) -> subprocess.CompletedProcess[str]:
-    """Run a program of the current release as the application's user, with the application's environment."""
+def as_worker(app: str, *command: str) -> subprocess.CompletedProcess[str]:
+    """Run a program of the current release as the application's user, with a worker's environment, which only root can read."""
     current = f"/opt/{app}/current"
-    script = 'set -a; . "$1"; set +a; shift; exec "$@"'
-    words = ["runuser", "-u", app, "--", "sh", "-euc", script, "sh", f"{current}/environment", *command]
+    script = 'set -a; while [ "$1" != -- ]; do . "$1"; shift; done; set +a; shift; exec "$@"'
+    files = [path for path in (f"{current}/environment", f"{current}/environment.worker") if os.path.exists(path)]
+    words = ["sh", "-euc", script, "sh", *files, "--", "runuser", "-u", app, "--", *command]
     return run(*words, cwd=current, environment={"PYTHONNOUSERSITE": "1"})
 
 
@@ -216,7 +217,7 @@ def workers(app: str, options: Optional[dict[str, Any]]) -> list[dict[str, Any]]
     nodes = {f"{name}@{platform.node()}": name for name in options["names"]}
     program = f"/opt/{app}/current/venv/bin/celery"
     arguments = ["--app", options["app"], "inspect", "ping", "--timeout=5", "--json", f"--destination={','.join(nodes)}"]
-    done = as_user(app, program, *arguments)
+    done = as_worker(app, program, *arguments)
     try:
         answers = json.loads(done.stdout or "{}")
     except json.JSONDecodeError:
