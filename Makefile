@@ -205,14 +205,34 @@ offline-packages: $(VENV)/.complete ## Gather all packages for hosts without a n
 
 # ---- Upkeep ----
 
-.PHONY: docs lock
+.PHONY: docs docs-site lock
 docs: $(VENV)/.complete ## Generate the roles' READMEs from their argument specs
 	$(VENV)/bin/python docs/generate_roles.py
+
+# In a separate virtual environment, because no test needs it.
+DOCS_VENV := .venv-docs
+$(DOCS_VENV)/.complete: requirements/docs.txt
+	@$(PYTHON) -m venv $(DOCS_VENV)
+	@$(DOCS_VENV)/bin/python -m pip install --quiet --quiet --require-hashes --requirement $<
+	@touch $@
+
+docs-site: $(DOCS_VENV)/.complete ## Build the documentation as a site in dist/site; a broken link is an error
+	@# With --quiet, --strict would not see the warnings.
+	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict
+	@echo "The site: dist/site/index.html"
+
+.PHONY: pictures
+pictures: $(VENV)/.complete $(APP_VENV)/.complete ## Take the pictures of the README from the running sandbox
+	@tests/install
+	@# The report also exists if it has warnings (1) or faults (2).
+	@$(VENV)/bin/python scripts/status.py --env sandbox >/dev/null || [ $$? -lt 3 ]
+	@$(TESTBED) info --inventory inventories/sandbox --json | $(APP_VENV)/bin/python docs/take_pictures.py
 
 LOCK := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header
 lock: ## Update the locks with uv to the newest versions that the requirements allow
 	$(LOCK) --upgrade requirements/controller.in --output-file requirements/controller.txt
 	$(LOCK) --upgrade requirements/release.in --output-file requirements/release.txt
+	$(LOCK) --upgrade requirements/docs.in --output-file requirements/docs.txt
 	$(LOCK) --upgrade roles/flower/files/requirements.in --output-file roles/flower/files/requirements.txt
 	$(LOCK) --upgrade roles/python_environment/files/uv.in --output-file roles/python_environment/files/uv.txt
 	$(LOCK) --upgrade roles/postgresql/files/requirements.in --output-file roles/postgresql/files/requirements.txt

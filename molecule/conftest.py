@@ -145,6 +145,19 @@ def run_playbook(host):
     return run
 
 
+@pytest.fixture
+def status(run_playbook, tmp_path):
+    """Runs status.yml; returns its exit code, its report, and its output."""
+
+    def read(*arguments):
+        done = run_playbook("playbooks/ops/status.yml", "--limit", "all", *arguments, status_directory=str(tmp_path))
+        assert (tmp_path / "status.json").exists(), done.stdout
+        assert (tmp_path / "status.html").read_text().startswith("<!doctype html>")
+        return done.returncode, json.loads((tmp_path / "status.json").read_text()), done.stdout
+
+    return read
+
+
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
     """Returns a function that makes a copy of the project with another content of a file."""

@@ -21,24 +21,6 @@ METRIC = re.compile(r"\b(?:up|(?:node|flower|rabbitmq|erlang|pg|mailroom|backup)
 WITHOUT_DATA = {'flower_events_total{type="task-failed"}'}
 
 
-@pytest.fixture(scope="module")
-def prometheus(url, variables):
-    """Calls Prometheus' API; returns the data."""
-
-    def ask(path, **parameters):
-        login = ("monitoring", variables["secret_monitoring_password"])
-        answer = requests.get(f"{url(9090)}/api/v1/{path}", params=parameters, auth=login, timeout=30)
-        assert answer.status_code == 200, answer.text
-        return answer.json()["data"]
-
-    return ask
-
-
-@pytest.fixture(scope="module")
-def query(prometheus):
-    return lambda expression: prometheus("query", query=expression)["result"]
-
-
 @pytest.fixture
 def all_up(query):
     """Returns whether each target answers."""
@@ -108,22 +90,6 @@ def test_daemons_are_sandboxed(exposure, on, host):
         assert exposure(f"{unit}.service") < 2.5, unit
     score = on("site1", "systemd-analyze security --no-pager prometheus-postgres-exporter.service | tail -n 1")
     assert float(score.split("level for ")[1].split()[1]) < 2.5, score
-
-
-# Posts an email on the host itself, since only the monitoring host reaches the web service.
-POST = """
-import json, sys, urllib.request
-body, headers = json.dumps({"subject": "test", "text": "Hello.", "to": ["one@example.net"]}), json.loads(sys.argv[1])
-print(urllib.request.urlopen(urllib.request.Request("http://127.0.0.1:8000/api/emails", body.encode(), headers)).read().decode())
-"""
-
-
-@pytest.fixture(scope="module")
-def post_email(host, variables):
-    """Posts an email on the site's host; returns its id."""
-    web = host.get_host("ansible://site1")
-    headers = {"Authorization": f"Bearer {variables['secret_app_api_key']}", "Content-Type": "application/json"}
-    return lambda: json.loads(web.check_output("python3 -c %s %s", POST, json.dumps(headers)))["id"]
 
 
 @pytest.fixture(scope="module")

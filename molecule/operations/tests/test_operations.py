@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 import time
@@ -18,19 +17,6 @@ OPS = "playbooks/ops"
 def inventories(name):
     """Returns the options for the scenario's inventories and another one."""
     return [word for path in (*os.environ["ANSIBLE_INVENTORY"].split(","), SCENARIO / name) for word in ("-i", str(path))]
-
-
-@pytest.fixture
-def status(run_playbook, tmp_path):
-    """Runs status.yml; returns its exit code, its report, and its output."""
-
-    def read(*arguments):
-        done = run_playbook(f"{OPS}/status.yml", "--limit", "all", *arguments, status_directory=str(tmp_path))
-        assert (tmp_path / "status.json").exists(), done.stdout
-        assert (tmp_path / "status.html").read_text().startswith("<!doctype html>")
-        return done.returncode, json.loads((tmp_path / "status.json").read_text()), done.stdout
-
-    return read
 
 
 @pytest.fixture
