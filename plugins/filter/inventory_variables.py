@@ -99,8 +99,8 @@ def host_count_errors(host, groups, values):
     caches = groups.get("cache", [])
     if host in caches and len(caches) > 1 and values.get("wiring_cache") != host:
         sentences.append(
-            f"The group cache has the hosts {', '.join(caches)}; allowed is one, or several if each host is a separate environment, "
-            "with wiring_cache set to the host's name."
+            f"The group cache has the hosts {', '.join(caches)}; allowed is one, or several if each host is a separate "
+            "environment, with wiring_cache set to the host's name."
         )
     return sentences + database_errors(host, groups.get("database", []), values)
 
@@ -115,13 +115,13 @@ def database_errors(host, databases, values):
         sentences.append(f"wiring_database is '{primary}'; allowed is a host of the group database, {' or '.join(databases)}.")
     elif len(databases) > 2:
         sentences.append(
-            f"The group database has the hosts {', '.join(databases)}; allowed is one, or two, of which one is a standby, or several "
-            "if each host is a separate environment, with wiring_database set to the host's name and wiring_standbys to []."
+            f"The group database has the hosts {', '.join(databases)}; allowed is one, or two, of which one is a standby, or "
+            "several if each host is a separate environment, with wiring_database set to the host's name and wiring_standbys to []."
         )
     if str(values.get("host_platform", "")).startswith("macos"):
         sentences.append(
-            f"host_platform is '{values.get('host_platform')}', and the group database has the hosts {', '.join(databases)}; allowed "
-            "is one, because a server on a Mac has no standby."
+            f"host_platform is '{values.get('host_platform')}', and the group database has the hosts {', '.join(databases)}; "
+            "allowed is one, because a server on a Mac has no standby."
         )
     return sentences
 

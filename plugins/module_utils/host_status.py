@@ -272,7 +272,8 @@ def replication(options: Optional[dict[str, Any]]) -> list[dict[str, Any]]:
     found = {each["name"]: each for each in json.loads(done.stdout)}
     missing = {"state": "missing", "mode": "", "bytes": None, "seconds": None}
     # The role postgresql gives the connections these names.
-    return [{**missing, **found.get(f"standby_{re.sub('[^a-z0-9_]', '_', name.lower())}", {}), "name": name} for name in options["standbys"]]
+    slots = {name: f"standby_{re.sub('[^a-z0-9_]', '_', name.lower())}" for name in options["standbys"]}
+    return [{**missing, **found.get(slot, {}), "name": name} for name, slot in slots.items()]
 
 
 # All
