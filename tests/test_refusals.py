@@ -922,7 +922,8 @@ def own_environment(host):
     if layer == "broker":
         return {"wiring_brokers": ["{{ inventory_hostname }}"], "wiring_broker_clients": []}
     if layer in ("database", "cache"):
-        return {f"wiring_{layer}": "{{ inventory_hostname }}", f"wiring_{layer}_clients": []}
+        separate = {"wiring_standbys": []} if layer == "database" else {}
+        return {f"wiring_{layer}": "{{ inventory_hostname }}", f"wiring_{layer}_clients": [], **separate}
     return {}
 
 
