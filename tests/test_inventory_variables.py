@@ -111,7 +111,8 @@ def test_database_on_a_mac_has_no_standby():
     values = {"wiring_database": "a", "wiring_standbys": ["b"], "host_platform": "macos"}
     (sentence,) = host_count_errors("a", {"database": ["a", "b"]}, values)
     assert sentence == (
-        "host_platform is 'macos', and the group database has the hosts a, b; allowed is one, because a server on a Mac has no standby."
+        "host_platform is 'macos', and the group database has the hosts a, b; allowed is one, because a server on a Mac has no "
+        "standby."
     )
 
 

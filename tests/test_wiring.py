@@ -25,6 +25,7 @@ NAMES = (
     "nginx_upstreams", "nginx_static_directories", "nginx_server_names", "rabbitmq_vhosts", "rabbitmq_users",
     "rabbitmq_prometheus_listener", "flower_address", "monitoring_server", "monitoring_exporters", "monitoring_exporter_address",
     "monitoring_scrapes", "monitoring_units", "postgresql_users", "celery_workers",
+    "postgresql_primary", "postgresql_standbys", "backups_databases",
 )  # fmt: skip
 
 
@@ -168,11 +169,7 @@ def test_flower_has_its_own_broker_user(many):
 
 def test_database_with_a_standby(tmp_path):
     hosts = wired(tmp_path, ONE | {"database": ["db1", "db2"]}, firewall_enabled=True)
-    url = (
-        hosts["app"]["django_environment"]["DATABASE_URL"]
-        if "app" in hosts
-        else hosts[ONE["app"][0]]["django_environment"]["DATABASE_URL"]
-    )
+    url = hosts["host1"]["django_environment"]["DATABASE_URL"]
     assert "@db1,db2:5432/mailroom?sslmode=verify-full&" in url
     assert url.endswith("&target_session_attrs=read-write&connect_timeout=2")
     primary, standby = hosts["db1"], hosts["db2"]
