@@ -479,9 +479,8 @@ def test_primary_reports_its_standbys(programs):
     options = {"port": 5433, "standbys": ["db-2", "db3"]}
     streaming = {"name": "standby_db_2", "state": "streaming", "mode": "quorum", "bytes": 12, "seconds": 0.5}
     # The words: runuser -u postgres -- psql …
-    programs(
-        "runuser", f"import sys\nassert '--port=5433' in sys.argv and sys.argv[4] == 'psql'\nprint({json.dumps([streaming])!r})\n"
-    )
+    answer = json.dumps([streaming])
+    programs("runuser", f"import sys\nassert '--port=5433' in sys.argv and sys.argv[4] == 'psql'\nprint({answer!r})\n")
     assert host_status.replication(options) == [
         {**streaming, "name": "db-2"},
         {"name": "db3", "state": "missing", "mode": "", "bytes": None, "seconds": None},
