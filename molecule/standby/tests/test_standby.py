@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -150,7 +151,7 @@ def test_application_connects_to_the_server_that_accepts_writes(on):
 
 def test_status_shows_the_lag_and_a_missing_standby(run, on, eventually, streams):
     done = run("playbooks/ops/status.yml", wiring_repository=str(PROJECT))
-    assert "db1 db2 streaming quorum 0 bytes, 0" in said(done), said(done)
+    assert re.search(r"db1 db2 streaming quorum [\d,]+ bytes, ", said(done)), said(done)
     on("db2", "systemctl stop postgresql@17-main")
     try:
         done = run("playbooks/ops/status.yml", wiring_repository=str(PROJECT))
@@ -182,7 +183,7 @@ def test_inventory_that_names_the_standby_as_the_primary_is_refused(run, streams
 def test_only_a_standby_is_promoted(run, streams):
     for name, sentence in (
         ("db3", "promote is db3; allowed is the name of a standby: db2."),
-        ("db1", "db1 is the primary, and no standby"),
+        ("db1", "db1 is the primary; allowed is a standby"),
     ):
         done = run("playbooks/ops/promote_postgresql.yml", promote=name)
         assert done.returncode != 0
