@@ -309,12 +309,13 @@ REFUSED = {
         ),
         (
             {**PRIMARY, "postgresql_primary": "192.0.2.1"},
-            "postgresql_primary is 192.0.2.1, and postgresql_standbys has db2; allowed is one of them, since a standby has no standbys.",
+            "postgresql_primary is 192.0.2.1, and postgresql_standbys has db2; allowed is one of them, since a "
+            "standby has no standbys.",
         ),
         (
             {"postgresql_primary": "192.0.2.1", "postgresql_primary_ca_file": ""},
-            "postgresql_primary_ca_file is empty; with postgresql_primary and postgresql_tls, allowed is the path of a file on the host "
-            "with the certificate authority of the primary.",
+            "postgresql_primary_ca_file is empty; with postgresql_primary and postgresql_tls, allowed is the path of a file on "
+            "the host with the certificate authority of the primary.",
         ),
         (
             {"postgresql_users": [{**DATABASE_USER, "password": MARK[:11]}], **NO_DATABASES},
