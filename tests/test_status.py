@@ -499,6 +499,7 @@ def test_missing_or_late_standby_is_a_fault():
     healthy = report(standby())
     assert status_report.findings(healthy) == []
     assert "db1      db2      streaming  async  7 bytes, 0.5 s" in status_report.table(healthy, [])
+    assert "<td>7 bytes, 0.5 s</td>" in status_page.page(healthy, [])
     missing = {"state": "missing", "bytes": None, "seconds": None}
     for values, text in (
         (missing, "The standby db2 does not stream: missing."),

@@ -231,8 +231,8 @@ def page(report: Report, found: list[Finding]) -> str:
                 section("Application, last 24 hours", ["", ""], application_rows(report["application"])),
                 section("Workers", ["host", "worker", "state", "ping"], worker_rows(report)),
             ),
+            section("Replication", REPLICATION_HEADER, replication_rows(report["hosts"])),
             pair(
-                section("Replication", REPLICATION_HEADER, replication_rows(report["hosts"])),
                 section("Certificates", ["host", "file", "left"], certificate_rows(report["hosts"])),
                 section("Backups", ["host", "backup", "age"], backup_rows(report["backups"])),
             ),
