@@ -57,7 +57,7 @@ def said(done):
     return " ".join((done.stdout + done.stderr).split())
 
 
-def testbed(code):
+def with_testbed(code):
     """Runs Python code with the testbed's modules, and the path of the scenario's inventory."""
     start = "import sys; from pathlib import Path; from testbed import machine, stack; inventory = Path(sys.argv[1]); "
     words = [sys.executable, "-c", start + code, os.environ["MOLECULE_SCENARIO_DIRECTORY"] + "/inventory"]
@@ -213,7 +213,7 @@ def test_second_run_changes_nothing(run):
 
 def test_no_accepted_email_is_lost_if_the_host_of_the_primary_dies(run, load, inbox, eventually, capsys):
     with load() as sent:
-        testbed("machine.podman('kill', '--signal=KILL', stack.find(inventory, 'db1').name)")
+        with_testbed("machine.podman('kill', '--signal=KILL', stack.find(inventory, 'db1').name)")
         killed = time.time()
         done = run("playbooks/ops/promote_postgresql.yml", promote="db2")
         assert done.returncode != 0 and "Turn the host off, and add -e old_primary_is_off=yes" in said(done), said(done)
@@ -239,7 +239,7 @@ def test_environment_runs_without_the_old_primary(run, send, eventually):
 
 
 def test_old_primary_becomes_a_standby_and_keeps_its_old_data(run, on, sql, streams, send, eventually):
-    testbed("machine.start(stack.find(inventory, 'db1').name)")
+    with_testbed("machine.start(stack.find(inventory, 'db1').name)")
     subprocess.run(
         [sys.executable, "-m", "testbed", "up", "--inventory", os.environ["MOLECULE_SCENARIO_DIRECTORY"] + "/inventory"],
         cwd=PROJECT,
