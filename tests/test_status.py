@@ -478,6 +478,41 @@ def test_age_of_scheduled_backups(tmp_path):
     assert filters.scheduled_backups({"unreachable": True}, "db1") == []
 
 
+def test_primary_reports_its_standbys(programs):
+    assert host_status.replication(None) == host_status.replication({"port": 5432, "standbys": []}) == []
+    options = {"port": 5433, "standbys": ["db-2", "db3"]}
+    streaming = {"name": "standby_db_2", "state": "streaming", "mode": "quorum", "bytes": 12, "seconds": 0.5}
+    # The words: runuser -u postgres -- psql …
+    answer = json.dumps([streaming])
+    programs("runuser", f"import sys\nassert '--port=5433' in sys.argv and sys.argv[4] == 'psql'\nprint({answer!r})\n")
+    assert host_status.replication(options) == [
+        {**streaming, "name": "db-2"},
+        {"name": "db3", "state": "missing", "mode": "", "bytes": None, "seconds": None},
+    ]
+    programs("runuser", "import sys\nsys.exit('psql: connection refused')\n")
+    with pytest.raises(host_status.Failure, match="connection refused"):
+        host_status.replication(options)
+
+
+def test_missing_or_late_standby_is_a_fault():
+    def standby(**values):
+        return host(
+            "db1", replication=[{"name": "db2", "state": "streaming", "mode": "async", "bytes": 7, "seconds": 0.5, **values}]
+        )
+
+    healthy = report(standby())
+    assert status_report.findings(healthy) == []
+    assert "db1      db2      streaming  async  7 bytes, 0.5 s" in status_report.table(healthy, [])
+    assert "<td>7 bytes, 0.5 s</td>" in status_page.page(healthy, [])
+    missing = {"state": "missing", "bytes": None, "seconds": None}
+    for values, text in (
+        (missing, "The standby db2 does not stream: missing."),
+        ({"bytes": 200_000_000}, "The standby db2 is 200,000,000 bytes, 0.5 s behind."),
+        ({"seconds": 90}, "The standby db2 is 7 bytes, 90 s behind."),
+    ):
+        assert status_report.findings(report(standby(**values))) == [("fault", "db1", text)]
+
+
 def test_report_has_broker_and_application_from_the_first_host_with_them():
     application = {"needs_operator": 1}
     broker = {"node": "rabbit@b", "nodes": [], "queues": [], "deprecated": []}

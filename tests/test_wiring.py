@@ -26,6 +26,7 @@ NAMES = (
     "nginx_upstreams", "nginx_static_directories", "nginx_server_names", "rabbitmq_vhosts", "rabbitmq_users",
     "rabbitmq_prometheus_listener", "flower_address", "monitoring_server", "monitoring_exporters", "monitoring_exporter_address",
     "monitoring_scrapes", "monitoring_units", "postgresql_users", "celery_workers", "django_private_environments",
+    "postgresql_primary", "postgresql_standbys", "backups_databases",
 )  # fmt: skip
 
 
@@ -208,6 +209,28 @@ def test_broker_users_have_only_the_permissions_of_their_services(one):
         "mailroom-flower": ["monitoring"],
         "mailroom-monitoring": ["monitoring"],
     }
+
+
+def test_database_with_a_standby(tmp_path):
+    hosts = wired(tmp_path, ONE | {"database": ["db1", "db2"]}, firewall_enabled=True)
+    url = hosts["host1"]["django_environment"]["DATABASE_URL"]
+    assert "@db1,db2:5432/mailroom?sslmode=verify-full&" in url
+    assert url.endswith("&target_session_attrs=read-write&connect_timeout=2")
+    primary, standby = hosts["db1"], hosts["db2"]
+    assert (primary["postgresql_primary"], primary["postgresql_standbys"]) == ("", [{"name": "db2", "address": "db2"}])
+    assert (standby["postgresql_primary"], standby["postgresql_standbys"]) == ("db1", [])
+    assert primary["postgresql_tls"] and standby["postgresql_tls"]
+    # After a promotion, the standby has the same clients.
+    assert primary["postgresql_clients"] == standby["postgresql_clients"]
+    (rule,) = [rule for rule in standby["firewall_rules"] if 5432 in rule["ports"]]
+    assert "db1" in rule["sources"]
+    assert primary["backups_databases"] == ["mailroom"] and standby["backups_databases"] == []
+
+
+def test_inventory_names_the_new_primary_after_a_promotion(tmp_path):
+    hosts = wired(tmp_path, ONE | {"database": ["db1", "db2"]}, wiring_database="db2")
+    assert (hosts["db1"]["postgresql_primary"], hosts["db2"]["postgresql_primary"]) == ("db2", "")
+    assert hosts["db2"]["postgresql_standbys"] == [{"name": "db1", "address": "db1"}]
 
 
 def test_each_setting_has_its_own_secret(many):

@@ -43,6 +43,9 @@ SECRETS = {
         stays="the database accepts the old password",
         group="database",
     ),
+    "secret_postgresql_replication_password": Secret(
+        "replication", "the standby of the database connects with the new password", group="database"
+    ),
     "secret_valkey_password": Secret(
         "cache", "the cache refuses new connections with the old password until the services restart", group="cache"
     ),
