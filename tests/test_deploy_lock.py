@@ -211,7 +211,15 @@ def test_documentation_has_the_options_of_the_plugin(plugin, monkeypatch):
 
 @pytest.mark.parametrize(
     "name",
-    ["rollback", "rotate_secrets", "restore_environment", "restore_postgresql", "restore_rabbitmq", "upgrade_rabbitmq", "migrate_rabbitmq"],
+    [
+        "rollback",
+        "rotate_secrets",
+        "restore_environment",
+        "restore_postgresql",
+        "restore_rabbitmq",
+        "upgrade_rabbitmq",
+        "migrate_rabbitmq",
+    ],
 )
 def test_playbook_takes_the_lock_before_it_changes_a_host(name):
     plays = yaml.safe_load((ROOT / "playbooks" / "ops" / f"{name}.yml").read_text())
