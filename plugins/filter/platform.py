@@ -21,6 +21,7 @@ CA_BUNDLES = {
     "RedHat": "/etc/pki/ca-trust/extracted/pem/tls-ca-bundle.pem",
 }
 OLD_EL = "only Python 3.6 can use its dnf, and Ansible no longer runs on Python 3.6"
+DEBIAN_12 = "its RabbitMQ moves to Debian 13 with playbooks/ops/migrate_rabbitmq.yml"
 
 
 def platform_family(facts, *families):
@@ -30,7 +31,7 @@ def platform_family(facts, *families):
     version = facts["distribution_version" if name == "Ubuntu" else "distribution_major_version"]
     if version in VERSIONS.get(name, ()) and family in families:
         return family
-    reason = f": {OLD_EL}" if family == "RedHat" and version == "8" else ""
+    reason = {("RedHat", "8"): f": {OLD_EL}", ("Debian", "12"): f": {DEBIAN_12}"}.get((family, version), "")
     known = ", ".join(FAMILIES[known] for known in families)
     raise AnsibleFilterError(f"{name} {facts['distribution_version']} is not supported{reason}. Supported are {known}.")
 
