@@ -107,8 +107,10 @@ def host_count_errors(host, groups, values):
 
 def database_errors(host, databases, values):
     """Return errors for the hosts of the primary and of its standby."""
-    primary, standbys = values.get("wiring_database"), values.get("wiring_standbys", [])
-    if host not in databases or (primary == host and not standbys):
+    if host not in databases:
+        return []
+    primary, standbys = values.get("wiring_database", databases[0]), values.get("wiring_standbys", [])
+    if primary == host and not standbys:
         return []
     sentences = []
     if primary not in databases:
