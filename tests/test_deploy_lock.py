@@ -209,19 +209,15 @@ def test_documentation_has_the_options_of_the_plugin(plugin, monkeypatch):
     }
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "rollback",
-        "rotate_secrets",
-        "restore_environment",
-        "restore_postgresql",
-        "restore_rabbitmq",
-        "upgrade_rabbitmq",
-        "migrate_rabbitmq",
-    ],
-)
+@pytest.mark.parametrize("name", ["rollback", "rotate_secrets", "upgrade_rabbitmq", "migrate_rabbitmq"])
 def test_playbook_takes_the_lock_before_it_changes_a_host(name):
     plays = yaml.safe_load((ROOT / "playbooks" / "ops" / f"{name}.yml").read_text())
-    first = next(play for play in plays if play.get("hosts") != "localhost" and play.get("become", True))
+    first = next(play for play in plays if play.get("become", True))
     assert first.get("ansible.builtin.import_playbook") in ("../lock.yml", "../site.yml")
+
+
+@pytest.mark.parametrize("name", ["restore_environment", "restore_postgresql"])
+def test_restore_takes_the_lock_before_it_stops_the_application(name):
+    plays = yaml.safe_load((ROOT / "playbooks" / "ops" / f"{name}.yml").read_text())
+    stop = next(index for index, play in enumerate(plays) if play["name"] == "Stop the application")
+    assert plays[stop - 1].get("ansible.builtin.import_playbook") == "../lock.yml"

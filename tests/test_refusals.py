@@ -950,7 +950,7 @@ def write_inventory(folder, hosts):
             if group:
                 groups[group]["hosts"][host] = None
     everybody = {host: {**own_environment(host), **variables} for host, variables, _ in hosts}
-    everybody["first.invalid"] = {"wiring_brokers": ["first.invalid"]}
+    everybody["first.invalid"] = {"wiring_brokers": ["first.invalid"], "wiring_standbys": []}
     inventory = {"all": {"hosts": everybody, "vars": {**ENVIRONMENT, **locks}, "children": groups}}
     (folder / "hosts.json").write_text(json.dumps(inventory))
     return folder

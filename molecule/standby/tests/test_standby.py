@@ -247,8 +247,8 @@ def test_old_primary_becomes_a_standby_and_keeps_its_old_data(run, on, sql, stre
         capture_output=True,
     )
     done = run("site.yml", **PROMOTED)
-    assert done.returncode != 0 and "run site.yml with -e postgresql_replace_data=true" in said(done), said(done)
-    done = run("site.yml", postgresql_replace_data=True, **PROMOTED)
+    assert done.returncode != 0 and "run site.yml with -e postgresql_replace_data=db1" in said(done), said(done)
+    done = run("site.yml", "-e", "postgresql_replace_data=db1", **PROMOTED)
     assert done.returncode == 0, said(done)
     assert streams("db2")
     assert sql("db1", "SELECT pg_is_in_recovery()") == "t"
@@ -260,6 +260,7 @@ def test_old_primary_becomes_a_standby_and_keeps_its_old_data(run, on, sql, stre
 
 
 def test_planned_promotion_loses_nothing_and_stops_the_old_primary(run, load, on, inbox, eventually):
+    """The playbook passes the end of the old primary's WAL as postgresql_wal_end."""
     with load() as sent:
         done = run("playbooks/ops/promote_postgresql.yml", promote="db1", **PROMOTED)
         assert done.returncode == 0, said(done)
@@ -272,5 +273,5 @@ def test_planned_promotion_loses_nothing_and_stops_the_old_primary(run, load, on
     # The variable still names db2.
     done = run("site.yml", "--tags=postgresql", "--limit=db2", **PROMOTED)
     assert done.returncode != 0 and "db2 was the primary until" in said(done), said(done)
-    done = run("site.yml", "--tags=postgresql", postgresql_replace_data=True)
+    done = run("site.yml", "--tags=postgresql", "-e", "postgresql_replace_data=db2")
     assert done.returncode == 0, said(done)
