@@ -15,7 +15,7 @@ export MOLECULE_COMMAND_BORDERS := 0
 # The slowest scenarios come first, so that the last ones end at about the same time.
 SCENARIOS := site site-hosts site-el9 macos projects rabbitmq rabbitmq-cluster rabbitmq43 celery django erlang postgresql any-project nginx flower firewall services ca_certificates built-collection
 # Only `make test-all` runs these.
-SLOW_SCENARIOS := release operations backups offline_packages monitoring cluster attacks guests valkey projects-built certificates rotation rabbitmq-migration acme environment
+SLOW_SCENARIOS := release operations backups offline_packages monitoring cluster attacks guests valkey projects-built certificates rotation rabbitmq-migration acme environment standby
 BENCHMARKS := mail_compare mail_faults mail_load mail_pace broker_celery broker_faults broker_noop deploy_under_load converge
 # How many scenarios run in parallel. A scenario mostly waits for its hosts.
 JOBS ?= 2

@@ -79,15 +79,40 @@ def test_distance_counts_typing_errors(one, other, mistakes):
     assert distance(one, other) == distance(other, one) == mistakes
 
 
-@pytest.mark.parametrize("group", ["database", "cache"])
-def test_second_server_is_refused_unless_each_is_a_separate_environment(group):
-    groups = {"broker": ["a"], group: ["a", "b"]}
-    assert host_count_errors("b", groups, {f"wiring_{group}": "b"}) == []
-    assert host_count_errors("c", groups, {f"wiring_{group}": "a"}) == []
-    (sentence,) = host_count_errors("b", groups, {f"wiring_{group}": "a"})
+def test_second_cache_is_refused_unless_each_is_a_separate_environment():
+    groups = {"broker": ["a"], "cache": ["a", "b"]}
+    assert host_count_errors("b", groups, {"wiring_cache": "b"}) == []
+    assert host_count_errors("c", groups, {"wiring_cache": "a"}) == []
+    (sentence,) = host_count_errors("b", groups, {"wiring_cache": "a"})
     assert sentence == (
-        f"The group {group} has the hosts a, b; allowed is one, or several if each host is a separate environment, with "
-        f"wiring_{group} set to the host's name."
+        "The group cache has the hosts a, b; allowed is one, or several if each host is a separate environment, with "
+        "wiring_cache set to the host's name."
+    )
+
+
+def test_database_has_one_standby():
+    values = {"wiring_database": "a", "wiring_standbys": ["b"], "host_platform": "debian13"}
+    assert [host_count_errors(host, {"database": ["a", "b"]}, values) for host in ("a", "b", "web1")] == [[], [], []]
+    (sentence,) = host_count_errors("b", {"database": ["a", "b", "c"]}, values)
+    assert sentence == (
+        "The group database has the hosts a, b, c; allowed is one, or two, of which one is a standby, or several if each host is a "
+        "separate environment, with wiring_database set to the host's name and wiring_standbys to []."
+    )
+    assert host_count_errors("b", {"database": ["a", "b", "c"]}, {"wiring_database": "b", "wiring_standbys": []}) == []
+
+
+def test_primary_is_a_host_of_the_group():
+    values = {"wiring_database": "c", "wiring_standbys": ["a", "b"], "host_platform": "debian13"}
+    (sentence,) = host_count_errors("a", {"database": ["a", "b"]}, values)
+    assert sentence == "wiring_database is 'c'; allowed is a host of the group database, a or b."
+
+
+def test_database_on_a_mac_has_no_standby():
+    values = {"wiring_database": "a", "wiring_standbys": ["b"], "host_platform": "macos"}
+    (sentence,) = host_count_errors("a", {"database": ["a", "b"]}, values)
+    assert sentence == (
+        "host_platform is 'macos', and the group database has the hosts a, b; allowed is one, because a server on a Mac has no "
+        "standby."
     )
 
 

@@ -234,15 +234,18 @@ def test_web_service_opens_its_own_socket(plists):
 def test_a_job_reads_its_environment_and_becomes_its_command(plists, tmp_path):
     """Runs the job's ProgramArguments, but with a PID file, an environment file and a command from this test."""
     shell = plists["agents"]["mailroom-relay"]["ProgramArguments"]
-    assert shell[3:5] == ["/Users/me/Library/Logs/mailroom/django/mailroom-relay.pid", f"{PREFIX}/opt/mailroom/current/environment"]
-    assert shell[5:] == [f"{PREFIX}/opt/mailroom/current/venv/bin/python", "manage.py", "relay"]
-    (tmp_path / "environment").write_text("""QUOTE='it'\\''s "$HOME"'\n""")
+    assert shell[3] == "/Users/me/Library/Logs/mailroom/django/mailroom-relay.pid"
+    files = [f"{PREFIX}/opt/mailroom/current/environment", f"{PREFIX}/opt/mailroom/current/environment.web"]
+    assert shell[4:] == [*files, "--", f"{PREFIX}/opt/mailroom/current/venv/bin/python", "manage.py", "relay"]
+    (tmp_path / "environment").write_text("""QUOTE='it'\\''s "$HOME"'\nURL='first'\n""")
+    (tmp_path / "environment.web").write_text("URL='second'\n")
     pid_file = tmp_path / "pid"
-    command = ["/bin/sh", "-c", 'printf "%s|%s|%s" "$$" "$QUOTE" "$1"', "name", "a  b"]
-    words = [*shell[:3], pid_file, tmp_path / "environment", *command]
+    command = ["/bin/sh", "-c", 'printf "%s|%s|%s|%s" "$$" "$QUOTE" "$URL" "$1"', "name", "a  b"]
+    words = [*shell[:3], pid_file, tmp_path / "environment", tmp_path / "environment.web", "--", *command]
     done = subprocess.run(words, capture_output=True, text=True, check=True, env={"PATH": os.defpath})
-    assert done.stdout == f"""{pid_file.read_text().strip()}|it's "$HOME"|a  b"""
-    done = subprocess.run([*shell[:3], pid_file, tmp_path / "missing", "echo", "ran"], capture_output=True, text=True, check=False)
+    assert done.stdout == f"""{pid_file.read_text().strip()}|it's "$HOME"|second|a  b"""
+    words = [*shell[:3], pid_file, tmp_path / "missing", "--", "echo", "ran"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert (done.returncode != 0, done.stdout) == (True, "")
 
 

@@ -72,6 +72,13 @@ def test_host_that_the_environment_needs_is_not_removed(inventory, groups, extra
     assert refusal(playbook(*words)).startswith(text)
 
 
+@pytest.mark.parametrize(("extra", "value"), [({}, "not set"), ({"promote": "web1"}, "web1")])
+def test_promotion_needs_the_name_of_a_standby(inventory, extra, value):
+    folder = inventory(**GROUPS, database=["db1", "db2"])
+    words = ["-i", folder, "playbooks/ops/promote_postgresql.yml", "--extra-vars", json.dumps(extra)]
+    assert refusal(playbook(*words)) == f"promote is {value}; allowed is the name of a standby: db2."
+
+
 def test_uninstall_requires_confirmation(inventory):
     words = ["-i", inventory(**GROUPS), "playbooks/ops/uninstall.yml", "--limit", "web1", "--extra-vars", '{"confirm": "no"}']
     assert refusal(playbook(*words)) == "This stops mailroom on web1. To confirm, type yes, or add -e confirm=yes"

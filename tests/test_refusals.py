@@ -37,6 +37,7 @@ CLUSTER = {"rabbitmq_nodes": NODES, "rabbitmq_node_name": "mq1", "rabbitmq_distr
 WORKER = {"name": "mail", "queues": ["mail.v1"]}
 PROCESS = {"name": "relay", "command": ["python", "manage.py", "relay"]}
 DATABASE_USER = {"name": "orders", "password": f"{MARK}orders"}
+PRIMARY = {"postgresql_standbys": [{"name": "db2", "address": "192.0.2.2"}]}
 NO_DATABASES = {"postgresql_databases": [], "postgresql_clients": []}
 SCRAPES = (("one", "web1"), ("two", "1:2:3"), ("three", "web1:8000"), ("four", "[::1]:8000"))
 TOPIC = {"vhost": "of-topics", "exchange": "e", "write": "", "read": ""}
@@ -299,6 +300,25 @@ REFUSED = {
             "postgresql_users must not list postgres, the server's superuser.",
         ),
         (
+            {"postgresql_users": [{**DATABASE_USER, "name": "replication"}], **NO_DATABASES, **PRIMARY},
+            "postgresql_users must not list replication, the user of the standbys.",
+        ),
+        (
+            {**PRIMARY, "postgresql_replication_password": MARK[:11]},
+            "postgresql_replication_password is too short or has other characters; allowed with postgresql_primary or "
+            "postgresql_standbys are 12 or more letters, digits, underscores, dots, tildes and hyphens.",
+        ),
+        (
+            {**PRIMARY, "postgresql_primary": "192.0.2.1"},
+            "postgresql_primary is 192.0.2.1, and postgresql_standbys has db2; allowed is one of them, since a "
+            "standby has no standbys.",
+        ),
+        (
+            {"postgresql_primary": "192.0.2.1", "postgresql_primary_ca_file": ""},
+            "postgresql_primary_ca_file is empty; with postgresql_primary and postgresql_tls, allowed is the path of a file on "
+            "the host with the certificate authority of the primary.",
+        ),
+        (
             {"postgresql_users": [{**DATABASE_USER, "password": MARK[:11]}], **NO_DATABASES},
             "postgresql_users has a password of fewer than 12 characters for orders.",
         ),
@@ -453,8 +473,8 @@ REFUSED = {
         ),
         (
             {"django_environment": {"JSON": {"a": 1}, "KEY": f"{MARK}\n{MARK}"}},
-            "django_environment or django_build_environment is wrong: JSON is a mapping or a nested list. For JSON, use to_json. "
-            "The value of the environment variable KEY contains a line break or a NUL byte.",
+            "django_environment, django_build_environment or django_private_environments is wrong: JSON is a mapping or a nested "
+            "list. For JSON, use to_json. The value of the environment variable KEY contains a line break or a NUL byte.",
         ),
         ({"django_build_commands": [{"command": []}]}, "django_build_commands has an empty command; allowed is a program with"),
         (
@@ -930,7 +950,7 @@ def write_inventory(folder, hosts):
             if group:
                 groups[group]["hosts"][host] = None
     everybody = {host: {**own_environment(host), **variables} for host, variables, _ in hosts}
-    everybody["first.invalid"] = {"wiring_brokers": ["first.invalid"]}
+    everybody["first.invalid"] = {"wiring_brokers": ["first.invalid"], "wiring_standbys": []}
     inventory = {"all": {"hosts": everybody, "vars": {**ENVIRONMENT, **locks}, "children": groups}}
     (folder / "hosts.json").write_text(json.dumps(inventory))
     return folder
@@ -943,7 +963,8 @@ def own_environment(host):
     if layer == "broker":
         return {"wiring_brokers": ["{{ inventory_hostname }}"], "wiring_broker_clients": []}
     if layer in ("database", "cache"):
-        return {f"wiring_{layer}": "{{ inventory_hostname }}", f"wiring_{layer}_clients": []}
+        separate = {"wiring_standbys": []} if layer == "database" else {}
+        return {f"wiring_{layer}": "{{ inventory_hostname }}", f"wiring_{layer}_clients": [], **separate}
     return {}
 
 

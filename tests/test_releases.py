@@ -60,6 +60,13 @@ def test_previous_environment_of_another_release_is_removed(host):
     assert left(host, "environments") == "abcde"
 
 
+def test_private_environments_stay_with_their_release(host):
+    for name in ("a.worker", "e.worker", "e.worker.new", "e.worker.previous", "d.worker.previous", "x.worker"):
+        (host / "environments" / name).touch()
+    remove(host, kept=2)
+    assert sorted(path.name for path in (host / "environments").iterdir()) == ["d", "e", "e.worker", "e.worker.previous"]
+
+
 def test_check_mode_removes_nothing(host):
     assert remove(host, check=True)["removed"] == ["a", "b", "x", "y"]
     assert left(host) == "abcdexy"

@@ -16,7 +16,16 @@ ALONE = [
     *wiring()["secret_names"],
     *("rabbitmq_administrator_password", "rabbitmq_erlang_cookie", "rabbitmq_users", "rabbitmq_parameters", "rabbitmq_policies"),
     *("postgresql_users", "postgresql_databases", "app_database_url", "app_email_url", "app_environment", "app_allowed_senders"),
-    *("django_environment", "django_commands", "django_processes", "celery_workers", "host_package_index_url"),
+    *(
+        "app_worker_broker_url",
+        "app_beat_broker_url",
+        "django_private_environments",
+        "django_environment",
+        "django_commands",
+        "django_processes",
+        "celery_workers",
+        "host_package_index_url",
+    ),
     *("flower_password", "flower_cookie_secret", "flower_broker_url", "flower_broker_api", "nginx_certificate_key"),
 ]
 # These values have the right type.
@@ -37,6 +46,9 @@ CASES |= {
     "unknown key of a parameter": {"rabbitmq_parameters": [{"component": "shovel", "uri": URL}]},
     "unknown name in the environment": {"app_environment": {"SECRET_KEYS": WRONG}},
     "value of the environment with a line break": {"django_environment": {"EMAIL_URL": f"smtp://u:{WRONG}@h\nX"}},
+    "mapping in a private environment": {"django_private_environments": {"worker": {"BROKER_URL": {"password": WRONG}}}},
+    "text as a private environment": {"django_private_environments": {"worker": WRONG}},
+    "unknown key of the private environments": {"django_private_environments": {"workers": {"BROKER_URL": WRONG}}},
     "mapping in the environment": {"django_environment": {"EMAIL_URL": {"password": WRONG}}},
     "standard input as a mapping": {"django_commands": [{"command": "a", "stdin": {"password": WRONG}}]},
     "unknown key of a command": {"django_commands": [{"command": "a", "input": WRONG}]},

@@ -352,9 +352,9 @@ def test_a_service_with_defaults():
 
 def test_a_service_with_every_option():
     found = service_unit(
-        type="notify", environment_file="/etc/shop", environment={"A": "100% x", "B": 1}, stop_timeout=5, watchdog=9,
-        memory_max="1G", tasks_max=64, cpu_weight=50, open_files=10, state_directory="shop", writable=["/a", "/b"],
-        directives=["PrivateUsers=no"],
+        type="notify", environment_files=["/etc/shop", "/etc/shop.own"], environment={"A": "100% x", "B": 1},
+        stop_timeout=5, watchdog=9, memory_max="1G", tasks_max=64, cpu_weight=50, open_files=10, state_directory="shop",
+        writable=["/a", "/b"], directives=["PrivateUsers=no"],
     )  # fmt: skip
     assert [directive for directive in found["Service"] if directive[0] in PER_SERVICE] == [
         ("Type", "notify"),
@@ -362,6 +362,7 @@ def test_a_service_with_every_option():
         ("Group", "shopper"),
         ("WorkingDirectory", "/opt/shop"),
         ("EnvironmentFile", "/etc/shop"),
+        ("EnvironmentFile", "/etc/shop.own"),
         ("Environment", '"A=100%% x"'),
         ("Environment", "B=1"),
         ("ExecStart", "/bin/web"),
@@ -450,7 +451,7 @@ def test_a_job_with_defaults():
     assert plistlib.loads(job.pop("content").encode()) == {
         "Label": "web",
         "LimitLoadToSessionType": ["Aqua", "Background"],
-        "ProgramArguments": ["/bin/sh", "-c", launchd.START, "/Logs/shop/django/web.pid", "", "/bin/web"],
+        "ProgramArguments": ["/bin/sh", "-c", launchd.START, "/Logs/shop/django/web.pid", "--", "/bin/web"],
         "WorkingDirectory": "/opt/shop",
         "RunAtLoad": True,
         "KeepAlive": True,
@@ -469,13 +470,13 @@ def test_a_job_with_defaults():
 
 def test_a_job_with_every_option():
     service = {
-        "command": ["/bin/web", "<&>", 5], "environment": {"A": 1, "B": "it's"}, "environment_file": "/etc/shop", "stop_timeout": 5,
-        "open_files": 10,
+        "command": ["/bin/web", "<&>", 5], "environment": {"A": 1, "B": "it's"}, "environment_files": ["/etc/shop", "/etc/own"],
+        "stop_timeout": 5, "open_files": 10,
     }  # fmt: skip
     plist = plistlib.loads(jobs(service, user="shopper")[0]["content"].encode())
     assert plist["UserName"] == "shopper"
     assert "LimitLoadToSessionType" not in plist
-    assert plist["ProgramArguments"][4:] == ["/etc/shop", "/bin/web", "<&>", "5"]
+    assert plist["ProgramArguments"][4:] == ["/etc/shop", "/etc/own", "--", "/bin/web", "<&>", "5"]
     assert plist["EnvironmentVariables"] == {"A": "1", "B": "it's"}
     assert (plist["ExitTimeOut"], plist["SoftResourceLimits"], plist["HardResourceLimits"]) == (
         5,

@@ -165,12 +165,12 @@ def test_broker_reports_queues_of_its_virtual_host(monkeypatch):
 def test_silent_worker_is_reported(monkeypatch):
     answers = {}
 
-    def as_user(app, *command):
+    def as_worker(app, *command):
         assert app == "shop" and command[:3] == ("/opt/shop/current/venv/bin/celery", "--app", "shop.celery")
         assert re.fullmatch(r"--destination=mail@\S+,slow@\S+", command[-1])
         return subprocess.CompletedProcess(command, 0, answers["text"], "")
 
-    monkeypatch.setattr(host_status, "as_user", as_user)
+    monkeypatch.setattr(host_status, "as_worker", as_worker)
     monkeypatch.setattr(host_status.platform, "node", lambda: "a")
     options = {"app": "shop.celery", "names": ["mail", "slow"]}
     assert host_status.workers("shop", None) == []
@@ -180,12 +180,16 @@ def test_silent_worker_is_reported(monkeypatch):
     assert [each["answers"] for each in host_status.workers("shop", options)] == [False, False]
 
 
-def test_program_of_a_release_runs_as_the_application_in_its_environment(monkeypatch):
+def test_program_of_a_release_runs_as_the_application_in_the_environment_of_a_worker(monkeypatch):
     calls = []
     monkeypatch.setattr(host_status, "run", lambda *words, **options: calls.append((words, options)))
-    host_status.as_user("shop", "celery", "status")
-    ((words, options),) = calls
-    assert words[:4] == ("runuser", "-u", "shop", "--") and words[-3:] == ("/opt/shop/current/environment", "celery", "status")
+    monkeypatch.setattr(host_status.os.path, "exists", lambda path: not path.endswith(".worker"))
+    host_status.as_worker("shop", "celery", "status")
+    monkeypatch.setattr(host_status.os.path, "exists", lambda path: True)
+    host_status.as_worker("shop", "celery", "status")
+    file, program = "/opt/shop/current/environment", ("--", "runuser", "-u", "shop", "--", "celery", "status")
+    assert [words[4:] for words, _ in calls] == [(file, *program), (file, f"{file}.worker", *program)]
+    _, options = calls[0]
     assert options == {"cwd": "/opt/shop/current", "environment": {"PYTHONNOUSERSITE": "1"}}
 
 
@@ -472,6 +476,41 @@ def test_age_of_scheduled_backups(tmp_path):
     assert found == [{"name": "postgresql", "hours": 2.0}, {"name": "rabbitmq", "hours": None}]
     assert filters.scheduled_backups({"status": {"backups": found}}, "db1") == [{"host": "db1", **each} for each in found]
     assert filters.scheduled_backups({"unreachable": True}, "db1") == []
+
+
+def test_primary_reports_its_standbys(programs):
+    assert host_status.replication(None) == host_status.replication({"port": 5432, "standbys": []}) == []
+    options = {"port": 5433, "standbys": ["db-2", "db3"]}
+    streaming = {"name": "standby_db_2", "state": "streaming", "mode": "quorum", "bytes": 12, "seconds": 0.5}
+    # The words: runuser -u postgres -- psql …
+    answer = json.dumps([streaming])
+    programs("runuser", f"import sys\nassert '--port=5433' in sys.argv and sys.argv[4] == 'psql'\nprint({answer!r})\n")
+    assert host_status.replication(options) == [
+        {**streaming, "name": "db-2"},
+        {"name": "db3", "state": "missing", "mode": "", "bytes": None, "seconds": None},
+    ]
+    programs("runuser", "import sys\nsys.exit('psql: connection refused')\n")
+    with pytest.raises(host_status.Failure, match="connection refused"):
+        host_status.replication(options)
+
+
+def test_missing_or_late_standby_is_a_fault():
+    def standby(**values):
+        return host(
+            "db1", replication=[{"name": "db2", "state": "streaming", "mode": "async", "bytes": 7, "seconds": 0.5, **values}]
+        )
+
+    healthy = report(standby())
+    assert status_report.findings(healthy) == []
+    assert "db1      db2      streaming  async  7 bytes, 0.5 s" in status_report.table(healthy, [])
+    assert "<td>7 bytes, 0.5 s</td>" in status_page.page(healthy, [])
+    missing = {"state": "missing", "bytes": None, "seconds": None}
+    for values, text in (
+        (missing, "The standby db2 does not stream: missing."),
+        ({"bytes": 200_000_000}, "The standby db2 is 200,000,000 bytes, 0.5 s behind."),
+        ({"seconds": 90}, "The standby db2 is 7 bytes, 90 s behind."),
+    ):
+        assert status_report.findings(report(standby(**values))) == [("fault", "db1", text)]
 
 
 def test_report_has_broker_and_application_from_the_first_host_with_them():

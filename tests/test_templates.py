@@ -51,6 +51,7 @@ HOSTS = {
         "celery_user": "tasks",
         "celery_directory": "/srv/tasks",
         "celery_environment_file": "/srv/tasks.env",
+        "celery_worker_environment_file": "/srv/worker.env",
         "celery_log_level": "DEBUG",
         "django_web_workers": 7,
         "django_web_threads": 9,
@@ -392,9 +393,10 @@ def test_systemd_analyze_accepts_the_units(rendered, tmp_path):
 
 def test_alternative_values_reach_the_services(rendered):
     other = rendered["alternative"]
-    worker = dict(settings(other["mailroom-worker@mail.service"]))
+    unit = list(settings(other["mailroom-worker@mail.service"]))
+    worker = dict(unit)
     assert (worker["User"], worker["WorkingDirectory"]) == ("tasks", "/srv/tasks")
-    assert worker["EnvironmentFile"] == "/srv/tasks.env"
+    assert [value for name, value in unit if name == "EnvironmentFile"] == ["/srv/tasks.env", "/srv/worker.env"]
     assert '"--loglevel=DEBUG"' in worker["ExecStart"] or "--loglevel=DEBUG" in worker["ExecStart"].split()
     web = dict(settings(other["mailroom-web.service"]))["ExecStart"]
     assert "--workers=7" in web and "--threads=9" in web

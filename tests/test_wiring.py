@@ -25,7 +25,8 @@ NAMES = (
     "nginx_acme_other_proxies",
     "nginx_upstreams", "nginx_static_directories", "nginx_server_names", "rabbitmq_vhosts", "rabbitmq_users",
     "rabbitmq_prometheus_listener", "flower_address", "monitoring_server", "monitoring_exporters", "monitoring_exporter_address",
-    "monitoring_scrapes", "monitoring_units", "postgresql_users", "celery_workers",
+    "monitoring_scrapes", "monitoring_units", "postgresql_users", "celery_workers", "django_private_environments",
+    "postgresql_primary", "postgresql_standbys", "backups_databases",
 )  # fmt: skip
 
 
@@ -163,8 +164,73 @@ def test_single_services_run_on_one_host(many):
     assert [host for host in MANY["app"] if many[host]["django_migrate"]] == ["web1"]
 
 
-def test_flower_has_its_own_broker_user(many):
+USERS = ["mailroom", "mailroom-worker", "mailroom-beat", "mailroom-flower", "mailroom-monitoring"]
+PASSWORDS = dict(zip(USERS, ["app", "worker", "beat", "flower", "monitoring"], strict=True))
+
+
+def test_each_kind_of_service_has_its_own_broker_user(many, one):
     assert many["mq1"]["flower_broker_url"].startswith(f"amqps://mailroom-flower:{MARK}secretrabbitmqflowerpassword@127.0.0.1:")
+    for kind, user in (("web", "mailroom"), ("worker", "mailroom-worker"), ("beat", "mailroom-beat")):
+        url = f"amqp://{user}:{MARK}secretrabbitmq{PASSWORDS[user]}password@127.0.0.1:5672/mailroom"
+        assert one["django_private_environments"][kind] == {"BROKER_URL": url}
+    assert {user["name"]: user["password"] for user in one["rabbitmq_users"]} == {
+        user: f"{MARK}secretrabbitmq{name}password" for user, name in PASSWORDS.items()
+    }
+
+
+def test_host_has_only_the_passwords_of_its_own_services(many):
+    accounts = {host: many[host]["django_private_environments"] for host in MANY["app"]}
+    kinds = {host: {kind for kind, variables in accounts[host].items() if variables} for host in accounts}
+    assert kinds.pop("web1") == {"web"} and kinds.pop("worker1") == {"web", "worker", "beat"}
+    assert list(kinds.values()) == [{"web", "worker"}] * (len(WORKERS) - 1)
+    # The set of keys is part of a release's name, so it is the same on all hosts.
+    assert all(set(each) == {"web", "worker", "beat"} for each in accounts.values())
+    # The build and the management commands have no password of the broker.
+    assert all("BROKER_URL" not in many[host]["django_environment"] for host in MANY["app"])
+
+
+def test_broker_users_have_only_the_permissions_of_their_services(one):
+    """The scenario `attacks` tries what these permissions forbid."""
+    users = {user["name"]: user for user in one["rabbitmq_users"]}
+    writes = {
+        name: [(entry["exchange"], entry.get("write", "")) for entry in users[name].get("topic_permissions", [])] for name in USERS
+    }
+    assert writes == {
+        "mailroom": [("emails", r"^mail\.v[0-9]+$")],
+        "mailroom-worker": [("emails", "")],
+        "mailroom-beat": [("emails", r"^maintenance\.v[0-9]+$")],
+        "mailroom-flower": [],
+        "mailroom-monitoring": [],
+    }
+    for name in ("mailroom", "mailroom-beat"):
+        assert users[name]["permissions"] == [{"vhost": "mailroom", "write": "^emails$"}]
+    assert users["mailroom-monitoring"]["permissions"] == [{"vhost": "mailroom"}]
+    assert {name: user.get("tags", []) for name, user in users.items() if "tags" in user} == {
+        "mailroom-flower": ["monitoring"],
+        "mailroom-monitoring": ["monitoring"],
+    }
+
+
+def test_database_with_a_standby(tmp_path):
+    hosts = wired(tmp_path, ONE | {"database": ["db1", "db2"]}, firewall_enabled=True)
+    url = hosts["host1"]["django_environment"]["DATABASE_URL"]
+    assert "@db1,db2:5432/mailroom?sslmode=verify-full&" in url
+    assert url.endswith("&target_session_attrs=read-write&connect_timeout=2")
+    primary, standby = hosts["db1"], hosts["db2"]
+    assert (primary["postgresql_primary"], primary["postgresql_standbys"]) == ("", [{"name": "db2", "address": "db2"}])
+    assert (standby["postgresql_primary"], standby["postgresql_standbys"]) == ("db1", [])
+    assert primary["postgresql_tls"] and standby["postgresql_tls"]
+    # After a promotion, the standby has the same clients.
+    assert primary["postgresql_clients"] == standby["postgresql_clients"]
+    (rule,) = [rule for rule in standby["firewall_rules"] if 5432 in rule["ports"]]
+    assert "db1" in rule["sources"]
+    assert primary["backups_databases"] == ["mailroom"] and standby["backups_databases"] == []
+
+
+def test_inventory_names_the_new_primary_after_a_promotion(tmp_path):
+    hosts = wired(tmp_path, ONE | {"database": ["db1", "db2"]}, wiring_database="db2")
+    assert (hosts["db1"]["postgresql_primary"], hosts["db2"]["postgresql_primary"]) == ("db2", "")
+    assert hosts["db2"]["postgresql_standbys"] == [{"name": "db1", "address": "db1"}]
 
 
 def test_each_setting_has_its_own_secret(many):
@@ -172,7 +238,6 @@ def test_each_setting_has_its_own_secret(many):
     (command,) = many["web1"]["django_commands"]
     assert environment["SECRET_KEY"] == f"{MARK}secretdjangokey"
     assert environment["METRICS_TOKEN"] == f"{MARK}secretappmetricstoken"
-    assert environment["BROKER_URL"] == many["web1"]["wiring_broker_url"]
     tls = "?sslmode=verify-full&sslrootcert=/etc/ssl/mailroom-ca.pem"
     assert environment["DATABASE_URL"] == f"postgresql://mailroom:{MARK}secretpostgresqlapppassword@mq1:5432/mailroom{tls}"
     stdin = json.loads(command["stdin"]) if isinstance(command["stdin"], str) else command["stdin"]
@@ -183,7 +248,14 @@ def test_application_uses_an_external_broker(tmp_path):
     elsewhere, flower = "amqps://shop@mq.example.org/shop", "amqps://shop-flower@mq.example.org/shop"
     groups = {name: hosts for name, hosts in MANY.items() if name != "broker"}
     hosts = wired(tmp_path, groups, app_broker_url=elsewhere, flower_broker_url=flower)
-    assert {hosts[host]["django_environment"]["BROKER_URL"] for host in MANY["app"]} == {elsewhere}
+    urls = [
+        accounts["BROKER_URL"]
+        for host in MANY["app"]
+        for accounts in hosts[host]["django_private_environments"].values()
+        if accounts
+    ]
+    assert set(urls) == {elsewhere}
+    assert len(urls) == len(MANY["app"]) + len(WORKERS) + 1
     assert (hosts["mq1"]["flower_broker_url"], hosts["mq1"]["flower_broker_api"]) == (flower, "")
     assert {hosts[host]["django_environment"]["BROKER_CA_FILE"] for host in MANY["app"]} == {""}
     assert hosts["mq1"]["flower_broker_ca_file"] == ""
@@ -200,7 +272,7 @@ def test_broker_and_database_accept_a_guest(tmp_path):
     clients = [(entry["user"], entry["address"]) for entry in alone["postgresql_clients"]]
     assert clients == [("mailroom", "127.0.0.1"), ("mailroom-next", "127.0.0.1"), ("shop", "127.0.0.1"), ("shop", "192.0.2.7")]
     assert [entry["name"] for entry in alone["rabbitmq_vhosts"]] == ["mailroom", "shop"]
-    assert [entry["name"] for entry in alone["rabbitmq_users"]] == ["mailroom", "mailroom-flower", "shop"]
+    assert [entry["name"] for entry in alone["rabbitmq_users"]] == [*USERS, "shop"]
 
 
 def test_guest_on_the_same_host_opens_no_port(tmp_path):

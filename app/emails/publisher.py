@@ -128,6 +128,8 @@ class Publisher:
             [each.id for each in leased],
             producer=deliver.app.amqp.Producer(self._connection),
             queue=MAIL_QUEUE,
+            # Workers declare the queue. The relay's broker user may only publish.
+            declare=[],
             headers=ids,
             mandatory=True,
             confirm_timeout=CONFIRM_TIMEOUT,

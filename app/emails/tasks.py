@@ -64,7 +64,8 @@ class MaintenanceTask(Task):  # type: ignore[misc]
     """A task that is published to the maintenance queue, regardless of the project's routes."""
 
     def apply_async(self, *args: Any, **options: Any) -> Any:
-        return super().apply_async(*args, **{"queue": MAINTENANCE_QUEUE} | options)
+        # Workers declare the queue. Beat's broker user may only publish.
+        return super().apply_async(*args, **{"queue": MAINTENANCE_QUEUE, "declare": []} | options)
 
 
 @shared_task(base=StoredTask, bind=True, **OPTIONS)  # type: ignore[untyped-decorator]

@@ -48,6 +48,22 @@ def environment_errors(variables):
     return errors
 
 
+def private_environment_files(environments, path, mode):
+    """Return the files for environments by key, in the format of the module host_state. The key is the suffix of the file's name.
+
+    An environment without variables has no file, because the host does not run its services.
+    """
+    return [
+        {"path": f"{path}.{key}", "secret_content": environment_file(variables), "staged": True, "mode": mode}
+        for key, variables in sorted(environments.items())
+        if variables
+    ]
+
+
 class FilterModule:
     def filters(self):
-        return {"environment_errors": environment_errors, "environment_file": environment_file}
+        return {
+            "environment_errors": environment_errors,
+            "environment_file": environment_file,
+            "private_environment_files": private_environment_files,
+        }

@@ -96,13 +96,35 @@ def host_count_errors(host, groups, values):
             f"The group broker has the hosts {', '.join(brokers)}; allowed is one, three, or a larger odd number. A cluster of two "
             "stops if it loses either broker, and four can lose no more brokers than three can."
         )
-    for group in ("database", "cache"):
-        hosts = groups.get(group, [])
-        if host in hosts and len(hosts) > 1 and values.get(f"wiring_{group}") != host:
-            sentences.append(
-                f"The group {group} has the hosts {', '.join(hosts)}; allowed is one, or several if each host is a separate "
-                f"environment, with wiring_{group} set to the host's name."
-            )
+    caches = groups.get("cache", [])
+    if host in caches and len(caches) > 1 and values.get("wiring_cache") != host:
+        sentences.append(
+            f"The group cache has the hosts {', '.join(caches)}; allowed is one, or several if each host is a separate "
+            "environment, with wiring_cache set to the host's name."
+        )
+    return sentences + database_errors(host, groups.get("database", []), values)
+
+
+def database_errors(host, databases, values):
+    """Return errors for the hosts of the primary and of its standby."""
+    if host not in databases:
+        return []
+    primary, standbys = values.get("wiring_database", databases[0]), values.get("wiring_standbys", [])
+    if primary == host and not standbys:
+        return []
+    sentences = []
+    if primary not in databases:
+        sentences.append(f"wiring_database is '{primary}'; allowed is a host of the group database, {' or '.join(databases)}.")
+    elif len(databases) > 2:
+        sentences.append(
+            f"The group database has the hosts {', '.join(databases)}; allowed is one, or two, of which one is a standby, or "
+            "several if each host is a separate environment, with wiring_database set to the host's name and wiring_standbys to []."
+        )
+    if str(values.get("host_platform", "")).startswith("macos"):
+        sentences.append(
+            f"host_platform is '{values.get('host_platform')}', and the group database has the hosts {', '.join(databases)}; "
+            "allowed is one, because a server on a Mac has no standby."
+        )
     return sentences
 
 
@@ -153,7 +175,7 @@ def url_error(name, url, schemes):
         return f"{name} has a malformed port or host; {wanted}. Special characters in a password must be URL-encoded (urlencode)."
     if parts.scheme not in schemes or not url.startswith(f"{parts.scheme}://"):
         return f"{name} has no scheme or a wrong one; {wanted}."
-    if parts.scheme != "consolemail" and not re.fullmatch(r"[\w.:%-]+", parts.hostname or ""):
+    if parts.scheme != "consolemail" and not re.fullmatch(r"[\w.:%,-]+", parts.hostname or ""):
         return f"{name} has no host; {wanted}."
     return f"{name} has the port 0; {wanted}." if port == 0 else None
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import plistlib
 
-# launchd reads no environment file, and all users can read a property list. So a shell reads the environment file and then executes
-# the command. Arguments: the PID file, the environment file or an empty word, the command.
-START = 'set -e; echo $$ >"$0"; if [ -n "$1" ]; then set -a; . "$1"; set +a; fi; shift; exec "$@"'
+# launchd reads no environment file, and all users can read a property list. So a shell reads the environment files and then
+# executes the command. Arguments: the PID file, the environment files, --, the command.
+START = 'set -e; echo $$ >"$0"; set -a; while [ "$1" != -- ]; do . "$1"; shift; done; set +a; shift; exec "$@"'
 
 
 def _job(name, user, command, directory, log_directory, *, environment=None, supervision, restart_on=()):
@@ -39,7 +39,7 @@ def _service_job(service, user, log_directory):
     return _job(
         service["name"],
         user,
-        ["/bin/sh", "-c", START, pid_file, service.get("environment_file", ""), *service["command"]],
+        ["/bin/sh", "-c", START, pid_file, *service["environment_files"], "--", *service["command"]],
         service["directory"],
         log_directory,
         environment=service["environment"],

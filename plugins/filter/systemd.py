@@ -116,7 +116,7 @@ def _service(service, app, user, after, standby=False):
         ("Group", user),
         ("Sockets", socket if standby else None),
         ("WorkingDirectory", service["directory"]),
-        ("EnvironmentFile", service.get("environment_file")),
+        *(("EnvironmentFile", path) for path in service["environment_files"]),
         *(("Environment", quote(f"{name}={value}")) for name, value in service["environment"].items()),
         ("ExecStart", command_line(service["command"])),
         ("Restart", "no" if standby or scheduled else "always"),

@@ -36,6 +36,14 @@ CERTIFICATE_SETTINGS = {
 QUEUE_COLUMNS = "name,type,durable,messages,messages_ready,messages_unacknowledged,consumers,members,online,leader,state"
 NODE_COLUMNS = "name,running,mem_alarm,disk_free_alarm,partitions,fd_used,fd_total,mem_used,mem_limit,disk_free,disk_free_limit"
 
+# The WAL that a standby has not stored yet, and for how long it has not replayed a transaction.
+REPLICATION_QUERY = """
+SELECT coalesce(json_agg(json_build_object(
+    'name', application_name, 'state', state, 'mode', sync_state,
+    'bytes', greatest(0, pg_wal_lsn_diff(pg_current_wal_lsn(), flush_lsn)),
+    'seconds', round(extract(epoch FROM coalesce(replay_lag, '0')), 1)
+)), '[]') FROM pg_stat_replication
+"""
 # The metric that the role backups writes.
 BACKUP_TIME = r'^backup_last_success_timestamp_seconds\{kind="(\w+)"\} (\d+)$'
 
@@ -201,11 +209,12 @@ def broker(options: Optional[dict[str, Any]]) -> dict[str, Any]:
 # Application
 
 
-def as_user(app: str, *command: str) -> subprocess.CompletedProcess[str]:
-    """Run a program of the current release as the application's user, with the application's environment."""
+def as_worker(app: str, *command: str) -> subprocess.CompletedProcess[str]:
+    """Run a program of the current release as the application's user, with a worker's environment, which only root can read."""
     current = f"/opt/{app}/current"
-    script = 'set -a; . "$1"; set +a; shift; exec "$@"'
-    words = ["runuser", "-u", app, "--", "sh", "-euc", script, "sh", f"{current}/environment", *command]
+    script = 'set -a; while [ "$1" != -- ]; do . "$1"; shift; done; set +a; shift; exec "$@"'
+    files = [path for path in (f"{current}/environment", f"{current}/environment.worker") if os.path.exists(path)]
+    words = ["sh", "-euc", script, "sh", *files, "--", "runuser", "-u", app, "--", *command]
     return run(*words, cwd=current, environment={"PYTHONNOUSERSITE": "1"})
 
 
@@ -216,7 +225,7 @@ def workers(app: str, options: Optional[dict[str, Any]]) -> list[dict[str, Any]]
     nodes = {f"{name}@{platform.node()}": name for name in options["names"]}
     program = f"/opt/{app}/current/venv/bin/celery"
     arguments = ["--app", options["app"], "inspect", "ping", "--timeout=5", "--json", f"--destination={','.join(nodes)}"]
-    done = as_user(app, program, *arguments)
+    done = as_worker(app, program, *arguments)
     try:
         answers = json.loads(done.stdout or "{}")
     except json.JSONDecodeError:
@@ -250,6 +259,24 @@ def backups(options: Optional[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+# Replication
+
+
+def replication(options: Optional[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return what the primary knows about each of its standbys. A standby that is not connected has the state `missing`."""
+    if not options or not options["standbys"]:
+        return []
+    psql = ["psql", "--no-psqlrc", "--tuples-only", "--no-align", f"--port={options['port']}", "--dbname=postgres", "--command"]
+    done = run("runuser", "-u", "postgres", "--", *psql, REPLICATION_QUERY, cwd="/")
+    if done.returncode:
+        raise Failure((done.stderr.strip().splitlines() or ["no message"])[-1])
+    found = {each["name"]: each for each in json.loads(done.stdout)}
+    missing = {"state": "missing", "mode": "", "bytes": None, "seconds": None}
+    # The role postgresql gives the connections these names.
+    slots = {name: f"standby_{re.sub('[^a-z0-9_]', '_', name.lower())}" for name in options["standbys"]}
+    return [{**missing, **found.get(slot, {}), "name": name} for name, slot in slots.items()]
+
+
 # All
 
 
@@ -266,6 +293,7 @@ def status(options: dict[str, Any]) -> dict[str, Any]:
         "workers": lambda: workers(app, options["workers"]),
         "application": lambda: application(app, options["command"]),
         "backups": lambda: backups(options["backups"]),
+        "replication": lambda: replication(options["replication"]),
     }
     for name, part in parts.items():
         try:

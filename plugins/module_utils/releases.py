@@ -45,7 +45,7 @@ def remove_old(directory: str, environments: str, current: str, kept: int, check
     """Remove all releases except the current one, those in use and the last activated ones, `kept` in total.
 
     Incomplete releases are not counted, and are removed. In `environments`, only the files of the remaining releases stay, and the
-    previous version of the current file. A run returns to that version if the workers fail.
+    previous versions of the current files. A run returns to those versions if the workers fail.
     Return the removed and the complete releases by name.
     """
     complete = complete_releases(directory, environments)
@@ -61,8 +61,13 @@ def remove_old(directory: str, environments: str, current: str, kept: int, check
             if os.path.exists(os.path.join(path, MARKER)):
                 os.unlink(os.path.join(path, MARKER))
             shutil.rmtree(path)
-    names = {os.path.basename(path) for path in keep} | {os.path.basename(current) + ".previous"}
+    names = {os.path.basename(path) for path in keep}
     for path in sorted(glob.glob(os.path.join(environments, "*"))):
-        if os.path.basename(path) not in names and not check:
+        # RELEASE, RELEASE.KEY, or one of them with a suffix for another version of the file.
+        release, *suffixes = os.path.basename(path).split(".")
+        needed = release in names and "new" not in suffixes
+        if "previous" in suffixes:
+            needed = release == os.path.basename(current)
+        if not needed and not check:
             os.unlink(path)
     return {"removed": removed, "complete": [os.path.basename(path) for path in complete if path in keep]}

@@ -86,6 +86,19 @@ options:
         type: list
         elements: str
         required: true
+  replication:
+    description: The standbys of the PostgreSQL server on this host.
+    type: dict
+    suboptions:
+      port:
+        description: The server's port.
+        type: int
+        required: true
+      standbys:
+        description: The names of the standbys in the inventory.
+        type: list
+        elements: str
+        required: true
 author: The maintainers of this bundle (@django-celery)
 """
 
@@ -137,6 +150,13 @@ def main() -> None:
                 "options": {
                     "file": {"type": "path", "required": True},
                     "kinds": {"type": "list", "elements": "str", "required": True},
+                },
+            },
+            "replication": {
+                "type": "dict",
+                "options": {
+                    "port": {"type": "int", "required": True},
+                    "standbys": {"type": "list", "elements": "str", "required": True},
                 },
             },
         },

@@ -32,13 +32,19 @@ SECRETS = {
         "RabbitMQ refuses new connections with the old password; open ones stay until the services restart",
         group="broker",
     ),
+    "secret_rabbitmq_worker_password": Secret("broker", "the workers restart with the new password", group="broker"),
+    "secret_rabbitmq_beat_password": Secret("broker", "beat restarts with the new password", group="broker"),
     "secret_rabbitmq_flower_password": Secret("broker", "Flower restarts with the new password", group="broker"),
+    "secret_rabbitmq_monitoring_password": Secret("broker", "playbooks/ops/status.yml uses the new password", group="broker"),
     "secret_postgresql_app_password": Secret(
         "database",
         "PostgreSQL refuses new connections with the old password; in an emergency, requests that need one fail until the "
         "application restarts",
         stays="the database accepts the old password",
         group="database",
+    ),
+    "secret_postgresql_replication_password": Secret(
+        "replication", "the standby of the database connects with the new password", group="database"
     ),
     "secret_valkey_password": Secret(
         "cache", "the cache refuses new connections with the old password until the services restart", group="cache"

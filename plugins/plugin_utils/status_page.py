@@ -8,6 +8,7 @@ from typing import NamedTuple
 from ansible_collections.django_celery.stack.plugins.plugin_utils.status_report import (
     HOST_HEADER,
     QUEUE_HEADER,
+    REPLICATION_HEADER,
     Finding,
     Report,
     application_rows,
@@ -16,6 +17,7 @@ from ansible_collections.django_celery.stack.plugins.plugin_utils.status_report 
     headline,
     host_rows,
     queue_rows,
+    replication_rows,
     state,
     worst,
 )
@@ -229,6 +231,7 @@ def page(report: Report, found: list[Finding]) -> str:
                 section("Application, last 24 hours", ["", ""], application_rows(report["application"])),
                 section("Workers", ["host", "worker", "state", "ping"], worker_rows(report)),
             ),
+            section("Replication", REPLICATION_HEADER, replication_rows(report["hosts"])),
             pair(
                 section("Certificates", ["host", "file", "left"], certificate_rows(report["hosts"])),
                 section("Backups", ["host", "backup", "age"], backup_rows(report["backups"])),

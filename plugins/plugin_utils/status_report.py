@@ -25,6 +25,7 @@ DUE_FAULT = 60  # seconds
 UNSENT_WARNING = 600  # seconds
 QUEUE_WARNING = 10_000  # messages
 CLOCK_WARNING = 30  # seconds
+REPLICATION_BYTES, REPLICATION_SECONDS = 100_000_000, 60  # a fault: a promotion would lose this much, or take long
 
 # Queues that Celery declares: messages with a countdown, which no worker consumes, and remote control.
 CELERY_QUEUE = re.compile(r"celery_delayed_\d+|.*\.celery\.pidbox")
@@ -70,6 +71,7 @@ def host_findings(host: Host) -> Iterator[Finding]:
         if percent < DISK_WARNING:
             level = FAULT if percent < DISK_FAULT else WARNING
             yield Finding(level, name, f"{disk['path']} has {percent} % free space ({size(disk['free'])}).")
+    yield from replication_findings(name, status.get("replication", []))
     yield from system_findings(name, status.get("system"))
     for certificate in status.get("certificates", []):
         if "error" in certificate:
@@ -78,6 +80,14 @@ def host_findings(host: Host) -> Iterator[Finding]:
             level = FAULT if certificate["days"] < CERTIFICATE_FAULT else WARNING
             left = f"expires in {certificate['days']} days" if certificate["days"] >= 0 else "has expired"
             yield Finding(level, name, f"The certificate {certificate['path']} {left}.")
+
+
+def replication_findings(name: str, standbys: list[dict[str, Any]]) -> Iterator[Finding]:
+    for standby in standbys:
+        if standby["state"] != "streaming":
+            yield Finding(FAULT, name, f"The standby {standby['name']} does not stream: {standby['state']}.")
+        elif standby["bytes"] > REPLICATION_BYTES or standby["seconds"] > REPLICATION_SECONDS:
+            yield Finding(FAULT, name, f"The standby {standby['name']} is {lag(standby)} behind.")
 
 
 def system_findings(name: str, system: dict[str, Any] | None) -> Iterator[Finding]:
@@ -258,6 +268,21 @@ def certificate_rows(hosts: list[Host]) -> list[list[str]]:
     ]
 
 
+def lag(standby: dict[str, Any]) -> str:
+    return "" if standby["bytes"] is None else f"{standby['bytes']:,} bytes, {standby['seconds']:g} s"
+
+
+REPLICATION_HEADER = ["primary", "standby", "state", "mode", "lag"]
+
+
+def replication_rows(hosts: list[Host]) -> list[list[str]]:
+    return [
+        [host["name"], standby["name"], standby["state"], standby["mode"], lag(standby)]
+        for host in hosts
+        for standby in (host["status"] or {}).get("replication", [])
+    ]
+
+
 def backup_rows(backups: list[dict[str, Any]]) -> list[list[str]]:
     return [[each["host"], each["name"], "none" if each["hours"] is None else duration(each["hours"] * 3600)] for each in backups]
 
@@ -282,6 +307,7 @@ def table(report: Report, found: list[Finding]) -> str:
     lines += rows("Hosts", HOST_HEADER, host_rows(report, found))
     lines += rows("Queues", QUEUE_HEADER, queue_rows(report["broker"]))
     lines += rows("Application, last 24 hours", ["", ""], application_rows(report["application"]))
+    lines += rows("Replication", REPLICATION_HEADER, replication_rows(report["hosts"]))
     lines += rows("Certificates", ["host", "file", "left"], certificate_rows(report["hosts"]))
     lines += rows("Backups", ["host", "backup", "age"], backup_rows(report["backups"]))
     return "\n".join(line.rstrip() for line in lines)

@@ -188,6 +188,8 @@ for path in (
         "/proc/kmsg",
     ),
     *("/dev/mem", "/dev/kmsg", "/dev/sda", "/dev/vda", "/dev/net/tun", "/dev/fuse", "/dev/kvm", "/dev/console"),
+    # The passwords of the services' broker users.
+    *(f"/opt/mailroom/current/environment.{kind}" for kind in ("web", "worker", "beat")),
     *("/etc/ssh/ssh_host_ed25519_key", "/proc/meminfo", "/proc/cpuinfo", "/sys/kernel/debug/sched"),
 ):
     read(path)
@@ -202,6 +204,19 @@ def see():
             if status.st_uid != own:
                 return
     raise OSError("no process of others")
+
+
+@act("read the environment of another process")
+def read_environment():
+    for name in os.listdir("/proc"):
+        if name.isdigit() and int(name) != os.getpid():
+            try:
+                with open(f"/proc/{name}/environ", "rb") as file:
+                    if file.read(1):
+                        return
+            except OSError:
+                pass
+    raise OSError("no process has a readable environment")
 
 
 @act("signal another process")

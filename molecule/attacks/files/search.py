@@ -36,7 +36,8 @@ def forms(value):
 
 def main():
     secrets = json.load(sys.stdin)
-    names = {form: name for name, value in secrets.items() for form in forms(value)}
+    # Outside of a rotation, the old values are empty.
+    names = {form: name for name, value in secrets.items() if value for form in forms(value)}
     pattern = re.compile(b"|".join(re.escape(form) for form in sorted(names, key=len, reverse=True)))
     hits = set()
 

@@ -140,7 +140,7 @@ def signed_in(sign_in):
 PASSWORDS = {
     "admin": "secret_rabbitmq_administrator_password",
     "mailroom": "secret_rabbitmq_app_password",
-    "mailroom-flower": "secret_rabbitmq_flower_password",
+    **{f"mailroom-{kind}": f"secret_rabbitmq_{kind}_password" for kind in ("worker", "beat", "flower", "monitoring")},
 }
 
 

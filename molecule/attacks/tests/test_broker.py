@@ -10,6 +10,7 @@ import amqp
 import pytest
 import requests
 from amqp import exceptions
+from conftest import PASSWORDS
 
 REFUSED = (exceptions.AccessRefused, exceptions.NotAllowed, exceptions.NotFound, exceptions.PreconditionFailed)
 
@@ -34,6 +35,14 @@ def consume(name):
     return lambda channel: channel.basic_consume(name, no_ack=True)
 
 
+# A queue to which workers and Flower may bind.
+SPY = "spy.reply.celery.pidbox"
+
+
+def bind(source, routing_key="#"):
+    return lambda channel: channel.queue_bind(SPY, source, routing_key)
+
+
 # Actions that are forbidden for each user of the application.
 EVERYBODY = {
     "declare a foreign queue": declare("orders"),
@@ -46,51 +55,88 @@ EVERYBODY = {
     "publish to the default exchange": publish("", "mail.v1"),
     "publish to an exchange of the broker": publish("amq.topic", "x"),
     "publish events of the broker": publish("amq.rabbitmq.event", "user.created"),
-    "read the broker's events": lambda channel: channel.queue_bind("celeryev.spy", "amq.rabbitmq.event", "#"),
-    "trace all messages": lambda channel: channel.queue_bind("celeryev.spy", "amq.rabbitmq.trace", "#"),
+    "read the broker's events": bind("amq.rabbitmq.event"),
+    "trace all messages": bind("amq.rabbitmq.trace"),
     "bind the broker's exchange": lambda channel: channel.exchange_bind("celeryev", "amq.fanout"),
-    "publish as another user": publish("celeryev", "x", user_id="admin"),
-    "reroute with an alternate exchange": exchange("celeryev.mine", arguments={"alternate-exchange": "amq.topic"}),
-    "dead-letter to the broker's exchange": declare("celeryev.dlx", arguments={"x-dead-letter-exchange": "amq.topic"}),
+    "copy all mail": bind("emails"),
+    "publish as another user": publish("emails", "mail.v1", user_id="admin"),
     "change the type of a queue": declare("mail.v1", arguments={"x-queue-type": "classic"}),
     "consume a queue that does not exist": consume("orders"),
+    "consume dead letters": consume("mail.dead.v1"),
+    "get a dead letter": lambda channel: channel.basic_get("mail.dead.v1"),
+    "purge the dead letters": lambda channel: channel.queue_purge("mail.dead.v1"),
+    "publish a dead letter": publish("emails", "mail.dead.v1"),
+    "publish to an unknown topic": publish("emails", "orders"),
 }
-# Flower only reads events and queues.
-FLOWER = {
-    "declare the mail queue": declare("mail.v2"),
+# The web service, the relay and beat only publish.
+PUBLISHERS = {
+    "declare the mail queue": declare("mail.v1", arguments={"x-queue-type": "quorum"}),
+    "declare another mail queue": declare("mail.v2"),
     "delete the mail queue": lambda channel: channel.queue_delete("mail.v1"),
     "purge the mail queue": lambda channel: channel.queue_purge("mail.v1"),
     "consume mail": consume("mail.v1"),
-    "get a dead letter": lambda channel: channel.basic_get("mail.dead.v1"),
-    "publish mail": publish("emails", "mail.v1"),
-    "publish maintenance": publish("emails", "maintenance.v1"),
-    "copy mail": lambda channel: channel.queue_bind("celeryev.spy", "emails", "#"),
+    "get mail": lambda channel: channel.basic_get("mail.v1"),
+    "consume maintenance": consume("maintenance.v1"),
     "send mail elsewhere": lambda channel: channel.queue_unbind("mail.v1", "emails", "mail.v1"),
+    "declare the exchange": exchange("emails", "topic"),
     "delete the exchange": lambda channel: channel.exchange_delete("emails"),
+    "bind the exchange": lambda channel: channel.exchange_bind("emails", "celeryev"),
+    "control workers": publish("celery.pidbox", ""),
+    "answer for a worker": publish("reply.celery.pidbox", "x"),
+    "publish an event": publish("celeryev", "worker.heartbeat"),
     "publish a delayed task": publish("celery_delayed_27", "x"),
+    "consume commands for a worker": consume(SPY),
+}
+FORBIDDEN = {
+    "mailroom": PUBLISHERS | {"publish maintenance": publish("emails", "maintenance.v1")},
+    "mailroom-beat": PUBLISHERS | {"publish mail": publish("emails", "mail.v1")},
+    "mailroom-monitoring": PUBLISHERS | {"publish mail": publish("emails", "mail.v1")},
+    # Workers publish no tasks.
+    "mailroom-worker": {
+        "publish mail": publish("emails", "mail.v1"),
+        "publish maintenance": publish("emails", "maintenance.v1"),
+        "read events": bind("celeryev"),
+        "declare a queue for events": declare("celeryev.mine"),
+        "reroute with an alternate exchange": exchange("celery_delayed_mine", arguments={"alternate-exchange": "amq.topic"}),
+        "dead-letter to the broker's exchange": declare("mail.v9", arguments={"x-dead-letter-exchange": "amq.topic"}),
+    },
+    # Flower only reads events and queues.
+    "mailroom-flower": {
+        "declare the mail queue": declare("mail.v2"),
+        "delete the mail queue": lambda channel: channel.queue_delete("mail.v1"),
+        "purge the mail queue": lambda channel: channel.queue_purge("mail.v1"),
+        "consume mail": consume("mail.v1"),
+        "publish mail": publish("emails", "mail.v1"),
+        "publish maintenance": publish("emails", "maintenance.v1"),
+        "copy mail": bind("emails", "mail.v1"),
+        "send mail elsewhere": lambda channel: channel.queue_unbind("mail.v1", "emails", "mail.v1"),
+        "delete the exchange": lambda channel: channel.exchange_delete("emails"),
+        "publish a delayed task": publish("celery_delayed_27", "x"),
+        "publish an event": publish("celeryev", "worker.heartbeat"),
+        "answer for a worker": publish("reply.celery.pidbox", "x"),
+        "read commands for workers": bind("celery.pidbox"),
+        "reroute with an alternate exchange": exchange("celeryev.mine", arguments={"alternate-exchange": "amq.topic"}),
+        "dead-letter to the broker's exchange": declare("celeryev.dlx", arguments={"x-dead-letter-exchange": "amq.topic"}),
+    },
 }
 ACTS = [
-    *(pytest.param(user, act, id=f"{user}: {name}") for user in ("mailroom", "mailroom-flower") for name, act in EVERYBODY.items()),
-    *(pytest.param("mailroom-flower", act, id=f"mailroom-flower: {name}") for name, act in FLOWER.items()),
+    pytest.param(user, act, id=f"{user}: {name}") for user, acts in FORBIDDEN.items() for name, act in (EVERYBODY | acts).items()
 ]
 
 
 @pytest.fixture(scope="module")
-def spies(connect):
-    """A queue of each user, so that a bind can fail only because of its source."""
-    connections = {user: connect(user) for user in ("mailroom", "mailroom-flower")}
-    for connection in connections.values():
+def spy(connect):
+    """The queue SPY, so that a bind can fail only because of its source."""
+    with connect("mailroom-worker") as connection:
         channel = connection.channel()
-        channel.queue_declare("celeryev.spy", durable=True, auto_delete=False, arguments={"x-queue-type": "quorum"})
-    yield
-    connections["mailroom"].channel().queue_delete("celeryev.spy")
-    for connection in connections.values():
-        connection.close()
+        channel.queue_declare(SPY, durable=True, auto_delete=False, arguments={"x-queue-type": "quorum"})
+        yield
+        channel.queue_delete(SPY)
 
 
 @pytest.mark.attack(kind="broker: permissions")
 @pytest.mark.parametrize(("user", "act"), ACTS)
-@pytest.mark.usefixtures("spies")
+@pytest.mark.usefixtures("spy")
 def test_user_of_the_broker_is_refused(connect, api, user, act):
     connection = connect(user)
     before = {(queue["name"], queue["type"]) for queue in api("queues/mailroom")}
@@ -100,6 +146,20 @@ def test_user_of_the_broker_is_refused(connect, api, user, act):
         assert {(queue["name"], queue["type"]) for queue in api("queues/mailroom")} == before
     finally:
         connection.close()
+
+
+def test_permissions_suffice_for_each_service(root, eventually, journal):
+    """The other tests send mail, which needs the permissions of the relay and of the workers to consume."""
+    # Celery only warns if a worker can't bind a queue for delayed messages.
+    bindings = root("rabbitmqctl --quiet --vhost mailroom list_bindings source_name destination_name routing_key").stdout
+    for name in ("mail.v1", "maintenance.v1"):
+        assert f"emails\t{name}\t{name}\n" in bindings and f"emails\t{name}\t#.{name}\n" in bindings
+    # Beat publishes once per hour.
+    current = "/opt/mailroom/current"
+    command = "python manage.py shell -v0 -c 'from emails.tasks import purge; purge.delay()'"
+    done = root(f"set -a; cd {current}; . ./environment; . ./environment.beat; runuser -u mailroom -- venv/bin/{command}")
+    assert done.rc == 0, done.stderr
+    eventually(lambda: "purged " in journal("--unit=mailroom-worker@maintenance"))
 
 
 LOGINS = [
@@ -115,6 +175,10 @@ LOGINS = [
     ("mailroom", None, "/"),
     ("mailroom", None, "other"),
     ("mailroom-flower", None, "/"),
+    ("mailroom-worker", None, "/"),
+    ("mailroom-beat", None, "/"),
+    ("mailroom-worker", "mailroom-worker", "mailroom"),
+    ("mailroom-monitoring", None, "/"),
     ("mailroom\0", "x", "mailroom"),
 ]
 
@@ -177,22 +241,26 @@ BODY = {
     "payload_encoding": "string",
 }
 # The administrator's password is wrong in the last case.
-CALLERS = ["mailroom", "mailroom-flower", "guest", "nobody", "admin"]
+CALLERS = [*FORBIDDEN, "guest", "nobody", "admin"]
 
 
 @pytest.mark.attack(kind="broker: management API")
 @pytest.mark.parametrize("caller", CALLERS)
 @pytest.mark.parametrize(("method", "path"), ANYBODY)
 def test_management_api_refuses(url, api, variables, caller, method, path):
-    passwords = {
-        name: variables[f"secret_rabbitmq_{part}_password"] for name, part in (("mailroom", "app"), ("mailroom-flower", "flower"))
-    }
+    passwords = {name: variables[secret] for name, secret in PASSWORDS.items() if name != "admin"}
     auth = None if caller == "nobody" else (caller, passwords.get(caller, caller))
     before = objects(api)
     answer = requests.request(method, f"{url(15672)}/api/{path}", auth=auth, json=BODY, timeout=10)
     assert answer.status_code in (400, 401, 403, 404, 405), (answer.status_code, answer.text[:300])
     assert "password_hash" not in answer.text and "default_pass" not in answer.text
     assert objects(api) == before
+
+
+@pytest.mark.attack(kind="broker: management API")
+@pytest.mark.parametrize("user", ["mailroom", "mailroom-worker", "mailroom-beat"])
+def test_user_of_a_service_can_not_use_the_management_api(url, variables, user):
+    assert requests.get(f"{url(15672)}/api/overview", auth=(user, variables[PASSWORDS[user]]), timeout=10).status_code == 401
 
 
 def objects(api):
@@ -329,7 +397,7 @@ COMMANDS = [
 
 
 @pytest.mark.attack(kind="broker: control of workers")
-@pytest.mark.parametrize("user", ["mailroom-flower", "mailroom"])
+@pytest.mark.parametrize("user", ["mailroom-flower", "mailroom-worker"])
 @pytest.mark.parametrize("command", COMMANDS)
 def test_worker_ignores_commands_that_would_stop_or_starve_it(connect, api, root, user, command, post, mails, eventually):
     show = "systemctl show --property=MainPID,NRestarts --value mailroom-worker@mail"

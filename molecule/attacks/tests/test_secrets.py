@@ -12,15 +12,20 @@ from urllib.parse import quote
 import pytest
 
 SEARCH = Path(__file__).parents[1] / "files/search.yml"
+# What each process of the application needs.
+APPLICATION = {"secret_django_key", "secret_app_metrics_token", "secret_postgresql_app_password"}
 # The files that may contain a secret: which secrets, and the users who may read them besides root.
 PERMITTED = [
-    (r"/etc/mailroom/environments/\w+(\.environment)?", "root", "0640", None),
+    (r"/etc/mailroom/environments/\w+", "root", "0640", APPLICATION),
+    (r"/etc/mailroom/environments/\w+\.web", "root", "0600", {"secret_rabbitmq_app_password"}),
+    (r"/etc/mailroom/environments/\w+\.worker", "root", "0600", {"secret_rabbitmq_worker_password"}),
+    (r"/etc/mailroom/environments/\w+\.beat", "root", "0600", {"secret_rabbitmq_beat_password"}),
     (r"/etc/mailroom/flower\.environment", "root", "0600|0640", None),
     (r"/var/lib/rabbitmq/\.erlang\.cookie", "rabbitmq", "0400|0600", {"secret_rabbitmq_erlang_cookie"}),
 ]
 # Processes have their secrets in their environment, which only their own user and root can read.
 PROCESSES = {
-    "mailroom": None,
+    "mailroom": APPLICATION | {f"secret_rabbitmq_{kind}_password" for kind in ("app", "worker", "beat")},
     "mailroom-flower": {"secret_rabbitmq_flower_password", "secret_flower_password", "secret_flower_cookie"},
 }
 
@@ -41,7 +46,7 @@ def search(run_playbook):
 
 def permitted(place, name, mode, owner):
     if place.startswith("environ of "):
-        return owner in PROCESSES and (PROCESSES[owner] is None or name in PROCESSES[owner])
+        return name in PROCESSES.get(owner, ())
     return any(
         re.fullmatch(path, place) and owner == own and re.fullmatch(modes, mode) and (names is None or name in names)
         for path, own, modes, names in PERMITTED
@@ -77,6 +82,22 @@ def test_search_finds_a_planted_secret(search, root, leak, place):
 @pytest.mark.attack(kind="secrets on the host")
 def test_secrets_are_only_in_their_files(search):
     assert search() == []
+
+
+SERVICES = {"web": "app", "relay": "app", "worker@mail": "worker", "worker@maintenance": "worker", "beat": "beat"}
+
+
+@pytest.mark.attack(kind="secrets on the host")
+@pytest.mark.parametrize("service", SERVICES)
+def test_service_has_only_the_password_of_its_own_broker_user(root, variables, service):
+    pid = root(f"systemctl show --property=MainPID --value mailroom-{service}").stdout.strip()
+    environ = root(f"cat /proc/{pid}/environ").stdout
+    kinds = [
+        kind
+        for kind in ("app", "worker", "beat", "flower", "monitoring")
+        if variables[f"secret_rabbitmq_{kind}_password"] in environ
+    ]
+    assert kinds == [SERVICES[service]]
 
 
 def leaks(output, values):

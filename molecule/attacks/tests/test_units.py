@@ -50,8 +50,8 @@ ALLOWED = {
     "rabbitmq-server": {"netlink socket", "read /proc/meminfo", "read /proc/cpuinfo"},
     # PostgreSQL compiles expressions, and Debian's pg_ctlcluster looks for the server's process.
     "postgresql@17-main": {"writable and executable memory", "memory made executable", "see processes of others"},
-    # nginx can read the files of the kernel in /proc, but does not see other users' processes.
-    "nginx": {"read /proc/meminfo", "read /proc/cpuinfo"},
+    # nginx can read the files of the kernel in /proc, but sees only its own processes, whose environment has no secret.
+    "nginx": {"read /proc/meminfo", "read /proc/cpuinfo", "read the environment of another process"},
 }
 # nginx's main process runs as root and reads no request. Its workers read requests, and run as this user.
 USERS = {"nginx": "www-data"}

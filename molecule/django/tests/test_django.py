@@ -158,7 +158,7 @@ def test_run_with_changed_secrets_prints_no_secret(host, run_playbook, environme
     assert done.returncode == 0, done.stdout
     assert "--- before: /etc/mailroom/environments/" in done.stdout
     with host.sudo():
-        text = host.check_output("cat /opt/mailroom/current/environment")
+        text = host.check_output("cat /opt/mailroom/current/environment /opt/mailroom/current/environment.web")
     assert [name for name in names if changed[name] not in text] == []
     again = run_playbook("playbooks/app.yml", "-vvv", "--diff")
     assert again.returncode == 0, again.stdout

@@ -42,11 +42,11 @@ def test_workers_cannot_be_shut_down(site, login):
 
 def test_worker_event_is_counted(site, published, variables, eventually):
     """The counter proves that Flower consumes events. /healthcheck responds even if Flower can't consume events."""
-    password = variables["secret_rabbitmq_app_password"]
+    password = variables["secret_rabbitmq_worker_password"]
     celeryev = Exchange("celeryev", "topic")
     event = {"hostname": "test@elsewhere", "utcoffset": 0, "pid": 1, "clock": 1, "timestamp": time.time()}
     task = {"uuid": str(uuid.uuid4()), "name": "tests.probe", "args": "()", "kwargs": "{}", "retries": 0}
-    with Connection(f"amqp://mailroom:{password}@127.0.0.1:{published(5672)}/mailroom") as connection:
+    with Connection(f"amqp://mailroom-worker:{password}@127.0.0.1:{published(5672)}/mailroom") as connection:
         connection.Producer(exchange=celeryev, serializer="json").publish(
             {"type": "task-received", **event, **task}, routing_key="task.received", declare=[celeryev]
         )

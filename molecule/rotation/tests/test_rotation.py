@@ -191,9 +191,16 @@ def test_old_api_key_and_database_password_are_still_valid(site, database):
     assert database("mailroom-next", new["secret_postgresql_app_password"]) == "mailroom"
 
 
-@pytest.mark.parametrize("user", ["mailroom", "mailroom-flower", "admin"])
+BROKER_USERS = {
+    "mailroom": "app",
+    "admin": "administrator",
+    **{f"mailroom-{kind}": kind for kind in ("worker", "beat", "flower", "monitoring")},
+}
+
+
+@pytest.mark.parametrize("user", BROKER_USERS)
 def test_old_broker_password_is_refused(broker, user):
-    name = {"mailroom": "app", "mailroom-flower": "flower", "admin": "administrator"}[user]
+    name = BROKER_USERS[user]
     passwords = [values[f"secret_rabbitmq_{name}_password"] for values in (stored(), before_rotation())]
     assert [broker(user, password) for password in passwords] == [True, False]
 

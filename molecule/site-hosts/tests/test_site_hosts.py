@@ -63,7 +63,7 @@ def test_proxy_on_another_host_forwards_requests(host, on):
         (
             "postgresql",
             {"postgresql_clients": [{"address": "web9", "database": "mailroom", "user": "mailroom"}]},
-            "postgresql_clients has web9",
+            "postgresql_clients or postgresql_standbys have web9",
         ),
     ],
 )

@@ -90,7 +90,8 @@ def test_flower_shows_no_secret(url, variables, eventually):
 
     found = eventually(lambda: len(workers()) >= 2 and all("conf" in each for each in workers().values()) and workers())
     pages = [requests.get(f"{url(5555)}/worker/{name}", auth=login, timeout=10).text for name in found]
-    for name in ("secret_rabbitmq_app_password", "secret_django_key", "secret_app_metrics_token", "secret_postgresql_app_password"):
+    secrets = [f"secret_rabbitmq_{kind}_password" for kind in ("app", "worker", "beat")]
+    for name in (*secrets, "secret_django_key", "secret_app_metrics_token", "secret_postgresql_app_password"):
         assert variables[name] not in str(found) + "".join(pages), name
 
 
