@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import requests
 
@@ -137,3 +139,24 @@ def test_worker_cannot_write_its_code_or_beats_schedule(inside, path):
     result = inside("mailroom-worker@mail", "mailroom", f"touch {path}")
     assert result.rc != 0
     assert "Read-only file system" in result.stderr
+
+
+def test_beat_that_hangs_is_restarted(host, eventually):
+    drop_in = "/run/systemd/system/mailroom-beat.service.d/test.conf"
+    assert shown(host, "mailroom-beat", "Type") == "notify"
+    assert shown(host, "mailroom-beat", "WatchdogUSec") == "2min"
+    try:
+        with host.sudo():
+            # Two minutes would be a long test.
+            host.check_output(f"mkdir -p $(dirname {drop_in}) && printf '[Service]\\nWatchdogSec=4\\n' >{drop_in}")
+            host.check_output("systemctl daemon-reload && systemctl restart mailroom-beat")
+        before = shown(host, "mailroom-beat", "MainPID")
+        time.sleep(8)
+        assert shown(host, "mailroom-beat", "MainPID") == before  # beat has notified systemd
+        with host.sudo():
+            host.check_output(f"kill -STOP {before}")
+        eventually(lambda: shown(host, "mailroom-beat", "MainPID") not in ("0", before), seconds=60)
+        eventually(lambda: shown(host, "mailroom-beat", "ActiveState") == "active")
+    finally:
+        with host.sudo():
+            host.check_output(f"rm -f {drop_in} && systemctl daemon-reload && systemctl restart mailroom-beat")
