@@ -135,7 +135,8 @@ def _settle(inventory: Inventory, host: Host, present: dict[str, Container]) -> 
 def _create(inventory: Inventory, host: Host) -> None:
     """Create or recreate a container and wait until it responds.
 
-    A host that does not respond after its first boot is created again. CI saw this one time, on a busy machine, without a known cause.
+    A host that does not respond after its first boot is created again. This happened once in CI, on a busy machine. The cause is
+    unknown.
     Raise TestbedError with the host's state when the second boot does not respond within BOOT seconds either.
     """
     container = _run(inventory, host)

@@ -130,7 +130,7 @@ def broker_refusals(
     nodes: Iterable[Object], alarms: Iterable[Object], queues: Iterable[Object], flags: Iterable[Object]
 ) -> list[str]:
     """Return why a running broker must not be upgraded now, from the answers of its management API."""
-    found = [f"The node {node['name']} does not run." for node in nodes if not node["running"]]
+    found = [f"The node {node['name']} is not running." for node in nodes if not node["running"]]
     found += [f"The node {alarm['node']} has a {alarm['resource']} alarm." for alarm in alarms]
     for queue in queues:
         members, online = queue.get("members", []), queue.get("online", [])

@@ -151,7 +151,7 @@ def test_alert_of_a_stopped_service_arrives(host, on, inbox, eventually):
     assert alert["labels"]["alertname"] == "ServiceDown"
     assert (alert["labels"]["instance"], alert["labels"]["app"]) == ("site1", "mailroom")
     assert alert["annotations"] == {
-        "summary": "mailroom-relay.service on site1 does not run",
+        "summary": "mailroom-relay.service on site1 is not running",
         "runbook": "docs/monitoring.md#servicedown",
     }
     eventually(lambda: mails() > before, seconds=60)

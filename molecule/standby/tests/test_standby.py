@@ -270,7 +270,7 @@ def test_planned_promotion_loses_nothing_and_stops_the_old_primary(run, load, on
     # A second run finds nothing to do.
     done = run("playbooks/ops/promote_postgresql.yml", promote="db1", **PROMOTED)
     assert done.returncode == 0 and "It was promoted before this run." in said(done), said(done)
-    # The variable still names db2.
+    # wiring_database is still db2.
     done = run("site.yml", "--tags=postgresql", "--limit=db2", **PROMOTED)
     assert done.returncode != 0 and "db2 was the primary until" in said(done), said(done)
     done = run("site.yml", "--tags=postgresql", "-e", "postgresql_replace_data=db2")
