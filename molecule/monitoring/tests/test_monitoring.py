@@ -215,4 +215,4 @@ def test_log_of_one_email_is_in_the_order_of_time(post_email, run_playbook, even
 
     eventually(found)
     done = run_playbook("playbooks/ops/email_log.yml", "--limit", "all", email="1 or 2")
-    assert done.returncode == 2 and "email is '1 or 2'; allowed is the id of an email" in done.stdout
+    assert done.returncode == 2 and "email is '1 or 2'; allowed: the id of an email" in done.stdout

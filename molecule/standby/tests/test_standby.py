@@ -182,8 +182,8 @@ def test_inventory_that_names_the_standby_as_the_primary_is_refused(run, streams
 
 def test_only_a_standby_is_promoted(run, streams):
     for name, sentence in (
-        ("db3", "promote is db3; allowed is the name of a standby: db2."),
-        ("db1", "db1 is the primary; allowed is a standby"),
+        ("db3", "promote is db3; allowed: the name of a standby (db2)."),
+        ("db1", "db1 is the primary; allowed: a standby"),
     ):
         done = run("playbooks/ops/promote_postgresql.yml", promote=name)
         assert done.returncode != 0
