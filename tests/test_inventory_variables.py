@@ -163,7 +163,7 @@ def test_monitoring_is_accepted(host, groups, values):
             MONITORED,
             {"host_platform": "el9", "firewall_enabled": True},
             "host_platform is 'el9', which does not package Prometheus' exporters, and the group monitoring has mon1; allowed with "
-            "monitoring are Debian and Ubuntu.",
+            "monitoring: Debian and Ubuntu.",
         ),
         (
             "a",

@@ -306,7 +306,7 @@ REFUSED = {
         (
             {**PRIMARY, "postgresql_replication_password": MARK[:11]},
             "postgresql_replication_password is too short or has other characters; allowed with postgresql_primary or "
-            "postgresql_standbys are 12 or more letters, digits, underscores, dots, tildes and hyphens.",
+            "postgresql_standbys: 12 or more letters, digits, underscores, dots, tildes and hyphens.",
         ),
         (
             {**PRIMARY, "postgresql_primary": "192.0.2.1"},
@@ -752,7 +752,7 @@ REFUSED |= {
         ),
         (
             {**BY_SFTP, "backups_ssh_known_hosts": " "},
-            "backups_ssh_known_hosts is empty; allowed for sftp are the server's host keys, as printed by ssh-keyscan.",
+            "backups_ssh_known_hosts is empty; required for sftp: the server's host keys, as printed by ssh-keyscan.",
         ),
         (
             {"backups_environment": {"AWS KEY": MARK}},

@@ -138,7 +138,7 @@ def monitoring_errors(host, groups, values):
     if monitors and platform.startswith(("el", "macos")):
         sentences.append(
             f"host_platform is '{platform}', which does not package Prometheus' exporters, and the group monitoring has "
-            f"{', '.join(monitors)}; allowed with monitoring are Debian and Ubuntu."
+            f"{', '.join(monitors)}; allowed with monitoring: Debian and Ubuntu."
         )
     if set(monitors) - {host} and values.get("firewall_enabled") is not True:
         sentences.append(
