@@ -92,6 +92,10 @@ AVOID = [
     (r"\bin the same line\b", "on the same line"),
     (r"\b(that|which) (do|does) not run(?=\s*[.,;|)])", "is not running"),
     (r"\bneeds? longer\b", "takes longer"),
+    (r"\ban empty text\b", "an empty string"),
+    (r"\bat the login\b", "at login"),
+    (r"\bby (AMQP|FTP|HTTPS?|SFTP|SMTP|SSH|TLS)\b(?!-)", "over"),
+    (r"\b(does not stream|standby streams)\b", "is not streaming, or is streaming"),
     (r"\ballowed ((there|(for|on|with) [^;:.]{1,60}) )?(is|are)\b", "allowed: …"),
     # Metaphors.
     (r"\b(doorbell|farewell)s?\b", "notification, or shutdown"),

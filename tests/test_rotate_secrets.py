@@ -193,7 +193,7 @@ def test_action_keeps_no_old_value_in_an_emergency(action):
         (["secret_djanga_key"], {}, "rotate has secret_djanga_key; allowed: "),
         (["secret_flower_cookie"], {}, "rotate has secret_flower_cookie, but the inventory has no host in the group flower."),
         (["metrics"], {}, "lacks secret_app_metrics_token."),
-        (["django"], {"secret_django_key": f"{MARK}own"}, "host1 has another secret_django_key than "),
+        (["django"], {"secret_django_key": f"{MARK}own"}, "host1 has a different secret_django_key than "),
         (["django"], {"app_environment": {"SECRET_KEY": "own"}}, "SECRET_KEY of app_environment replaces secret_django_key"),
     ],
 )
@@ -379,7 +379,7 @@ def test_secret_of_the_hosts_file_is_refused(inventory, rotate):
     hosts["all"]["children"]["app"]["hosts"]["host1.invalid"] = {"secret_django_key": f"{MARK}own"}
     (inventory / "hosts.json").write_text(json.dumps(hosts))
     before = (inventory / "group_vars/all/91-secrets.yml").read_bytes()
-    assert "host1.invalid has another secret_django_key than" in refusal(rotate("-e", "rotate=django"), inventory, before)
+    assert "host1.invalid has a different secret_django_key than" in refusal(rotate("-e", "rotate=django"), inventory, before)
 
 
 def test_django_key_of_app_environment_is_refused(inventory, rotate):

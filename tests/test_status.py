@@ -506,7 +506,7 @@ def test_missing_or_late_standby_is_a_fault():
     assert "<td>7 bytes, 0.5 s</td>" in status_page.page(healthy, [])
     missing = {"state": "missing", "bytes": None, "seconds": None}
     for values, text in (
-        (missing, "The standby db2 does not stream: missing."),
+        (missing, "The standby db2 is not streaming: missing."),
         ({"bytes": 200_000_000}, "The standby db2 is 200,000,000 bytes, 0.5 s behind."),
         ({"seconds": 90}, "The standby db2 is 7 bytes, 90 s behind."),
     ):

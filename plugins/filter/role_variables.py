@@ -35,7 +35,7 @@ def mistyped(name, spec, value):
     # In Python, strings are sequences, and True and False are integers.
     disguised = (isinstance(value, str) and types is Sequence) or (isinstance(value, bool) and types is not bool)
     if disguised or not isinstance(value, types):
-        # A text instead of a mapping can be the mapping's password.
+        # A string instead of a mapping can be the mapping's password.
         hidden = spec.get("no_log") or "dict" in (kind, spec.get("elements")) or isinstance(value, (Mapping, list))
         shown = "not" if hidden else f"{value!r}, not"
         yield f"{name} is {'empty, not' if value is None else shown} {wanted}."

@@ -87,12 +87,12 @@ EXAMPLES = r"""
 
 RETURN = r"""
 installed:
-  description: The installed version, or an empty text.
+  description: The installed version, or an empty string.
   type: str
   returned: always
   sample: 4.0.5
 refusal:
-  description: The reasons against the upgrade, or an empty text.
+  description: The reasons against the upgrade, or an empty string.
   type: str
   returned: always
   sample: "The node rabbit@mq1 has a memory alarm."

@@ -68,7 +68,7 @@ SECRETS = {
 }
 # Another project can have other secrets.
 OTHER = Secret("", "the old value ends when the hosts have the new one")
-# What has another procedure.
+# Secrets with a different procedure.
 ELSEWHERE = {
     "secret_certificate_authority": (
         "secret_certificate_authority is not rotated: every client must trust the new authority before a server uses it. "

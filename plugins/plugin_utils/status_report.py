@@ -85,7 +85,7 @@ def host_findings(host: Host) -> Iterator[Finding]:
 def replication_findings(name: str, standbys: list[dict[str, Any]]) -> Iterator[Finding]:
     for standby in standbys:
         if standby["state"] != "streaming":
-            yield Finding(FAULT, name, f"The standby {standby['name']} does not stream: {standby['state']}.")
+            yield Finding(FAULT, name, f"The standby {standby['name']} is not streaming: {standby['state']}.")
         elif standby["bytes"] > REPLICATION_BYTES or standby["seconds"] > REPLICATION_SECONDS:
             yield Finding(FAULT, name, f"The standby {standby['name']} is {lag(standby)} behind.")
 

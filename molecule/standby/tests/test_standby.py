@@ -30,7 +30,7 @@ def sql(on):
 
 @pytest.fixture
 def streams(sql):
-    """Whether the server on a host streams to a standby."""
+    """Whether the server on a host is streaming to a standby."""
     return lambda primary: "streaming" in sql(primary, "SELECT state FROM pg_stat_replication")
 
 
@@ -156,7 +156,7 @@ def test_status_shows_the_lag_and_a_missing_standby(run, on, eventually, streams
     try:
         done = run("playbooks/ops/status.yml", wiring_repository=str(PROJECT))
         assert done.returncode != 0
-        assert "The standby db2 does not stream: missing." in said(done)
+        assert "The standby db2 is not streaming: missing." in said(done)
         assert "Standbys that do not stream: db2." in said(run("playbooks/smoke.yml"))
     finally:
         on("db2", "systemctl start postgresql@17-main")
