@@ -37,13 +37,13 @@ class Wrong(Exception):
 
 def environment_name(text: str) -> str:
     if not re.fullmatch(r"[a-z][a-z0-9-]{0,30}", text):
-        raise Wrong(f"NAME is {text!r}; allowed are lower-case letters, digits and hyphens, such as staging.")
+        raise Wrong(f"NAME is {text!r}; allowed: lower-case letters, digits and hyphens, such as staging.")
     return text
 
 
 def host(text: str) -> tuple[str, dict[str, str | int]]:
     """Return the name of a host, and the variables for its connection."""
-    wrong = Wrong(f"The host is {text!r}; allowed is a host name or an IPv4 address, as [USER@]HOST[:PORT].")
+    wrong = Wrong(f"The host is {text!r}; allowed: a host name or an IPv4 address, as [USER@]HOST[:PORT].")
     found = re.fullmatch(r"(?:([a-z_][\w-]*)@)?([^:@]+)(?::(\d{1,5}))?", text)
     if not found:
         raise wrong
@@ -69,33 +69,33 @@ def hosts(text: str) -> tuple[Hosts, Connections]:
         group, equals, names = word.partition("=")
         if not equals or group not in GROUPS or group in groups:
             raise Wrong(
-                f"HOSTS has {word!r}; allowed is one entry per group: GROUP=HOST[,HOST], with the groups {', '.join(GROUPS)}."
+                f"HOSTS has {word!r}; allowed: one entry per group, as GROUP=HOST[,HOST], with the groups {', '.join(GROUPS)}."
             )
         groups[group] = []
         for name, connection in map(host, names.split(",")):
             if connection and connections.get(name) and connections[name] != connection:
-                raise Wrong(f"HOSTS has different users or ports for {name}; allowed is one.")
+                raise Wrong(f"HOSTS has different users or ports for {name}; allowed: one.")
             connections[name] = connection or connections.get(name, {})
             groups[group].append(name)
     if missing := [group for group in GROUPS if group not in groups and group not in OPTIONAL_GROUPS]:
         raise Wrong(f"HOSTS lacks {', '.join(missing)}. Only flower and proxy are optional.")
     if len(groups["broker"]) % 2 == 0:
-        raise Wrong(f"HOSTS has {len(groups['broker'])} hosts for broker; allowed is one, three, or a larger odd number.")
+        raise Wrong(f"HOSTS has {len(groups['broker'])} hosts for broker; allowed: one, three, or a larger odd number.")
     if len(groups["database"]) > 1:
-        raise Wrong("HOSTS has several hosts for database; allowed is one.")
+        raise Wrong("HOSTS has several hosts for database; allowed: one.")
     return groups, connections
 
 
 def check_topology(text: str, brokers: int) -> None:
     if text not in ("single", "cluster"):
-        raise Wrong(f"TOPOLOGY is {text!r}; allowed are single and cluster.")
+        raise Wrong(f"TOPOLOGY is {text!r}; allowed: single and cluster.")
     if (text == "cluster") != (brokers > 1):
         raise Wrong(f"TOPOLOGY is {text!r}, but HOSTS has {brokers} for broker; a cluster has three, or a larger odd number.")
 
 
 def domain(text: str) -> str:
     if len(text) > 253 or not re.fullmatch(rf"({LABEL}\.)+[a-z]{LABEL}", text):
-        raise Wrong(f"DOMAIN is {text!r}; allowed is a domain name, such as mail.example.com.")
+        raise Wrong(f"DOMAIN is {text!r}; allowed: a domain name, such as mail.example.com.")
     return text
 
 
@@ -118,7 +118,7 @@ def mail(text: str) -> str:
 
 def platform(text: str) -> str:
     if text not in PLATFORMS:
-        raise Wrong(f"PLATFORM is {text!r}; allowed are {', '.join(PLATFORMS)}.")
+        raise Wrong(f"PLATFORM is {text!r}; allowed: {', '.join(PLATFORMS)}.")
     return text
 
 
@@ -327,9 +327,9 @@ def run(options: argparse.Namespace, terminal: bool) -> None:
         if file.exists() and (given := [each.upper() for each in names if getattr(options, each) is not None]):
             raise Wrong(f"{shown(file)} exists, so {', '.join(given)} would have no effect. Edit the file instead.")
     if options.host is not None and options.hosts is not None:
-        raise Wrong("HOST and HOSTS are both set; allowed is one.")
+        raise Wrong("HOST and HOSTS are both set; allowed: one.")
     if options.host is not None and "=" in options.host:
-        raise Wrong(f"HOST is {options.host!r}; allowed is one host. For several, use HOSTS.")
+        raise Wrong(f"HOST is {options.host!r}; allowed: one host. For several, use HOSTS.")
     texts: dict[Path, str] = {}
     web = ""
     if not environment.hosts.exists():

@@ -154,18 +154,18 @@ def test_git_tracks_the_encrypted_secrets_only(create, tmp_path):
     [
         ((), "NAME is missing. Without a terminal, set it on the command line: NAME=…"),
         (("--name", "staging"), "HOST is missing. Without a terminal, set it on the command line: HOST=…"),
-        (("--name", "Staging"), "NAME is 'Staging'; allowed are lower-case letters, digits and hyphens, such as staging."),
-        (("--name", "a", "--host", "192.0.2.7"), "DOMAIN is '192.0.2.7'; allowed is a domain name, such as mail.example.com."),
-        (("--name", "a", "--host", "b", "--hosts", SPLIT), "HOST and HOSTS are both set; allowed is one."),
-        (("--name", "a", "--host", SPLIT), "allowed is one host. For several, use HOSTS."),
+        (("--name", "Staging"), "NAME is 'Staging'; allowed: lower-case letters, digits and hyphens, such as staging."),
+        (("--name", "a", "--host", "192.0.2.7"), "DOMAIN is '192.0.2.7'; allowed: a domain name, such as mail.example.com."),
+        (("--name", "a", "--host", "b", "--hosts", SPLIT), "HOST and HOSTS are both set; allowed: one."),
+        (("--name", "a", "--host", SPLIT), "allowed: one host. For several, use HOSTS."),
         (
             ("--name", "a", "--host", "b.c", "--topology", "cluster"),
             "TOPOLOGY is 'cluster', but HOSTS has 1 for broker; a cluster has three, or a larger odd number.",
         ),
-        (("--name", "a", "--host", "b.c", "--topology", "mesh"), "TOPOLOGY is 'mesh'; allowed are single and cluster."),
+        (("--name", "a", "--host", "b.c", "--topology", "mesh"), "TOPOLOGY is 'mesh'; allowed: single and cluster."),
         (
             ("--name", "a", "--host", "b.example.com", "--platform", "el8"),
-            "PLATFORM is 'el8'; allowed are debian13, ubuntu2404, el9, el10.",
+            "PLATFORM is 'el8'; allowed: debian13, ubuntu2404, el9, el10.",
         ),
     ],
 )
@@ -188,24 +188,24 @@ def test_cluster_has_its_brokers(create, tmp_path):
 
 @pytest.mark.parametrize("text", ["", "a b", "-a", "a_b", "192.0.2.300", "1.2.3", "::1", "a:0", "a:70000", "@a", "a@", "a" * 64])
 def test_wrong_hosts_are_refused(text):
-    with pytest.raises(program.Wrong, match="allowed is a host name or an IPv4 address"):
+    with pytest.raises(program.Wrong, match="allowed: a host name or an IPv4 address"):
         program.host(text)
 
 
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        (SPLIT.replace("flower", "flowers"), "HOSTS has 'flowers=mq1.example.com'; allowed is one entry per group"),
-        (f"{SPLIT} web=w3", "HOSTS has 'web=w3'; allowed is one entry per group"),
+        (SPLIT.replace("flower", "flowers"), "HOSTS has 'flowers=mq1.example.com'; allowed: one entry per group"),
+        (f"{SPLIT} web=w3", "HOSTS has 'web=w3'; allowed: one entry per group"),
         ("broker=a web=a", "HOSTS lacks database, workers. Only flower and proxy are optional."),
         (
             SPLIT.replace("broker=mq1.example.com", "broker=a,b"),
-            "HOSTS has 2 hosts for broker; allowed is one, three, or a larger odd",
+            "HOSTS has 2 hosts for broker; allowed: one, three, or a larger odd",
         ),
-        (SPLIT.replace("db1.example.com", "db1,db2"), "HOSTS has several hosts for database; allowed is one"),
+        (SPLIT.replace("db1.example.com", "db1,db2"), "HOSTS has several hosts for database; allowed: one"),
         (
             f"{SPLIT.replace('flower=mq1.example.com', 'flower=root@k1')}",
-            "HOSTS has different users or ports for k1; allowed is one.",
+            "HOSTS has different users or ports for k1; allowed: one.",
         ),
     ],
 )
@@ -247,7 +247,7 @@ def test_terminal_asks_again_after_a_wrong_answer(monkeypatch, capsys):
     answers = iter(["Staging", "staging", ""])
     monkeypatch.setattr("builtins.input", lambda _question: next(answers))
     assert program.ask("Name", program.environment_name, "") == "staging"
-    assert "allowed are lower-case letters" in capsys.readouterr().out
+    assert "allowed: lower-case letters" in capsys.readouterr().out
     assert program.ask("Domain", program.domain, "a.example.com") == "a.example.com"
 
 

@@ -1,4 +1,4 @@
-"""Tests the lock of deployments with runs of Ansible that connect to this machine."""
+"""Tests the deployment lock with runs of Ansible that connect to this machine."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def test_second_cache_is_refused_unless_each_is_a_separate_environment():
     assert host_count_errors("c", groups, {"wiring_cache": "a"}) == []
     (sentence,) = host_count_errors("b", groups, {"wiring_cache": "a"})
     assert sentence == (
-        "The group cache has the hosts a, b; allowed is one, or several if each host is a separate environment, with "
+        "The group cache has the hosts a, b; allowed: one, or several if each host is a separate environment, with "
         "wiring_cache set to the host's name."
     )
 
@@ -95,7 +95,7 @@ def test_database_has_one_standby():
     assert [host_count_errors(host, {"database": ["a", "b"]}, values) for host in ("a", "b", "web1")] == [[], [], []]
     (sentence,) = host_count_errors("b", {"database": ["a", "b", "c"]}, values)
     assert sentence == (
-        "The group database has the hosts a, b, c; allowed is one, or two, of which one is a standby, or several if each host is a "
+        "The group database has the hosts a, b, c; allowed: one, or two, of which one is a standby, or several if each host is a "
         "separate environment, with wiring_database set to the host's name and wiring_standbys to []."
     )
     assert host_count_errors("b", {"database": ["a", "b", "c"]}, {"wiring_database": "b", "wiring_standbys": []}) == []
@@ -104,14 +104,14 @@ def test_database_has_one_standby():
 def test_primary_is_a_host_of_the_group():
     values = {"wiring_database": "c", "wiring_standbys": ["a", "b"], "host_platform": "debian13"}
     (sentence,) = host_count_errors("a", {"database": ["a", "b"]}, values)
-    assert sentence == "wiring_database is 'c'; allowed is a host of the group database, a or b."
+    assert sentence == "wiring_database is 'c'; allowed: a host of the group database, a or b."
 
 
 def test_database_on_a_mac_has_no_standby():
     values = {"wiring_database": "a", "wiring_standbys": ["b"], "host_platform": "macos"}
     (sentence,) = host_count_errors("a", {"database": ["a", "b"]}, values)
     assert sentence == (
-        "host_platform is 'macos', and the group database has the hosts a, b; allowed is one, because a server on a Mac has no "
+        "host_platform is 'macos', and the group database has the hosts a, b; allowed: one, because a server on a Mac has no "
         "standby."
     )
 
@@ -127,7 +127,7 @@ def test_even_number_of_brokers_is_refused_unless_each_is_a_separate_environment
     brokers = [f"mq{number}" for number in range(count)]
     (sentence,) = host_count_errors("mq0", {"broker": brokers}, {"wiring_brokers": brokers})
     assert sentence == (
-        f"The group broker has the hosts {', '.join(brokers)}; allowed is one, three, or a larger odd number. A cluster of two "
+        f"The group broker has the hosts {', '.join(brokers)}; allowed: one, three, or a larger odd number. A cluster of two "
         "stops if it loses either broker, and four can lose no more brokers than three can."
     )
     assert host_count_errors("mq0", {"broker": brokers}, {"wiring_brokers": ["mq0"]}) == []
@@ -156,20 +156,20 @@ def test_monitoring_is_accepted(host, groups, values):
             "b",
             {"monitoring": ["a", "b"]},
             {"host_platform": "debian13", "firewall_enabled": True},
-            "The group monitoring has the hosts a, b; allowed is one.",
+            "The group monitoring has the hosts a, b; allowed: one.",
         ),
         (
             "a",
             MONITORED,
             {"host_platform": "el9", "firewall_enabled": True},
             "host_platform is 'el9', which does not package Prometheus' exporters, and the group monitoring has mon1; allowed with "
-            "monitoring are Debian and Ubuntu.",
+            "monitoring: Debian and Ubuntu.",
         ),
         (
             "a",
             MONITORED,
             {"host_platform": "debian13"},
-            "firewall_enabled is false, and the group monitoring has mon1; allowed is true if the monitoring is on another host, "
+            "firewall_enabled is false, and the group monitoring has mon1; allowed: true if the monitoring is on another host, "
             "because metrics without a login are then open to the network.",
         ),
     ],
@@ -216,7 +216,7 @@ def test_misspelt_group_ends_the_run(tmp_path):
 def test_second_broker_ends_the_run(tmp_path):
     groups = groups_of("one.invalid", broker={"hosts": {"one.invalid": None, "two.invalid": None}})
     assert refusal(inventory(tmp_path, groups)).startswith(
-        "The group broker has the hosts one.invalid, two.invalid; allowed is one, three"
+        "The group broker has the hosts one.invalid, two.invalid; allowed: one, three"
     )
 
 
@@ -339,7 +339,7 @@ def test_valid_urls_are_accepted(url):
 def test_malformed_url_is_not_shown(url, error):
     sentence = url_error("app_email_url", url, SCHEMES)
     assert sentence.startswith(
-        f"app_email_url has {error}; allowed is a URL such as smtp://host:port, with the scheme smtp, smtp+tls"
+        f"app_email_url has {error}; allowed: a URL such as smtp://host:port, with the scheme smtp, smtp+tls"
     )
     assert MARK not in sentence
 
@@ -537,7 +537,7 @@ def test_a_value_that_contradicts_its_specification_is_refused(errors):
         "wiring_port is '5', not a whole number.",
     ]
     (sentence,) = errors(app_database_url=f"mysql://u:{MARK}@db/shop")
-    assert sentence.startswith("app_database_url has no scheme or a wrong one; allowed is a URL such as postgresql://host:port")
+    assert sentence.startswith("app_database_url has no scheme or a wrong one; allowed: a URL such as postgresql://host:port")
     # A value of the wrong type gets only the error about its type.
     assert errors(app_database_url=5) == ["app_database_url is not a quoted string."]
 

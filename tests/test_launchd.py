@@ -357,7 +357,7 @@ def test_job_that_does_not_stay_up_fails_with_its_log_until_it_is_repaired(mac, 
     assert result["failed"]
     for words in ("a was started but did not keep running: it is spawn scheduled (exit code 3)", f"log of a, {log}:\nlast words"):
         assert words in result["msg"]
-    # The next run detects that the job does not run, and retries.
+    # The next run detects that the job is not running, and retries.
     assert mac.run(dying)["failed"]
     result = mac.run(mac.job("a", StandardErrorPath=log, ThrottleInterval=60))
     assert not result.get("failed"), result
@@ -391,7 +391,7 @@ def test_manually_disabled_job_is_enabled(mac):
 
 
 def test_module_waits_for_a_slow_stop(mac, tmp_path):
-    """The job needs longer than launchctl waits."""
+    """The job takes longer to stop than launchctl waits."""
     slow = mac.job("a", "trap 'sleep 2; echo done >finished; exit' TERM; while :; do sleep 0.1; done", ExitTimeOut=20)
     mac.run(slow)
     assert mac.run()["removed"] == ["a"]

@@ -60,7 +60,7 @@ SERVERS = {
         [],
         "brew services has a PostgreSQL server, /L/sh.brew.postgresql@16.plist",
     ),
-    "names": (True, [], ["::1", "web1"], "postgresql_clients has the names web1; allowed on a Mac are addresses and networks"),
+    "names": (True, [], ["::1", "web1"], "postgresql_clients has the names web1; allowed on a Mac: addresses and networks"),
 }
 ERLANGS = {"29.0.2": "erlang@27", "27.3.4": "erlang", "28.4.1": "erlang@27"}
 

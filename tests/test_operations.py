@@ -45,7 +45,7 @@ GROUPS = {"broker": ["mq1"], "web": ["web1", "web2"], "workers": ["web1"]}
     ("groups", "extra", "text"),
     [
         (GROUPS, {}, "host is not set; set it to the host to drain, such as -e host=web1."),
-        (GROUPS, {"host": "mq1"}, "host is mq1; allowed is a host of the group app: web1, web2."),
+        (GROUPS, {"host": "mq1"}, "host is mq1; allowed: a host of the group app (web1, web2)."),
         (GROUPS, {"host": "web1"}, "web1 is the only host of workers, which would stop. Add a host, or set drain_last=true."),
         ({**GROUPS, "web": ["web1"]}, {"host": "web1"}, "web1 is the only host of web and workers, which would stop."),
     ],
@@ -76,7 +76,7 @@ def test_host_that_the_environment_needs_is_not_removed(inventory, groups, extra
 def test_promotion_needs_the_name_of_a_standby(inventory, extra, value):
     folder = inventory(**GROUPS, database=["db1", "db2"])
     words = ["-i", folder, "playbooks/ops/promote_postgresql.yml", "--extra-vars", json.dumps(extra)]
-    assert refusal(playbook(*words)) == f"promote is {value}; allowed is the name of a standby: db2."
+    assert refusal(playbook(*words)) == f"promote is {value}; allowed: the name of a standby (db2)."
 
 
 def test_uninstall_requires_confirmation(inventory):

@@ -73,7 +73,7 @@ def test_wrong_clock_is_found_in_both_directions(offset):
     assert list(preflight.clock_problems(time.time(), 30)) == []
     problem = only(preflight.clock_problems(time.time() + offset, 30))
     assert re.match(rf"The clock differs from the controller's by {-offset}\.\d s; ", problem)
-    assert "allowed are 30 s. Synchronize both with NTP" in problem
+    assert "allowed: 30 s. Synchronize both with NTP" in problem
 
 
 def test_name_that_does_not_resolve_is_found():

@@ -126,7 +126,7 @@ FLAG = {"name": "khepri_db", "state": "enabled", "stability": "stable"}
     ("node", "queue", "flag", "reason"),
     [
         ({}, {}, {}, None),
-        ({"running": False}, {}, {}, "The node rabbit@mq1 does not run."),
+        ({"running": False}, {}, {}, "The node rabbit@mq1 is not running."),
         ({}, {"online": ["a"]}, {}, "The queue mail in shop has no majority: 1 of 3 members run."),
         ({}, {"members": ["a", "b"], "online": ["a"]}, {}, "The queue mail in shop has no majority: 1 of 2 members run."),
         ({}, {}, {"state": "disabled"}, "The feature flags khepri_db are not enabled. Run `rabbitmqctl enable_feature_flag all`."),

@@ -63,15 +63,15 @@ REFUSED = {
     "rabbitmq specs": [
         (
             {"rabbitmq_source": "snap"},
-            "rabbitmq_source is 'snap'; allowed are automatic, distribution, team_rabbitmq, folder.",
+            "rabbitmq_source is 'snap'; allowed: automatic, distribution, team_rabbitmq, folder.",
         ),
         (
             {"rabbitmq_policies": [{**POLICY, "apply_to": "queue"}]},
-            "rabbitmq_policies[0].apply_to is 'queue'; allowed are all, queues, classic_queues, quorum_queues, streams, exchanges.",
+            "rabbitmq_policies[0].apply_to is 'queue'; allowed: all, queues, classic_queues, quorum_queues, streams, exchanges.",
         ),
         (
             {"rabbitmq_users": [{**USER, "tag": []}]},
-            "rabbitmq_users[0] has tag; allowed are limits, name, password, permissions, tags, topic_permissions.",
+            "rabbitmq_users[0] has tag; allowed: limits, name, password, permissions, tags, topic_permissions.",
         ),
         (
             {"rabbitmq_exchanges": [{"name": "orders", "type": "topic"}]},
@@ -82,7 +82,7 @@ REFUSED = {
     "celery specs": [
         (
             {"celery_workers": [{**WORKER, "pool": "fork"}]},
-            "celery_workers[0].pool is 'fork'; allowed are prefork, threads, solo.",
+            "celery_workers[0].pool is 'fork'; allowed: prefork, threads, solo.",
         ),
     ],
     "rabbitmq administrator": [
@@ -134,19 +134,19 @@ REFUSED = {
     "certificates rules": [
         (
             {"certificates_renewal_days": 400},
-            "certificates_renewal_days is 400 and certificates_days is 397; allowed are 1 to 36500, and certificates_renewal_days",
+            "certificates_renewal_days is 400 and certificates_days is 397; allowed: 1 to 36500, and certificates_renewal_days",
         ),
         (
             {"certificates_authority": "/nowhere.pem"},
-            "/nowhere.pem is not a certificate; allowed is a text in PEM format, or the path of such a file on the controller.",
+            "/nowhere.pem is not a certificate; allowed: a text in PEM format, or the path of such a file on the controller.",
         ),
         (
             {"certificates_authority_key": MARK},
-            "certificates_authority_key or the key of a service is not a private key; allowed is a text in PEM format, or the path",
+            "certificates_authority_key or the key of a service is not a private key; allowed: a text in PEM format, or the path",
         ),
         (
             {"certificates_services": [{"name": "cache", "directory": "/etc/ssl/cache", "group": "redis", "names": []}]},
-            "The certificate of cache has no names; allowed are names and IP addresses.",
+            "The certificate of cache has no names; allowed: names and IP addresses.",
         ),
     ],
     "firewall": [
@@ -155,12 +155,12 @@ REFUSED = {
     "firewall rules": [
         (
             {"firewall_name": "a-name-of-18-chars"},
-            "firewall_name is 'a-name-of-18-chars'; allowed is a lower-case word of at most 17 letters, digits and hyphens.",
+            "firewall_name is 'a-name-of-18-chars'; allowed: a lower-case word of at most 17 letters, digits and hyphens.",
         ),
-        ({"firewall_rules": [{"ports": [5672, 70000]}]}, "firewall_rules has the ports 5672, 70000; allowed are 1 to 65535."),
+        ({"firewall_rules": [{"ports": [5672, 70000]}]}, "firewall_rules has the ports 5672, 70000; allowed: 1 to 65535."),
         (
             {"firewall_rules": [{"ports": [5672], "sources": ["192.0.2.7", "192.0.2.0/33", "web1"]}]},
-            "firewall_rules has the sources 192.0.2.0/33; allowed are addresses, networks and host names.",
+            "firewall_rules has the sources 192.0.2.0/33; allowed: addresses, networks and host names.",
         ),
     ],
     "rabbitmq certificate": [
@@ -169,7 +169,7 @@ REFUSED = {
     "rabbitmq authority": [
         (
             {"certificates_authority_key": "", "rabbitmq_certificate_key": ""},
-            "certificates_authority_key is empty, and rabbitmq has no certificate; allowed is the key of certificates_authority.",
+            "certificates_authority_key is empty, and rabbitmq has no certificate; allowed: the key of certificates_authority.",
         ),
     ],
     "postgresql certificate": [
@@ -178,7 +178,7 @@ REFUSED = {
     "postgresql authority": [
         (
             {"certificates_authority": "", "postgresql_certificate_key": ""},
-            "certificates_authority is empty, and postgresql needs a certificate; allowed is the certificate of a CA.",
+            "certificates_authority is empty, and postgresql needs a certificate; allowed: the certificate of a CA.",
         ),
     ],
     "valkey certificate": [
@@ -187,26 +187,26 @@ REFUSED = {
     "valkey authority": [
         (
             {"certificates_authority": "", "valkey_certificate_key": ""},
-            "certificates_authority is empty, and valkey needs a certificate; allowed is the certificate of a CA.",
+            "certificates_authority is empty, and valkey needs a certificate; allowed: the certificate of a CA.",
         ),
     ],
     "valkey types": [
         ({"valkey_port": "6379"}, "valkey_port is '6379', not a whole number."),
-        ({"valkey_eviction": "lru"}, "valkey_eviction is 'lru'; allowed are noeviction, allkeys-lru,"),
+        ({"valkey_eviction": "lru"}, "valkey_eviction is 'lru'; allowed: noeviction, allkeys-lru,"),
         ({"valkey_maxmemory": "1gb"}, "valkey_maxmemory is not a variable of the role valkey, did you mean valkey_max_memory?"),
     ],
     "valkey": [
-        ({"valkey_password": f"{MARK[:5]}"}, "valkey_password has fewer than 12 characters; allowed are 12 or more."),
+        ({"valkey_password": f"{MARK[:5]}"}, "valkey_password has fewer than 12 characters; allowed: 12 or more."),
         (
             {"valkey_addresses": ["*", "192.0.2.1", "::1", "cache.example"]},
-            "valkey_addresses is *, 192.0.2.1, ::1, cache.example; allowed are *, IPv4 addresses and IPv6 addresses.",
+            "valkey_addresses is *, 192.0.2.1, ::1, cache.example; allowed: *, IPv4 addresses and IPv6 addresses.",
         ),
-        ({"valkey_port": 0}, "valkey_port is 0; allowed is 1 to 65535."),
-        ({"valkey_max_memory": "2 GB"}, "valkey_max_memory is '2 GB'; allowed are sizes such as 256mb and 2gb."),
+        ({"valkey_port": 0}, "valkey_port is 0; allowed: 1 to 65535."),
+        ({"valkey_max_memory": "2 GB"}, "valkey_max_memory is '2 GB'; allowed: sizes such as 256mb and 2gb."),
     ],
     # The roles' rules.
     "rabbitmq": [
-        (versions("4", "27"), "rabbitmq_version is '4'; allowed is a series or a version, such as 4.0 or 4.2.10."),
+        (versions("4", "27"), "rabbitmq_version is '4'; allowed: a series or a version, such as 4.0 or 4.2.10."),
         *(
             (
                 versions(*pair),
@@ -218,7 +218,7 @@ REFUSED = {
         ({"rabbitmq_administrator_password": MARK[:11]}, "rabbitmq_administrator_password must have at least 12 characters."),
         (
             {"rabbitmq_nodes": NODES[:2]},
-            "rabbitmq_nodes lists mq1, mq2; allowed is no node, three, or a larger odd number. With two nodes, the loss of either "
+            "rabbitmq_nodes lists mq1, mq2; allowed: no node, three, or a larger odd number. With two nodes, the loss of either "
             "stops the broker, and a fourth node does not let the cluster lose more nodes than three do.",
         ),
         (
@@ -231,23 +231,23 @@ REFUSED = {
         ),
         (
             CLUSTER | {"rabbitmq_nodes": [*NODES[:2], {"name": "mq3", "address": "mq3.example"}]},
-            "rabbitmq_nodes has the address mq3.example; allowed is an IPv4 address, or none.",
+            "rabbitmq_nodes has the address mq3.example; allowed: an IPv4 address, or none.",
         ),
         (
             CLUSTER | {"rabbitmq_node_name": "mq4"},
-            "rabbitmq_node_name is 'mq4'; allowed is one of rabbitmq_nodes, mq1, mq2, mq3.",
+            "rabbitmq_node_name is 'mq4'; allowed: one of rabbitmq_nodes, mq1, mq2, mq3.",
         ),
         (
             CLUSTER | {"rabbitmq_distribution_address": "127.0.0.1"},
-            "rabbitmq_distribution_address is 127.0.0.1, where other nodes can't reach this node; allowed is an address of the "
+            "rabbitmq_distribution_address is 127.0.0.1, where other nodes can't reach this node; allowed: an address of the "
             "host, or 0.0.0.0.",
         ),
-        ({"rabbitmq_stop_wait": -1}, "rabbitmq_stop_wait is -1; allowed is 0 to 86400 seconds."),
+        ({"rabbitmq_stop_wait": -1}, "rabbitmq_stop_wait is -1; allowed: 0 to 86400 seconds."),
         ({"rabbitmq_plugins": []}, "rabbitmq_plugins must list rabbitmq_management: the role uses its API."),
-        ({"rabbitmq_memory_high_watermark": 2}, "rabbitmq_memory_high_watermark is 2; allowed is 0.1 to 0.9."),
+        ({"rabbitmq_memory_high_watermark": 2}, "rabbitmq_memory_high_watermark is 2; allowed: 0.1 to 0.9."),
         (
             {"rabbitmq_disk_free_limit": "2 gigs"},
-            "rabbitmq_disk_free_limit is '2 gigs'; allowed is a number with its unit, such as 2GB, or a multiple of the memory, "
+            "rabbitmq_disk_free_limit is '2 gigs'; allowed: a number with its unit, such as 2GB, or a multiple of the memory, "
             "such as 0.6.",
         ),
         (
@@ -279,21 +279,21 @@ REFUSED = {
         ),
         (
             {"rabbitmq_distribution_address": "localhost"},
-            "rabbitmq_distribution_address is 'localhost'; allowed is an IPv4 address, such as 127.0.0.1.",
+            "rabbitmq_distribution_address is 'localhost'; allowed: an IPv4 address, such as 127.0.0.1.",
         ),
-        ({"rabbitmq_purge_vhosts": ["old"]}, "rabbitmq_purge_vhosts lists old, but rabbitmq_purge is false; allowed is true."),
+        ({"rabbitmq_purge_vhosts": ["old"]}, "rabbitmq_purge_vhosts lists old, but rabbitmq_purge is false; allowed: true."),
         (
             {"rabbitmq_purge": True, "rabbitmq_purge_vhosts": ["mailroom"]},
             "rabbitmq_purge_vhosts lists mailroom, which rabbitmq_vhosts also lists.",
         ),
     ],
     "postgresql": [
-        ({"postgresql_port": 0}, "postgresql_port is 0; allowed is 1 to 65535."),
-        ({"postgresql_memory": 95}, "postgresql_memory is 95; allowed is 0.1 to 0.9."),
-        ({"postgresql_max_connections": 5}, "postgresql_max_connections is 5; allowed is 10 or more."),
+        ({"postgresql_port": 0}, "postgresql_port is 0; allowed: 1 to 65535."),
+        ({"postgresql_memory": 95}, "postgresql_memory is 95; allowed: 0.1 to 0.9."),
+        ({"postgresql_max_connections": 5}, "postgresql_max_connections is 5; allowed: 10 or more."),
         (
             {"postgresql_users": [{**DATABASE_USER, "name": "Mail Room"}], **NO_DATABASES},
-            "postgresql_users has the names Mail Room; allowed are lower-case letters, digits, hyphens and underscores.",
+            "postgresql_users has the names Mail Room; allowed: lower-case letters, digits, hyphens and underscores.",
         ),
         (
             {"postgresql_users": [{**DATABASE_USER, "name": "postgres"}], **NO_DATABASES},
@@ -306,16 +306,16 @@ REFUSED = {
         (
             {**PRIMARY, "postgresql_replication_password": MARK[:11]},
             "postgresql_replication_password is too short or has other characters; allowed with postgresql_primary or "
-            "postgresql_standbys are 12 or more letters, digits, underscores, dots, tildes and hyphens.",
+            "postgresql_standbys: 12 or more letters, digits, underscores, dots, tildes and hyphens.",
         ),
         (
             {**PRIMARY, "postgresql_primary": "192.0.2.1"},
-            "postgresql_primary is 192.0.2.1, and postgresql_standbys has db2; allowed is one of them, since a "
+            "postgresql_primary is 192.0.2.1, and postgresql_standbys has db2; allowed: one of them, since a "
             "standby has no standbys.",
         ),
         (
             {"postgresql_primary": "192.0.2.1", "postgresql_primary_ca_file": ""},
-            "postgresql_primary_ca_file is empty; with postgresql_primary and postgresql_tls, allowed is the path of a file on "
+            "postgresql_primary_ca_file is empty; with postgresql_primary and postgresql_tls, it must be the path of a file on "
             "the host with the certificate authority of the primary.",
         ),
         (
@@ -324,7 +324,7 @@ REFUSED = {
         ),
         (
             {"postgresql_users": [{**DATABASE_USER, "role": "stranger"}], **NO_DATABASES},
-            "postgresql_users has the role stranger; allowed are the names of users in postgresql_users.",
+            "postgresql_users has the role stranger; allowed: the names of users in postgresql_users.",
         ),
         (
             {"postgresql_users": [DATABASE_USER], "postgresql_clients": []},
@@ -411,52 +411,52 @@ REFUSED = {
     "common email": [
         (
             {"app_email_url": f"smtp://u:{MARK}@mail.example.org:smtp"},
-            "app_email_url has a malformed port or host; allowed is a URL such as smtp://host:port, with the scheme "
+            "app_email_url has a malformed port or host; allowed: a URL such as smtp://host:port, with the scheme "
             "smtp, smtp+tls, smtp+ssl or consolemail. Special characters in a password must be URL-encoded (urlencode).",
         ),
     ],
     "rabbitmq sources": [
         (
             {"rabbitmq_folder": "/nowhere", "rabbitmq_source": "folder"},
-            "rabbitmq_folder is '/nowhere'; allowed is a folder on the controller with RPMs.",
+            "rabbitmq_folder is '/nowhere'; allowed: a folder on the controller with RPMs.",
         ),
         (
             {"rabbitmq_repository_keys": [{"key": "k.asc", "fingerprint": "9F4587F226208342"}]},
-            "rabbitmq_repository_keys has the fingerprint 9F4587F226208342; allowed are 40 hexadecimal digits, as the key's owner "
+            "rabbitmq_repository_keys has the fingerprint 9F4587F226208342; allowed: 40 hexadecimal digits, as the key's owner "
             "publishes them. A key ID is too short to tell keys apart.",
         ),
     ],
     "erlang": [
-        ({"erlang_source": "folder"}, "erlang_folder is ''; allowed is a folder on the controller with RPMs."),
+        ({"erlang_source": "folder"}, "erlang_folder is ''; allowed: a folder on the controller with RPMs."),
         (
             {"erlang_repository_keys": [{"key": "k.asc", "fingerprint": "6B73A36E6026DFCA"}]},
-            "erlang_repository_keys has the fingerprint 6B73A36E6026DFCA; allowed are 40 hexadecimal digits,",
+            "erlang_repository_keys has the fingerprint 6B73A36E6026DFCA; allowed: 40 hexadecimal digits,",
         ),
-        ({"erlang_version": "OTP-27"}, "erlang_version is 'OTP-27'; allowed is a version or its beginning, such as 27 or 27.3."),
+        ({"erlang_version": "OTP-27"}, "erlang_version is 'OTP-27'; allowed: a version or its beginning, such as 27 or 27.3."),
     ],
     "django": [
         (
             {"host_prefix": "~/.local"},
-            "host_prefix is '~/.local'; allowed is an absolute path without spaces or a trailing slash, or an empty string.",
+            "host_prefix is '~/.local'; allowed: an absolute path without spaces or a trailing slash, or an empty string.",
         ),
         (
             {"django_name": "Mail Room"},
-            "django_name is 'Mail Room'; allowed is a lower-case word of at most 24 letters, digits and hyphens.",
+            "django_name is 'Mail Room'; allowed: a lower-case word of at most 24 letters, digits and hyphens.",
         ),
-        ({"django_source": "/nowhere"}, "django_source is '/nowhere'; allowed is a folder on the controller."),
+        ({"django_source": "/nowhere"}, "django_source is '/nowhere'; allowed: a folder on the controller."),
         (
             {"django_source": "{{ project_without_manage }}"},
-            "django_manage is 'manage.py'; allowed is a script that ends with .py in",
+            "django_manage is 'manage.py'; allowed: a script that ends with .py in",
         ),
-        ({"django_manage": "-m django"}, "django_manage is '-m django'; allowed is a script that ends with .py in"),
+        ({"django_manage": "-m django"}, "django_manage is '-m django'; allowed: a script that ends with .py in"),
         (
             {"django_subdirectory": "../src"},
-            "django_subdirectory is '../src'; allowed is the path of a directory in django_source, such as src, or an empty ",
+            "django_subdirectory is '../src'; allowed: the path of a directory in django_source, such as src, or an empty ",
         ),
-        ({"django_wsgi": ""}, "django_wsgi is '' and django_asgi is ''; allowed is exactly one of them,"),
+        ({"django_wsgi": ""}, "django_wsgi is '' and django_asgi is ''; allowed: exactly one of them,"),
         (
             {"django_asgi": "mailroom.asgi:application"},
-            "django_wsgi is 'mailroom.wsgi:application' and django_asgi is 'mailroom.asgi:application'; allowed is exactly one",
+            "django_wsgi is 'mailroom.wsgi:application' and django_asgi is 'mailroom.asgi:application'; allowed: exactly one",
         ),
         (
             {"django_wsgi": "", "django_asgi": "mailroom.asgi:application", "django_web": True},
@@ -468,7 +468,7 @@ REFUSED = {
         ),
         (
             {"django_data_directories": ["media", "../logs", "/srv"]},
-            "django_data_directories has ../logs, /srv; allowed are paths relative to the application's directory in "
+            "django_data_directories has ../logs, /srv; allowed: paths relative to the application's directory in "
             "/var/lib, such as media.",
         ),
         (
@@ -476,7 +476,7 @@ REFUSED = {
             "django_environment, django_build_environment or django_private_environments is wrong: JSON is a mapping or a nested "
             "list. For JSON, use to_json. The value of the environment variable KEY contains a line break or a NUL byte.",
         ),
-        ({"django_build_commands": [{"command": []}]}, "django_build_commands has an empty command; allowed is a program with"),
+        ({"django_build_commands": [{"command": []}]}, "django_build_commands has an empty command; allowed: a program with"),
         (
             {"django_source": "{{ project_without_hashes }}"},
             "django_requirements is 'requirements.txt', which has no hash for celery==5.7.0. `uv export --output-file "
@@ -484,11 +484,11 @@ REFUSED = {
         ),
         (
             {"django_requirements": "no-lock.txt"},
-            "django_requirements is 'no-lock.txt'; allowed is a lock file with hashes in django_source: uv.lock, pylock.toml,",
+            "django_requirements is 'no-lock.txt'; allowed: a lock file with hashes in django_source (uv.lock, pylock.toml,",
         ),
         (
             {"django_wsgi": "mailroom.wsgi"},
-            "django_wsgi is 'mailroom.wsgi'; allowed is a module and its application, such as mailroom.wsgi:application.",
+            "django_wsgi is 'mailroom.wsgi'; allowed: a module and its application, such as mailroom.wsgi:application.",
         ),
         (
             {"django_processes": [{**PROCESS, "name": "web"}]},
@@ -501,26 +501,26 @@ REFUSED = {
         ),
         (
             {"django_processes": [{**PROCESS, "cpu_weight": 0}]},
-            "django_processes or django_timers has a wrong limit for relay; allowed are a memory_max such as 512M or 50%,",
+            "django_processes or django_timers has a wrong limit for relay; allowed: a memory_max such as 512M or 50%,",
         ),
         (
             {"django_processes": [{**PROCESS, "watchdog": 60}]},
             "django_processes has a watchdog for relay; a watchdog requires readiness notify.",
         ),
-        ({"django_releases_kept": 1}, "django_releases_kept is 1; allowed is 2 or more."),
+        ({"django_releases_kept": 1}, "django_releases_kept is 1; allowed: 2 or more."),
         (
             {"django_public_directories": ["static", "../other"]},
-            "django_public_directories is static, ../other; allowed are names of directories in django_source, not paths.",
+            "django_public_directories is static, ../other; allowed: names of directories in django_source, not paths.",
         ),
         (
             {"django_web_proxies": ["proxy1", "192.0.2.0/33"]},
-            "django_web_proxies has 192.0.2.0/33; allowed are addresses, networks and host names.",
+            "django_web_proxies has 192.0.2.0/33; allowed: addresses, networks and host names.",
         ),
     ],
     "celery": [
         (
             {"celery_requirements": "/nowhere"},
-            "celery_requirements is '/nowhere'; allowed is a lock file on the controller that pins Celery.",
+            "celery_requirements is '/nowhere'; allowed: a lock file on the controller that pins Celery.",
         ),
         (
             {"celery_requirements": "{{ lock_5_5 }}"},
@@ -530,16 +530,16 @@ REFUSED = {
         ({"celery_workers": [WORKER, WORKER]}, "celery_workers has the names mail, mail; each name must be unique."),
         (
             {"celery_workers": [{**WORKER, "name": "Mail@x"}]},
-            "celery_workers has the names Mail@x; allowed are lower-case letters, digits, hyphens and underscores.",
+            "celery_workers has the names Mail@x; allowed: lower-case letters, digits, hyphens and underscores.",
         ),
         *(
             (
                 {"celery_workers": [{**WORKER, **limit}]},
-                "celery_workers has a wrong limit for mail; allowed are a memory_max such as",
+                "celery_workers has a wrong limit for mail; allowed: a memory_max such as",
             )
             for limit in ({"memory_max": "80 %"}, {"memory_max": "101%"}, {"tasks_max": 0}, {"cpu_weight": 10001})
         ),
-        ({"celery_workers": [{**WORKER, "queues": []}]}, "celery_workers has no queues for mail; allowed is one or more."),
+        ({"celery_workers": [{**WORKER, "queues": []}]}, "celery_workers has no queues for mail; allowed: one or more."),
         ({"celery_workers": [{**WORKER, "time_limit": 60, "soft_time_limit": 90}]}, LATE),
         # 300 is the default time_limit.
         ({"celery_workers": [{**WORKER, "soft_time_limit": 300}]}, LATE),
@@ -549,12 +549,12 @@ REFUSED = {
         ),
     ],
     "flower": [
-        ({"flower_name": "x" * 30}, f"flower_name is '{'x' * 30}'; allowed is a lower-case word of at most 24 letters,"),
-        ({"flower_port": 70000}, "flower_port is 70000; allowed is 1 to 65535."),
+        ({"flower_name": "x" * 30}, f"flower_name is '{'x' * 30}'; allowed: a lower-case word of at most 24 letters,"),
+        ({"flower_port": 70000}, "flower_port is 70000; allowed: 1 to 65535."),
         ({"flower_password": MARK[:11]}, "flower_password must have at least 12 characters."),
         ({"flower_cookie_secret": MARK}, "flower_cookie_secret must have at least 32 characters."),
         ({"flower_broker_url": f"redis://:{MARK}@localhost"}, "flower_broker_url must begin with amqp:// or amqps://."),
-        ({"flower_username": "a:b"}, "flower_username is 'a:b'; allowed is a name without a colon."),
+        ({"flower_username": "a:b"}, "flower_username is 'a:b'; allowed: a name without a colon."),
     ],
 }
 REFUSED |= {
@@ -565,29 +565,29 @@ REFUSED |= {
     "nginx": [
         (
             {"nginx_name": "My Shop"},
-            "nginx_name is 'My Shop'; allowed is a lower-case word of at most 24 letters, digits and hyphens.",
+            "nginx_name is 'My Shop'; allowed: a lower-case word of at most 24 letters, digits and hyphens.",
         ),
         (
             {"nginx_upstreams": []},
-            "nginx_upstreams is empty; allowed are one or more addresses with ports, or paths of Unix sockets.",
+            "nginx_upstreams is empty; allowed: one or more addresses with ports, or paths of Unix sockets.",
         ),
         (
             {"nginx_upstreams": ["http://web1:8000", "web2", "/run/web.sock", "[::1]:8000", "127.0.0.1:8000"]},
-            "nginx_upstreams or nginx_locations has the upstreams http://web1:8000, web2; allowed are addresses with ports, such "
+            "nginx_upstreams or nginx_locations has the upstreams http://web1:8000, web2; allowed: addresses with ports, such "
             "as 127.0.0.1:8000, and paths of Unix sockets.",
         ),
         (
             {"nginx_control_directory": "run/shop; drained"},
-            "nginx_control_directory is 'run/shop; drained'; allowed is an absolute path of letters, digits and . _ - / or an "
+            "nginx_control_directory is 'run/shop; drained'; allowed: an absolute path of letters, digits and . _ - / or an "
             "empty string.",
         ),
         (
             {"nginx_server_names": ["a.example.org", ".example.org", "*.example.org", "a; b"]},
-            "nginx_server_names has *.example.org, a; b; allowed are host names, addresses, and domains such as .example.org.",
+            "nginx_server_names has *.example.org, a; b; allowed: host names, addresses, and domains such as .example.org.",
         ),
         (
             {"nginx_listen_addresses": ["eth0", "*"]},
-            "nginx_listen_addresses is eth0, *; allowed are *, IPv4 addresses, and IPv6 addresses in brackets.",
+            "nginx_listen_addresses is eth0, *; allowed: *, IPv4 addresses, and IPv6 addresses in brackets.",
         ),
         ({"nginx_certificate": "/c.pem"}, "nginx_certificate and nginx_certificate_key must both be set, or both be empty."),
         (
@@ -597,11 +597,11 @@ REFUSED |= {
         (
             {"nginx_closed_paths": ["metrics", "/"], "nginx_static_directories": []},
             "nginx_closed_paths, nginx_rate_limits, nginx_locations or nginx_static_directories has the paths metrics, /; "
-            "allowed are paths that begin with / and are longer than that.",
+            "allowed: paths that begin with / and are longer than that.",
         ),
         (
             {"nginx_locations": [{"path": "/flower", "upstreams": ["127.0.0.1:5555"]}]},
-            "nginx_locations or nginx_static_directories has the paths /flower; allowed are paths that end with /.",
+            "nginx_locations or nginx_static_directories has the paths /flower; allowed: paths that end with /.",
         ),
         (
             {"nginx_closed_paths": ["/a", "/b", "/a"], "nginx_rate_limits": []},
@@ -610,41 +610,41 @@ REFUSED |= {
         ),
         (
             {"nginx_static_directories": [{"path": "/static/", "directory": "/srv/my files"}]},
-            "nginx_static_directories has the directories /srv/my files; allowed are absolute paths without spaces, quotes and "
+            "nginx_static_directories has the directories /srv/my files; allowed: absolute paths without spaces, quotes and "
             "braces.",
         ),
         (
             {"nginx_rate_limits": [{"path": "/a", "rate": "10/m"}, {"path": "/b", "rate": "5r/s"}]},
-            "nginx_rate_limits has the rates 10/m; allowed are requests per second or minute, such as 5r/s or 10r/m.",
+            "nginx_rate_limits has the rates 10/m; allowed: requests per second or minute, such as 5r/s or 10r/m.",
         ),
         (
             {"nginx_client_max_body_size": "20 MB"},
-            "nginx_client_max_body_size or a zone_size of nginx_rate_limits is one of 20 MB; allowed are sizes such as 20m.",
+            "nginx_client_max_body_size or a zone_size of nginx_rate_limits is one of 20 MB; allowed: sizes such as 20m.",
         ),
         (
             {"nginx_client_header_timeout": 0},
-            "nginx_client_header_timeout, nginx_client_body_timeout and nginx_proxy_read_timeout are 0, 30, 60; allowed is 1 or "
+            "nginx_client_header_timeout, nginx_client_body_timeout and nginx_proxy_read_timeout are 0, 30, 60; allowed: 1 or "
             "more.",
         ),
-        ({"nginx_hsts_max_age": -1}, "nginx_hsts_max_age is -1; allowed is 0 or more."),
+        ({"nginx_hsts_max_age": -1}, "nginx_hsts_max_age is -1; allowed: 0 or more."),
         (
             {"nginx_acme_directory_url": "http://acme.example", "nginx_server_names": ["a.example.org"]},
-            "nginx_acme_directory_url is 'http://acme.example'; allowed is a URL that begins with https:// or an empty string.",
+            "nginx_acme_directory_url is 'http://acme.example'; allowed: a URL that begins with https:// or an empty string.",
         ),
-        ({"nginx_acme_email": "me"}, "nginx_acme_email is 'me'; allowed is an email address or an empty string."),
+        ({"nginx_acme_email": "me"}, "nginx_acme_email is 'me'; allowed: an email address or an empty string."),
         (
             {**ACME, "nginx_server_names": ["a.example.org", ".example.org", "localhost", "192.0.2.1"]},
-            "nginx_server_names has .example.org, localhost, 192.0.2.1; with nginx_acme_directory_url, allowed are one or more "
+            "nginx_server_names has .example.org, localhost, 192.0.2.1; with nginx_acme_directory_url, it must have one or more "
             "host names such as shop.example.org.",
         ),
         (
             {**ACME, "nginx_server_names": []},
-            "nginx_server_names is empty; with nginx_acme_directory_url, allowed are one or more host names such as "
+            "nginx_server_names is empty; with nginx_acme_directory_url, it must have one or more host names such as "
             "shop.example.org.",
         ),
         (
             {"nginx_acme_other_proxies": ["proxy2", "proxy3:80"]},
-            "nginx_acme_other_proxies has proxy3:80; allowed are host names, IPv4 addresses, and IPv6 addresses in brackets.",
+            "nginx_acme_other_proxies has proxy3:80; allowed: host names, IPv4 addresses, and IPv6 addresses in brackets.",
         ),
     ],
 }
@@ -652,7 +652,7 @@ REFUSED |= {
     "monitoring types": [
         (
             {"monitoring_exporters": ["redis"]},
-            "monitoring_exporters[0] is 'redis'; allowed are node, postgresql.",
+            "monitoring_exporters[0] is 'redis'; allowed: node, postgresql.",
         ),
         (
             {"monitoring_retention_day": 3},
@@ -662,15 +662,15 @@ REFUSED |= {
     "monitoring": [
         (
             {"monitoring_name": "My Shop"},
-            "monitoring_name is 'My Shop'; allowed is a lower-case word of at most 24 letters, digits and hyphens.",
+            "monitoring_name is 'My Shop'; allowed: a lower-case word of at most 24 letters, digits and hyphens.",
         ),
         (
             {"monitoring_address": "localhost"},
-            "monitoring_address or monitoring_exporter_address is localhost; allowed are IPv4 addresses, also 0.0.0.0.",
+            "monitoring_address or monitoring_exporter_address is localhost; allowed: IPv4 addresses, also 0.0.0.0.",
         ),
         (
             {"monitoring_units": ["a b", "c"]},
-            "monitoring_units has 'a b', 'c'; allowed are regular expressions without spaces.",
+            "monitoring_units has 'a b', 'c'; allowed: regular expressions without spaces.",
         ),
         (
             {"monitoring_exporters": ["postgresql"], "monitoring_postgresql_url": f"postgresql://{MARK}"},
@@ -679,7 +679,7 @@ REFUSED |= {
         ({"monitoring_server": True, "monitoring_password": MARK[:11]}, "monitoring_password must have at least 12 characters."),
         (
             {"monitoring_scrapes": [{"job": name, "targets": [{"host": "a", "address": address}]} for name, address in SCRAPES]},
-            "monitoring_scrapes has the addresses web1, 1:2:3; allowed are addresses with ports, such as 192.0.2.10:9100.",
+            "monitoring_scrapes has the addresses web1, 1:2:3; allowed: addresses with ports, such as 192.0.2.10:9100.",
         ),
         (
             {"monitoring_scrapes": [{"job": name, "targets": []} for name in ("one", "one")]},
@@ -687,22 +687,22 @@ REFUSED |= {
         ),
         (
             {"monitoring_scrape_interval": 0, "monitoring_retention_days": 7},
-            "monitoring_scrape_interval and monitoring_retention_days are 0 and 7; allowed is 1 or more.",
+            "monitoring_scrape_interval and monitoring_retention_days are 0 and 7; allowed: 1 or more.",
         ),
         (
             {"monitoring_retention_size": "5 GB"},
-            "monitoring_retention_size is '5 GB'; allowed are sizes such as 500MB or 5GB.",
+            "monitoring_retention_size is '5 GB'; allowed: sizes such as 500MB or 5GB.",
         ),
-        ({"monitoring_journal_size": "2 GB"}, "monitoring_journal_size is '2 GB'; allowed are sizes such as 500M or 2G."),
-        ({"monitoring_journal_days": 0}, "monitoring_journal_days is 0; allowed is 1 or more."),
+        ({"monitoring_journal_size": "2 GB"}, "monitoring_journal_size is '2 GB'; allowed: sizes such as 500M or 2G."),
+        ({"monitoring_journal_days": 0}, "monitoring_journal_days is 0; allowed: 1 or more."),
         ({"monitoring_rules": ["/nowhere.yml"]}, "/nowhere.yml in monitoring_rules is not a file on the controller."),
         (
             {"monitoring_alert_emails": ["me"], "monitoring_alert_sender": "a@example.org"},
-            "monitoring_alert_emails has me; allowed are email addresses.",
+            "monitoring_alert_emails has me; allowed: email addresses.",
         ),
         (
             {"monitoring_alert_emails": ["a@example.org"], "monitoring_alert_sender": ""},
-            "monitoring_alert_sender is ''; allowed is an email address.",
+            "monitoring_alert_sender is ''; allowed: an email address.",
         ),
         (
             {
@@ -710,7 +710,7 @@ REFUSED |= {
                 "monitoring_alert_sender": "a@example.org",
                 "monitoring_alert_mail_url": f"smtp+ssl://me:{MARK}@mail:2465",
             },
-            "monitoring_alert_mail_url has the scheme smtp+ssl, which Alertmanager supports only at port 465; allowed is a",
+            "monitoring_alert_mail_url has the scheme smtp+ssl, which Alertmanager supports only at port 465; allowed: a",
         ),
         (
             {"monitoring_alert_webhooks": [f"hooks/{MARK}"]},
@@ -732,12 +732,12 @@ REFUSED |= {
     "backups": [
         (
             {"backups_name": "My Shop"},
-            "backups_name is 'My Shop'; allowed is a lower-case word of at most 24 letters, digits and hyphens.",
+            "backups_name is 'My Shop'; allowed: a lower-case word of at most 24 letters, digits and hyphens.",
         ),
         *(
             (
                 {"backups_repository": repository},
-                f"backups_repository is '{repository}'; allowed are an absolute path, sftp:user@host:/path, "
+                f"backups_repository is '{repository}'; allowed: an absolute path, sftp:user@host:/path, "
                 "s3:https://host/bucket, or an empty string.",
             )
             for repository in ("srv/backups", "/", "/srv/my backups", "sftp:backup@store", "s3:https://s3.example.org", "ftp://a/b")
@@ -752,7 +752,7 @@ REFUSED |= {
         ),
         (
             {**BY_SFTP, "backups_ssh_known_hosts": " "},
-            "backups_ssh_known_hosts is empty; allowed for sftp are the server's host keys, as printed by ssh-keyscan.",
+            "backups_ssh_known_hosts is empty; required for sftp: the server's host keys, as printed by ssh-keyscan.",
         ),
         (
             {"backups_environment": {"AWS KEY": MARK}},
@@ -765,34 +765,34 @@ REFUSED |= {
         *(
             (
                 {"backups_schedule": schedule},
-                f"backups_schedule is '{schedule}'; allowed are hourly, or the time of a daily backup, such as 02:30.",
+                f"backups_schedule is '{schedule}'; allowed: hourly, or the time of a daily backup, such as 02:30.",
             )
             for schedule in ("weekly", "24:00", "2:30")
         ),
         (
             {"backups_keep_daily": 0, "backups_keep_weekly": 0, "backups_keep_monthly": 0},
-            "backups_keep_daily, backups_keep_weekly and backups_keep_monthly are 0, 0, 0; allowed is 0 or more, and at least one "
+            "backups_keep_daily, backups_keep_weekly and backups_keep_monthly are 0, 0, 0; allowed: 0 or more, and at least one "
             "must be 1 or more, because otherwise no backup is kept.",
         ),
         (
             {"backups_keep_weekly": -1},
-            "backups_keep_daily, backups_keep_weekly and backups_keep_monthly are 7, -1, 12; allowed is 0 or more",
+            "backups_keep_daily, backups_keep_weekly and backups_keep_monthly are 7, -1, 12; allowed: 0 or more",
         ),
         (
             {"backups_databases": ["shop", "it's"]},
-            "backups_databases has 'it's'; allowed are names of letters, digits, underscores and hyphens.",
+            "backups_databases has 'it's'; allowed: names of letters, digits, underscores and hyphens.",
         ),
         (
             {"backups_metrics_directory": "metrics"},
-            "backups_metrics_directory is 'metrics'; allowed is an absolute path without spaces, or an empty string.",
+            "backups_metrics_directory is 'metrics'; allowed: an absolute path without spaces, or an empty string.",
         ),
         (
             {"backups_broker_url": f"http://admin:{MARK}/127.0.0.1"},
-            "backups_broker_url has no such form; allowed are http://user:password@host:port, https, or an empty string.",
+            "backups_broker_url has no such form; allowed: http://user:password@host:port, https, or an empty string.",
         ),
         (
             {"backups_snapshot": "yesterday"},
-            "backups_snapshot is 'yesterday'; allowed are latest, or a snapshot's ID of at least 8 characters.",
+            "backups_snapshot is 'yesterday'; allowed: latest, or a snapshot's ID of at least 8 characters.",
         ),
     ],
 }

@@ -84,7 +84,7 @@ def test_every_role_has_a_scenario_with_tests(role):
 
 @pytest.mark.parametrize("role", ROLES)
 def test_role_reads_no_variable_of_another(role):
-    # Variables that a role passes to an internal role are not read: their names are keys.
+    # A variable that a role passes to an internal role is a key in YAML, and this test ignores keys.
     # Roles share the variables `host_…`. Each role that reads one declares it in its argument specs.
     others = {name for other in ROLES if other != role for name in options(other)} - set(options(role))
     prefixes = tuple(f"__{other}_" for other in ROLES if other != role)

@@ -70,7 +70,7 @@ def test_kinds_and_names_are_allowed_together_and_once():
         (
             ["secret_djanga_key"],
             {},
-            r"^rotate has secret_djanga_key; allowed are all, finish, certificates, the kinds broker, .*secret_django_key",
+            r"^rotate has secret_djanga_key; allowed: all, finish, certificates, the kinds broker, .*secret_django_key",
         ),
         (["secret_certificate_authority"], {}, "every client must trust the new authority"),
         (["vault_password"], {}, "ansible-vault rekey --new-vault-password-file NEW_FILE 91-secrets.yml"),
@@ -190,10 +190,10 @@ def test_action_keeps_no_old_value_in_an_emergency(action):
 @pytest.mark.parametrize(
     ("words", "variables", "reason"),
     [
-        (["secret_djanga_key"], {}, "rotate has secret_djanga_key; allowed are "),
+        (["secret_djanga_key"], {}, "rotate has secret_djanga_key; allowed: "),
         (["secret_flower_cookie"], {}, "rotate has secret_flower_cookie, but the inventory has no host in the group flower."),
         (["metrics"], {}, "lacks secret_app_metrics_token."),
-        (["django"], {"secret_django_key": f"{MARK}own"}, "host1 has another secret_django_key than "),
+        (["django"], {"secret_django_key": f"{MARK}own"}, "host1 has a different secret_django_key than "),
         (["django"], {"app_environment": {"SECRET_KEY": "own"}}, "SECRET_KEY of app_environment replaces secret_django_key"),
     ],
 )
@@ -353,7 +353,7 @@ def refusal(done, inventory, before):
     [
         ([], "rotate is not set; set it to what to rotate, such as -e rotate=all"),
         (["-e", "rotate=all", "--limit", "host1.invalid"], "--limit is set. The hosts of an environment share its secrets"),
-        (["-e", "rotate=djanga"], "rotate has djanga; allowed are all, finish,"),
+        (["-e", "rotate=djanga"], "rotate has djanga; allowed: all, finish,"),
     ],
 )
 def test_playbook_refuses_before_it_changes_the_file(inventory, rotate, arguments, sentence):
@@ -379,7 +379,7 @@ def test_secret_of_the_hosts_file_is_refused(inventory, rotate):
     hosts["all"]["children"]["app"]["hosts"]["host1.invalid"] = {"secret_django_key": f"{MARK}own"}
     (inventory / "hosts.json").write_text(json.dumps(hosts))
     before = (inventory / "group_vars/all/91-secrets.yml").read_bytes()
-    assert "host1.invalid has another secret_django_key than" in refusal(rotate("-e", "rotate=django"), inventory, before)
+    assert "host1.invalid has a different secret_django_key than" in refusal(rotate("-e", "rotate=django"), inventory, before)
 
 
 def test_django_key_of_app_environment_is_refused(inventory, rotate):

@@ -31,7 +31,7 @@ ALONE = [
 # These values have the right type.
 VALID = {"app_allowed_senders: list", "django_environment: mapping"}
 CASES = {f"{name}: {shape}": {name: value} for name in ALONE for shape, value in SHAPES.items() if f"{name}: {shape}" not in VALID}
-# A text instead of a mapping, or instead of a list.
+# A string instead of a mapping or a list.
 MAPPINGS = ("rabbitmq_users", "rabbitmq_parameters", "postgresql_users", "django_environment", "django_commands", "celery_workers")
 CASES |= {f"{name}: text": {name: WRONG} for name in MAPPINGS}
 # Values of the right type with a secret in a wrong place.

@@ -309,7 +309,7 @@ UNIT = {"name": "shop-web.service", "installed": True, "state": "active", "resta
         (report(host(certificates=[{"path": "/a", "days": 2}])), "fault", "web1: The certificate /a expires in 2 days."),
         (report(host(certificates=[{"path": "/a", "days": -1}])), "fault", "web1: The certificate /a has expired."),
         (report(host(certificates=[{"path": "/a", "error": "none"}])), "warning", "web1: The certificate /a can't be read: none"),
-        (report(nodes=[node(running=False)]), "fault", "The broker's node rabbit@a does not run."),
+        (report(nodes=[node(running=False)]), "fault", "The broker's node rabbit@a is not running."),
         (report(nodes=[node(partitions=["rabbit@b"])]), "fault", "The node rabbit@a has lost its connection to rabbit@b."),
         (report(nodes=[node(mem_alarm=True)]), "fault", "The node rabbit@a has a memory alarm"),
         (report(nodes=[node(disk_free_alarm=True)]), "fault", "The node rabbit@a has a disk alarm"),
@@ -323,7 +323,7 @@ UNIT = {"name": "shop-web.service", "installed": True, "state": "active", "resta
         ),
         (report(queues=[queue(messages=10_001)]), "warning", "10,001 messages wait in the queue mail.v1."),
         (report(queues=[queue(leader="")]), "fault", "The queue mail.v1 has no leader"),
-        (report(queues=[queue(online=["a", "c"])]), "warning", "Members of the queue mail.v1 do not run on b."),
+        (report(queues=[queue(online=["a", "c"])]), "warning", "Members of the queue mail.v1 are not running on b."),
         (
             report(host(), host("web2", versions={"release": "def"})),
             "warning",
@@ -506,7 +506,7 @@ def test_missing_or_late_standby_is_a_fault():
     assert "<td>7 bytes, 0.5 s</td>" in status_page.page(healthy, [])
     missing = {"state": "missing", "bytes": None, "seconds": None}
     for values, text in (
-        (missing, "The standby db2 does not stream: missing."),
+        (missing, "The standby db2 is not streaming: missing."),
         ({"bytes": 200_000_000}, "The standby db2 is 200,000,000 bytes, 0.5 s behind."),
         ({"seconds": 90}, "The standby db2 is 7 bytes, 90 s behind."),
     ):

@@ -491,7 +491,7 @@ def test_unit_that_does_not_stay_up_fails_with_its_journal(host):
     assert result["failed"]
     for words in ("a.service was started but did not keep running", "activating", "exit-code", "last words of a.service"):
         assert words in result["msg"]
-    # The next run detects that the unit does not run, and retries.
+    # The next run detects that the unit is not running, and retries.
     assert host.run(service("a", settle=0.2))["failed"]
 
 

@@ -96,7 +96,7 @@ TEMPLATES = {
     "celeryconfig.py": "flower/templates/celeryconfig.py.j2",
     "valkey.conf": "valkey/templates/valkey.conf.j2",
 }
-# Texts without a template that a role writes to a file or runs.
+# Expressions whose value a role writes to a file or runs, without a template.
 EXPRESSIONS = {
     "flower.environment": "{{ __flower_environment | django_celery.stack.environment_file }}",
     "release steps": "{{ __django_release_steps }}",
@@ -179,7 +179,7 @@ def test_cache_configuration(rendered):
 
 
 def test_flower_verifies_the_broker(rendered):
-    """Kombu writes the first broker's name into the options, but the next broker has another name."""
+    """Kombu writes the first broker's name into the options, but the next broker has a different name."""
     values = {}
     exec(rendered["tls"]["celeryconfig.py"], values)  # noqa: S102 - a file of the role
     options = values["broker_use_ssl"]

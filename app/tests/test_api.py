@@ -150,7 +150,7 @@ def test_keys_are_stored_as_hashes_only(api_key):
     assert KEY not in stored
 
 
-@pytest.mark.attack(kind="HTTP: objects of others")
+@pytest.mark.attack(kind="HTTP: objects of other users")
 def test_emails_of_others_are_not_found(client, api_key, accept, django_user_model):
     email = accept()
     ApiKey.objects.update(owner=django_user_model.objects.create_user("mallory"))

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.django_db
 GOOD = {"subject": "Hello", "text": "Body", "to": ["bob@example.org"]}
 
 
-@pytest.mark.attack(kind="HTTP: objects of others")
+@pytest.mark.attack(kind="HTTP: objects of other users")
 def test_another_owner_cannot_read_replay_or_cancel(api, accept, other_user):
     dead, queued = accept(), accept()
     dead.deliveries.update(state=State.FAILED, due_at=None)
@@ -32,7 +32,7 @@ def test_another_owner_cannot_read_replay_or_cancel(api, accept, other_user):
         assert api(method, path).status_code in (200, 202)
 
 
-@pytest.mark.attack(kind="HTTP: objects of others")
+@pytest.mark.attack(kind="HTTP: objects of other users")
 def test_lists_contain_only_the_owners_emails_and_suppressions(api, accept, user, other_user):
     own, _ = accept(), accept(other_user)
     for owner in (user, other_user, None):
@@ -51,7 +51,7 @@ def test_limit_counts_only_the_owners_emails(api, other_user, settings):
         assert api("post", "emails", GOOD, **key).status_code == 429
 
 
-@pytest.mark.attack(kind="HTTP: objects of others")
+@pytest.mark.attack(kind="HTTP: objects of other users")
 @pytest.mark.django_db(transaction=True)
 def test_key_of_another_owner_does_not_bypass_the_limit(api, user, other_user):
     SendingLimits.objects.create(owner=user, recipients_per_hour=1)

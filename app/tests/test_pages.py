@@ -159,7 +159,7 @@ def test_page_of_an_email_shows_attempts_and_replies_and_retries(client, accept,
     assert email.deliveries.get().state == State.QUEUED
 
 
-@pytest.mark.attack(kind="HTTP: objects of others")
+@pytest.mark.attack(kind="HTTP: objects of other users")
 def test_page_of_an_email_is_private(client, accept, django_user_model):
     url = f"/emails/{accept().pk}/"
     assert client.get(url).status_code == 302

@@ -77,7 +77,9 @@ def check_sources(
             raise Refused("SECRET_KEY of app_environment replaces secret_django_key: change it there, then run site.yml.")
         for name in names:
             if str(variables.get(name)) != known[name]:
-                raise Refused(f"{host} has another {name} than {path}: something else in the inventory sets it. Change it there.")
+                raise Refused(
+                    f"{host} has a different {name} than {path}: something else in the inventory sets it. Change it there."
+                )
 
 
 class ActionModule(ActionBase):

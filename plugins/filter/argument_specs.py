@@ -39,7 +39,7 @@ def _complete(value, spec):
 def with_defaults(value, role, variable):
     """Return the value of a role's variable, with the defaults of nested options. Unknown keys are kept.
 
-    The role is an argument, because another role's task can evaluate the expression. Then role_path is the path of that role.
+    The role is an argument, because a task of another role may evaluate the expression, and role_path is then that role's path.
     """
     options = _options(role)
     if variable not in options:

@@ -93,13 +93,13 @@ def host_count_errors(host, groups, values):
     brokers = groups.get("broker", [])
     if host in brokers and len(brokers) > 1 and values.get("wiring_brokers") != [host] and len(brokers) % 2 == 0:
         sentences.append(
-            f"The group broker has the hosts {', '.join(brokers)}; allowed is one, three, or a larger odd number. A cluster of two "
+            f"The group broker has the hosts {', '.join(brokers)}; allowed: one, three, or a larger odd number. A cluster of two "
             "stops if it loses either broker, and four can lose no more brokers than three can."
         )
     caches = groups.get("cache", [])
     if host in caches and len(caches) > 1 and values.get("wiring_cache") != host:
         sentences.append(
-            f"The group cache has the hosts {', '.join(caches)}; allowed is one, or several if each host is a separate "
+            f"The group cache has the hosts {', '.join(caches)}; allowed: one, or several if each host is a separate "
             "environment, with wiring_cache set to the host's name."
         )
     return sentences + database_errors(host, groups.get("database", []), values)
@@ -114,16 +114,16 @@ def database_errors(host, databases, values):
         return []
     sentences = []
     if primary not in databases:
-        sentences.append(f"wiring_database is '{primary}'; allowed is a host of the group database, {' or '.join(databases)}.")
+        sentences.append(f"wiring_database is '{primary}'; allowed: a host of the group database, {' or '.join(databases)}.")
     elif len(databases) > 2:
         sentences.append(
-            f"The group database has the hosts {', '.join(databases)}; allowed is one, or two, of which one is a standby, or "
+            f"The group database has the hosts {', '.join(databases)}; allowed: one, or two, of which one is a standby, or "
             "several if each host is a separate environment, with wiring_database set to the host's name and wiring_standbys to []."
         )
     if str(values.get("host_platform", "")).startswith("macos"):
         sentences.append(
             f"host_platform is '{values.get('host_platform')}', and the group database has the hosts {', '.join(databases)}; "
-            "allowed is one, because a server on a Mac has no standby."
+            "allowed: one, because a server on a Mac has no standby."
         )
     return sentences
 
@@ -133,16 +133,16 @@ def monitoring_errors(host, groups, values):
     monitors = groups.get("monitoring", [])
     sentences = []
     if host in monitors and len(monitors) > 1:
-        sentences.append(f"The group monitoring has the hosts {', '.join(monitors)}; allowed is one.")
+        sentences.append(f"The group monitoring has the hosts {', '.join(monitors)}; allowed: one.")
     platform = values.get("host_platform", "")
     if monitors and platform.startswith(("el", "macos")):
         sentences.append(
             f"host_platform is '{platform}', which does not package Prometheus' exporters, and the group monitoring has "
-            f"{', '.join(monitors)}; allowed with monitoring are Debian and Ubuntu."
+            f"{', '.join(monitors)}; allowed with monitoring: Debian and Ubuntu."
         )
     if set(monitors) - {host} and values.get("firewall_enabled") is not True:
         sentences.append(
-            f"firewall_enabled is false, and the group monitoring has {', '.join(monitors)}; allowed is true if the monitoring is "
+            f"firewall_enabled is false, and the group monitoring has {', '.join(monitors)}; allowed: true if the monitoring is "
             "on another host, because metrics without a login are then open to the network."
         )
     return sentences
@@ -167,7 +167,7 @@ def common_names(directories):
 
 def url_error(name, url, schemes):
     """Return an error if a URL is malformed, or None. The error does not contain the URL, which may contain a password."""
-    wanted = f"allowed is a URL such as {schemes[0]}://host:port, with the scheme {', '.join(schemes[:-1])} or {schemes[-1]}"
+    wanted = f"allowed: a URL such as {schemes[0]}://host:port, with the scheme {', '.join(schemes[:-1])} or {schemes[-1]}"
     try:
         parts = urlsplit(url)
         port = parts.port

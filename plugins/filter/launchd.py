@@ -11,7 +11,7 @@ START = 'set -e; echo $$ >"$0"; set -a; while [ "$1" != -- ]; do . "$1"; shift; 
 
 def _job(name, user, command, directory, log_directory, *, environment=None, supervision, restart_on=()):
     """Return a job for the module launchd_jobs. `supervision` has the keys that control when launchd starts and stops the job."""
-    # Aqua is the session of a user who is logged in at the screen, Background that of a user who is logged in only by SSH.
+    # Aqua is the session of a user who is logged in at the screen, Background that of a user who is logged in only over SSH.
     session = {"UserName": user} if user else {"LimitLoadToSessionType": ["Aqua", "Background"]}
     content = {
         "Label": name,

@@ -121,7 +121,7 @@ def preflight_options(context, names, quick=False):
 
 
 def platform_problems(facts, platform):
-    """Return problems of a host's operating system: not supported, or another one than `host_platform`."""
+    """Return problems of a host's operating system: not supported, or different from `host_platform`."""
     try:
         family = platform_family(facts)
     except AnsibleFilterError as error:

@@ -14,7 +14,7 @@ def _series(version):
 
 
 def rabbitmq_definitions_error(text, version):
-    """Return why a broker of this version can't import the definitions. Return an empty text if it can."""
+    """Return why a broker of this version can't import the definitions. Return an empty string if it can."""
     try:
         found = json.loads(text)
     except ValueError:
@@ -30,7 +30,7 @@ def rabbitmq_definitions_error(text, version):
 
 
 def rabbitmq_configuration_error(names):
-    """Return why an archive with these names is not a backup of /etc/rabbitmq. Return an empty text if it is."""
+    """Return why an archive with these names is not a backup of /etc/rabbitmq. Return an empty string if it is."""
     if "rabbitmq/rabbitmq.conf" not in names:
         return "it does not contain rabbitmq/rabbitmq.conf"
     foreign = [name for name in names if name.split("/")[0] != "rabbitmq" or ".." in name.split("/")]

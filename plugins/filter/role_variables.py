@@ -35,7 +35,7 @@ def mistyped(name, spec, value):
     # In Python, strings are sequences, and True and False are integers.
     disguised = (isinstance(value, str) and types is Sequence) or (isinstance(value, bool) and types is not bool)
     if disguised or not isinstance(value, types):
-        # A text instead of a mapping can be the mapping's password.
+        # A string instead of a mapping can be the mapping's password.
         hidden = spec.get("no_log") or "dict" in (kind, spec.get("elements")) or isinstance(value, (Mapping, list))
         shown = "not" if hidden else f"{value!r}, not"
         yield f"{name} is {'empty, not' if value is None else shown} {wanted}."
@@ -47,14 +47,14 @@ def mistyped(name, spec, value):
     elif kind == "dict":
         options = spec.get("options") or {}
         if options and (unknown := [str(key) for key in value if key not in options]):
-            yield f"{name} has {', '.join(unknown)}; allowed are {', '.join(sorted(options))}."
+            yield f"{name} has {', '.join(unknown)}; allowed: {', '.join(sorted(options))}."
         for key, option in options.items():
             if key in value:
                 yield from mistyped(f"{name}.{key}", option, value[key])
             elif option.get("required"):
                 yield f"{name} has no {key}, which is required."
     elif "choices" in spec and value not in spec["choices"]:
-        yield f"{name} is {value!r}; allowed are {', '.join(map(str, spec['choices']))}."
+        yield f"{name} is {value!r}; allowed: {', '.join(map(str, spec['choices']))}."
 
 
 def role_options(role_path):

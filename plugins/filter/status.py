@@ -9,7 +9,7 @@ from ansible_collections.django_celery.stack.plugins.filter.preflight import fai
 from ansible_collections.django_celery.stack.plugins.plugin_utils.status_page import page
 from ansible_collections.django_celery.stack.plugins.plugin_utils.status_report import EXIT_CODES, findings, state, table
 
-# The units of packages, per group. On Debian, PostgreSQL has one unit per cluster. Valkey's unit has another name on EL.
+# The units of packages, per group. On Debian, PostgreSQL has one unit per cluster. Valkey's unit has a different name on EL.
 PACKAGED = {
     "broker": "rabbitmq-server.service",
     "database": "postgresql*.service",

@@ -93,7 +93,7 @@ def import_celery(name: str) -> None:
 def databases_outside_release(_: str) -> None:
     """Exit with an error message if a database is a file in the working directory.
 
-    The next release has another directory, so it would start without this database.
+    The next release has a different directory, so it would start without this database.
     """
     from django.conf import settings
 
@@ -109,7 +109,7 @@ def databases_outside_release(_: str) -> None:
         if os.path.realpath(path).startswith(os.path.realpath(".") + os.sep):
             sys.exit(
                 f"The database '{alias}' is the file {path} in the release. The services can't write there, and the next release "
-                "has another directory. Use a database server, or a file in the application's directory in /var/lib."
+                "has a different directory. Use a database server, or a file in the application's directory in /var/lib."
             )
 
 

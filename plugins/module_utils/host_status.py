@@ -192,7 +192,7 @@ def broker(options: Optional[dict[str, Any]]) -> dict[str, Any]:
     """Return versions, nodes, queues and used deprecated features from the management API of this host."""
     if not options:
         return {}
-    # Without TLS, the file is an empty text.
+    # Without TLS, the file is an empty string.
     ca_file = options.get("ca_file") or None
     api = ManagementApi(options["url"], options["user"], options["password"], timeout=0, ca_file=ca_file)
     overview = api.get("overview")

@@ -69,7 +69,7 @@ def process(state: State) -> Optional[int]:
 
 
 def runs(state: State) -> int:
-    """Return how often launchd has started a job since it was loaded."""
+    """Return how many times launchd has started a job since it was loaded."""
     return int((state or {}).get("runs", 0))
 
 

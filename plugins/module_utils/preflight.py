@@ -46,7 +46,7 @@ def clock_problems(controller: float, seconds: float) -> Iterator[str]:
     difference = time.time() - controller
     if abs(difference) > seconds:
         yield (
-            f"The clock differs from the controller's by {difference:.1f} s; allowed are {seconds:g} s. Synchronize both with NTP, "
+            f"The clock differs from the controller's by {difference:.1f} s; allowed: {seconds:g} s. Synchronize both with NTP, "
             "such as by systemd-timesyncd or chrony."
         )
 

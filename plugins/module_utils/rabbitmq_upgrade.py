@@ -42,7 +42,7 @@ def missing_flags(required: Mapping[str, Sequence[str]], version: str, enabled: 
 
 
 def data_refusal(required: Mapping[str, Sequence[str]], version: str, enabled: Optional[set[str]]) -> str:
-    """Return why this version does not start with the data, or an empty text."""
+    """Return why this version does not start with the data, or an empty string."""
     missing = [] if enabled is None else missing_flags(required, version, enabled)
     if not missing:
         return ""
@@ -53,7 +53,7 @@ def data_refusal(required: Mapping[str, Sequence[str]], version: str, enabled: O
 
 
 def path_refusal(paths: Mapping[str, Sequence[str]], installed: str, wanted: str) -> str:
-    """Return why no upgrade leads from the installed version to the wanted one, or an empty text."""
+    """Return why no upgrade leads from the installed version to the wanted one, or an empty string."""
     if release(wanted) < release(installed):
         return (
             f"RabbitMQ {installed} is installed, and rabbitmq_version is {wanted}. An older RabbitMQ can't read the data of a "
@@ -69,7 +69,7 @@ def path_refusal(paths: Mapping[str, Sequence[str]], installed: str, wanted: str
 
 
 def erlang_refusal(table: Sequence[Row], installed: str, erlang: str) -> str:
-    """Return why the installed RabbitMQ does not run on the wanted Erlang until its own upgrade, or an empty text."""
+    """Return why the installed RabbitMQ does not run on the wanted Erlang until its own upgrade, or an empty string."""
     if compatibility(table, installed, erlang) != "refused":
         return ""
     return (
@@ -79,7 +79,7 @@ def erlang_refusal(table: Sequence[Row], installed: str, erlang: str) -> str:
 
 
 def flags_refusal(required: Mapping[str, Sequence[str]], installed: str, wanted: str, enabled: Optional[set[str]]) -> str:
-    """Return why the flags in the data prevent the upgrade, or an empty text."""
+    """Return why the flags in the data prevent the upgrade, or an empty string."""
     if enabled is None:
         return ""
     if series(installed) == "3.13" and "khepri_db" in enabled:
@@ -105,7 +105,7 @@ def offline_refusal(
     required: Mapping[str, Sequence[str]],
     table: Sequence[Row],
 ) -> str:
-    """Return why RabbitMQ can't be installed or upgraded, from what is on the disk. Return an empty text if it can.
+    """Return why RabbitMQ can't be installed or upgraded, from what is on the disk. Return an empty string if it can.
 
     `installed` is empty if the package is not installed.
     """
@@ -130,7 +130,7 @@ def broker_refusals(
     nodes: Iterable[Object], alarms: Iterable[Object], queues: Iterable[Object], flags: Iterable[Object]
 ) -> list[str]:
     """Return why a running broker must not be upgraded now, from the answers of its management API."""
-    found = [f"The node {node['name']} does not run." for node in nodes if not node["running"]]
+    found = [f"The node {node['name']} is not running." for node in nodes if not node["running"]]
     found += [f"The node {alarm['node']} has a {alarm['resource']} alarm." for alarm in alarms]
     for queue in queues:
         members, online = queue.get("members", []), queue.get("online", [])

@@ -29,7 +29,7 @@ def series(version: str) -> str:
 
 
 def upstream(version: str) -> str:
-    """Return the version in a package's version, such as 3.10.8 in 3.10.8-1.1+deb12u1, or an empty text if there is none."""
+    """Return the version in a package's version, such as 3.10.8 in 3.10.8-1.1+deb12u1, or an empty string if there is none."""
     found = re.match(r"(?:\d+:)?(\d+(?:\.\d+)*)", version)
     return found[1] if found else ""
 

@@ -24,7 +24,7 @@ short_description: Find the reasons against an upgrade of RabbitMQ
 version_added: 0.2.0
 description:
   - Compares the installed package and the data of the node with the wanted version. If the wanted version differs from the
-    installed one, also asks the running broker for nodes that do not run, alarms, queues without a majority, queues with an
+    installed one, also asks the running broker for nodes that are not running, alarms, queues without a majority, queues with an
     old machine version, and disabled feature flags.
   - Changes nothing. Needs root.
 options:
@@ -87,12 +87,12 @@ EXAMPLES = r"""
 
 RETURN = r"""
 installed:
-  description: The installed version, or an empty text.
+  description: The installed version, or an empty string.
   type: str
   returned: always
   sample: 4.0.5
 refusal:
-  description: The reasons against the upgrade, or an empty text.
+  description: The reasons against the upgrade, or an empty string.
   type: str
   returned: always
   sample: "The node rabbit@mq1 has a memory alarm."

@@ -68,7 +68,7 @@ SECRETS = {
 }
 # Another project can have other secrets.
 OTHER = Secret("", "the old value ends when the hosts have the new one")
-# What has another procedure.
+# Secrets with a different procedure.
 ELSEWHERE = {
     "secret_certificate_authority": (
         "secret_certificate_authority is not rotated: every client must trust the new authority before a server uses it. "
@@ -115,7 +115,7 @@ def request(words: Iterable[str], known: Collection[str], groups: Collection[str
         meant = used if word == "all" else [] if word == "certificates" else kinds().get(word, [word])
         if unknown := [name for name in meant if name not in rotatable]:
             raise Refused(
-                f"rotate has {unknown[0]}; allowed are all, finish, certificates, the kinds {', '.join(kinds())}, and the secrets "
+                f"rotate has {unknown[0]}; allowed: all, finish, certificates, the kinds {', '.join(kinds())}, and the secrets "
                 f"{', '.join(rotatable)}."
             )
         if unused := [name for name in meant if name not in used]:

@@ -20,7 +20,7 @@ MEMORY_WARNING = 5  # percent available
 CERTIFICATE_WARNING, CERTIFICATE_FAULT = 21, 3  # days left
 BACKUP_WARNING = 26  # hours: a daily backup and two hours for a late one
 RESTARTS_WARNING = 3  # by systemd, since the last manual start of the unit
-# The relay publishes a due delivery within a second. Otherwise it does not run, or the broker does not accept messages.
+# The relay publishes a due delivery within a second. Otherwise it is not running, or the broker does not accept messages.
 DUE_FAULT = 60  # seconds
 UNSENT_WARNING = 600  # seconds
 QUEUE_WARNING = 10_000  # messages
@@ -85,7 +85,7 @@ def host_findings(host: Host) -> Iterator[Finding]:
 def replication_findings(name: str, standbys: list[dict[str, Any]]) -> Iterator[Finding]:
     for standby in standbys:
         if standby["state"] != "streaming":
-            yield Finding(FAULT, name, f"The standby {standby['name']} does not stream: {standby['state']}.")
+            yield Finding(FAULT, name, f"The standby {standby['name']} is not streaming: {standby['state']}.")
         elif standby["bytes"] > REPLICATION_BYTES or standby["seconds"] > REPLICATION_SECONDS:
             yield Finding(FAULT, name, f"The standby {standby['name']} is {lag(standby)} behind.")
 
@@ -109,7 +109,7 @@ def broker_findings(report: Report) -> Iterator[Finding]:
     for node in broker["nodes"]:
         name = node["name"]
         if not node["running"]:
-            yield Finding(FAULT, "", f"The broker's node {name} does not run.")
+            yield Finding(FAULT, "", f"The broker's node {name} is not running.")
         if node.get("partitions"):
             yield Finding(FAULT, "", f"The node {name} has lost its connection to {', '.join(node['partitions'])}.")
         for alarm, cause in (("mem_alarm", "memory"), ("disk_free_alarm", "disk")):
@@ -138,7 +138,7 @@ def queue_findings(queue: dict[str, Any], consumed: bool) -> Iterator[Finding]:
         if not queue.get("leader"):
             yield Finding(FAULT, "", f"The queue {name} has no leader: a majority of its members is missing.")
         elif missing:
-            yield Finding(WARNING, "", f"Members of the queue {name} do not run on {', '.join(missing)}.")
+            yield Finding(WARNING, "", f"Members of the queue {name} are not running on {', '.join(missing)}.")
 
 
 def release_findings(hosts: list[Host]) -> Iterator[Finding]:

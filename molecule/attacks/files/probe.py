@@ -195,7 +195,7 @@ for path in (
     read(path)
 
 
-@act("see processes of others")
+@act("see other users' processes")
 def see():
     own = os.getuid()
     for name in os.listdir("/proc"):
@@ -203,7 +203,7 @@ def see():
             status = os.stat(f"/proc/{name}")
             if status.st_uid != own:
                 return
-    raise OSError("no process of others")
+    raise OSError("no process of another user")
 
 
 @act("read the environment of another process")

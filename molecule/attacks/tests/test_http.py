@@ -274,7 +274,7 @@ def test_session_ends_with_the_logout(site, sign_in):
     assert answer.status_code == 302
 
 
-# ---- Keys, tokens and objects of others ----
+# ---- Keys, tokens and objects of other users ----
 
 KEYS = [
     "",
@@ -315,7 +315,7 @@ def test_tokens_are_not_interchangeable(raw, variables):
         assert raw("gunicorn", request(path, Authorization=f"Bearer {variables[name]}")).status == 401, path
 
 
-@kind("objects of others")
+@kind("objects of other users")
 @pytest.mark.parametrize("way", ["", "/replay", "/cancel"])
 @pytest.mark.parametrize("wanted", [str(uuid.UUID(int=0)), "1", "%00", "' OR 1=1--", "*"])
 def test_guessed_id_is_not_found(site, key, wanted, way):
@@ -443,7 +443,7 @@ def test_path_forges_no_log_entry(raw, door, text, journal):
     mark = uuid.uuid4().hex
     raw(door, request(f"/{mark}{text.replace(' ', '%20')}"))
     lines = [line for line in journal("--unit=mailroom-web").splitlines() if "emails: accepted" in line]
-    # The forged part is in the same line as the rest of the path.
+    # The forged part is on the same line as the rest of the path.
     assert lines == [] or all(mark in line for line in lines)
     assert not any(character in "".join(lines) for character in "\x1b\x08\x85\u2028\u202e\0")
 

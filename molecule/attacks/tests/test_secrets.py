@@ -101,7 +101,7 @@ def test_service_has_only_the_password_of_its_own_broker_user(root, variables, s
 
 
 def leaks(output, values):
-    """The names of the values in an output, also as they look in a URL."""
+    """The names of the values that an output contains, plain or encoded for a URL."""
     return [name for name, value in values.items() if value in output or quote(value, safe="") in output]
 
 

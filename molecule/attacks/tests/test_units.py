@@ -49,7 +49,7 @@ ALLOWED = {
     # The broker reads the memory of the host, and Erlang its network interfaces.
     "rabbitmq-server": {"netlink socket", "read /proc/meminfo", "read /proc/cpuinfo"},
     # PostgreSQL compiles expressions, and Debian's pg_ctlcluster looks for the server's process.
-    "postgresql@17-main": {"writable and executable memory", "memory made executable", "see processes of others"},
+    "postgresql@17-main": {"writable and executable memory", "memory made executable", "see other users' processes"},
     # nginx can read the files of the kernel in /proc, but sees only its own processes, whose environment has no secret.
     "nginx": {"read /proc/meminfo", "read /proc/cpuinfo", "read the environment of another process"},
 }

@@ -1,4 +1,4 @@
-"""Tests backups by SFTP, to a directory and to a stand-in of an S3-compatible store, and the restore of an environment."""
+"""Tests backups over SFTP, to a directory and to a stand-in of an S3-compatible store, and the restore of an environment."""
 
 from __future__ import annotations
 

@@ -98,4 +98,4 @@ def test_given_certificate_is_written_and_must_have_the_names(host, run_playbook
     wrong = {**given, "names": ["example.test", "unknown.test"]}
     done = run_playbook("molecule/certificates/converge.yml", certificates_services=[wrong])
     assert done.returncode == 2
-    assert "allowed is one that is valid now for DNS:example.test, DNS:unknown.test" in " ".join(done.stdout.split())
+    assert "allowed: a certificate that is valid now for DNS:example.test, DNS:unknown.test" in " ".join(done.stdout.split())

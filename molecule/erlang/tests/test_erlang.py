@@ -156,7 +156,7 @@ def folder(host, stand_in, tmp_path):
 def test_altered_package_is_refused(refused, stand_in):
     said = refused(erlang_repository_urls=[f"{stand_in['testbed_bad_repositories']}/tampered/erlang"])
     assert "erlang-27.9-1" in said
-    assert "A package or metadata that is unsigned, altered, or signed by another key" in said
+    assert "dnf refuses packages and metadata that are unsigned, altered, or signed with a key" in said
 
 
 def test_package_signed_by_a_foreign_key_is_refused(refused, stand_in):

@@ -48,7 +48,7 @@ def prefix(host):
 
 @pytest.fixture
 def logged(host, prefix):
-    """Returns how often the database logged a text."""
+    """Returns how many times the database logged a string."""
     return lambda text: host.check_output(f"cat {prefix}/var/lib/postgresql/17/log/*.log").count(text)
 
 

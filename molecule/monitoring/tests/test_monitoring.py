@@ -151,7 +151,7 @@ def test_alert_of_a_stopped_service_arrives(host, on, inbox, eventually):
     assert alert["labels"]["alertname"] == "ServiceDown"
     assert (alert["labels"]["instance"], alert["labels"]["app"]) == ("site1", "mailroom")
     assert alert["annotations"] == {
-        "summary": "mailroom-relay.service on site1 does not run",
+        "summary": "mailroom-relay.service on site1 is not running",
         "runbook": "docs/monitoring.md#servicedown",
     }
     eventually(lambda: mails() > before, seconds=60)
@@ -215,4 +215,4 @@ def test_log_of_one_email_is_in_the_order_of_time(post_email, run_playbook, even
 
     eventually(found)
     done = run_playbook("playbooks/ops/email_log.yml", "--limit", "all", email="1 or 2")
-    assert done.returncode == 2 and "email is '1 or 2'; allowed is the id of an email" in done.stdout
+    assert done.returncode == 2 and "email is '1 or 2'; allowed: the id of an email" in done.stdout

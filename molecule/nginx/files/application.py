@@ -44,7 +44,7 @@ if __name__ == "__main__":
     if os.path.exists(path):
         os.unlink(path)
     other = UnixServer(path, Handler)
-    os.chmod(path, 0o666)  # noqa: S103 - nginx has another user
+    os.chmod(path, 0o666)  # noqa: S103 - nginx has a different user
     threading.Thread(target=other.serve_forever, daemon=True).start()
     server = HTTPServer(("127.0.0.1", 8000), Handler)
     server.name = "application"

@@ -211,7 +211,10 @@ def test_stop_ends_at_its_limit(hosts, queue, whole, ask, eventually):
 
 
 def test_changed_cookie_and_settings_reach_all_nodes_without_an_outage(hosts, queue, connect, whole, run, variables):
-    """The playbook restarts the nodes one after another. Meanwhile, a client publishes, and retries succeed."""
+    """The playbook restarts the nodes one after another.
+
+    Meanwhile, a client publishes messages. If it can't publish a message, it tries again.
+    """
     published, stop = [], threading.Event()
 
     def publish_all_the_time():
@@ -262,7 +265,7 @@ def test_lost_node_is_replaced_by_a_new_host(hosts, queue, connect, run, whole, 
     lost = hosts["mq3"]
     with lost.sudo():
         refused = run("playbooks/ops/remove_broker_node.yml", rabbitmq_removed_node="node-mq3.queues")
-        assert "allowed is a node of the cluster that does not run" in refused.stdout
+        assert "allowed: a node of the cluster that is not running" in refused.stdout
         lost.check_output("systemctl kill --signal=KILL rabbitmq-server && systemctl stop rabbitmq-server")
         # The new host has the same name and no data.
         lost.check_output("rm -r /var/lib/rabbitmq/mnesia")

@@ -175,7 +175,7 @@ def test_release_whose_workers_do_not_work_is_switched_back_on_all_hosts(
 
 
 def test_environment_with_which_no_worker_answers_is_switched_back(run, state, require_stable_workers):
-    """Only workers have this user of the broker."""
+    """Only the workers log in as this broker user."""
     before = [state(name)[:2] for name in HOSTS]
     done = run("site.yml", "--tags", "django,celery", app_worker_broker_url="amqps://mailroom-worker:wrong@127.0.0.1:5671/mailroom")
     assert done.returncode != 0

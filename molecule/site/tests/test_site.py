@@ -126,7 +126,7 @@ def test_smoke_playbook_sends_one_email_and_finds_failures(host, run_playbook, i
     assert "changed=1 " in done.stdout
     assert len(inbox()) == before + 1
     for unit, sentence in (
-        ("mailroom-beat", "Services that do not run: mailroom-beat.service."),
+        ("mailroom-beat", "Services that are not running: mailroom-beat.service."),
         ("mailroom-worker@maintenance", "do not answer a ping through the broker: maintenance@"),
     ):
         systemctl(f"stop {unit}")

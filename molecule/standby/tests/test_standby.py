@@ -30,7 +30,7 @@ def sql(on):
 
 @pytest.fixture
 def streams(sql):
-    """Whether the server on a host streams to a standby."""
+    """Whether the server on a host is streaming to a standby."""
     return lambda primary: "streaming" in sql(primary, "SELECT state FROM pg_stat_replication")
 
 
@@ -156,7 +156,7 @@ def test_status_shows_the_lag_and_a_missing_standby(run, on, eventually, streams
     try:
         done = run("playbooks/ops/status.yml", wiring_repository=str(PROJECT))
         assert done.returncode != 0
-        assert "The standby db2 does not stream: missing." in said(done)
+        assert "The standby db2 is not streaming: missing." in said(done)
         assert "Standbys that do not stream: db2." in said(run("playbooks/smoke.yml"))
     finally:
         on("db2", "systemctl start postgresql@17-main")
@@ -182,8 +182,8 @@ def test_inventory_that_names_the_standby_as_the_primary_is_refused(run, streams
 
 def test_only_a_standby_is_promoted(run, streams):
     for name, sentence in (
-        ("db3", "promote is db3; allowed is the name of a standby: db2."),
-        ("db1", "db1 is the primary; allowed is a standby"),
+        ("db3", "promote is db3; allowed: the name of a standby (db2)."),
+        ("db1", "db1 is the primary; allowed: a standby"),
     ):
         done = run("playbooks/ops/promote_postgresql.yml", promote=name)
         assert done.returncode != 0
@@ -270,7 +270,7 @@ def test_planned_promotion_loses_nothing_and_stops_the_old_primary(run, load, on
     # A second run finds nothing to do.
     done = run("playbooks/ops/promote_postgresql.yml", promote="db1", **PROMOTED)
     assert done.returncode == 0 and "It was promoted before this run." in said(done), said(done)
-    # The variable still names db2.
+    # wiring_database is still db2.
     done = run("site.yml", "--tags=postgresql", "--limit=db2", **PROMOTED)
     assert done.returncode != 0 and "db2 was the primary until" in said(done), said(done)
     done = run("site.yml", "--tags=postgresql", "-e", "postgresql_replace_data=db2")
