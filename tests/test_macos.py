@@ -66,8 +66,8 @@ ERLANGS = {"29.0.2": "erlang@27", "27.3.4": "erlang", "28.4.1": "erlang@27"}
 
 
 def services_of(role):
-    task, *_ = yaml.safe_load((ROOT / f"roles/{role}/tasks/service.yml").read_text())
-    return task["vars"]
+    tasks = yaml.safe_load((ROOT / f"roles/{role}/tasks/service.yml").read_text())
+    return next(task["vars"] for task in tasks if "ansible.builtin.include_role" in task)
 
 
 def looked_for(found=None):

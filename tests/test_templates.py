@@ -111,8 +111,8 @@ FACTS = {"set_fact": {"hostname": "node", "os_family": "Debian", "cacheable": Tr
 
 def services_of(role):
     """The variables that a role passes to the role services, read from its task."""
-    task, *_ = yaml.safe_load((ROOT / f"roles/{role}/tasks/service.yml").read_text())
-    return task["vars"]
+    tasks = yaml.safe_load((ROOT / f"roles/{role}/tasks/service.yml").read_text())
+    return next(task["vars"] for task in tasks if "ansible.builtin.include_role" in task)
 
 
 @pytest.fixture(scope="module")
