@@ -92,7 +92,7 @@ def test_root_is_refused(brew, monkeypatch):
     monkeypatch.setattr("os.geteuid", lambda: 0)
     with pytest.raises(SystemExit) as caught:
         brew("info", "--json=v2", "python@3.13")
-    # SystemExit with a text writes it to standard error and exits with 1.
+    # SystemExit with a string writes it to standard error and exits with 1.
     assert caught.value.code == AS_ROOT
 
 

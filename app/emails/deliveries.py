@@ -23,9 +23,9 @@ SQL = load("deliveries.sql")
 
 # How long a published message may wait in the queue before the delivery is published again.
 PUBLISHED_LEASE = timedelta(minutes=10)
-# A publication is lost if the queue is empty and no worker received it within this time,
+# A publication counts as lost if the queue is empty and no worker received it within this time,
 LOST_AFTER = timedelta(seconds=30)
-# or if a worker received another publication that was sent this much later.
+# or if a worker received another publication that was sent at least this much later.
 OVERTAKEN_BY = timedelta(seconds=60)
 REQUEUE_BATCH = 1000
 BEGINNING_OF_TIME = datetime(1970, 1, 1, tzinfo=UTC)
@@ -190,7 +190,7 @@ def record(ended: Sequence[Ended], begin: Sequence[Claimed] = ()) -> tuple[set[i
 
 
 def unclaim(claimed: Sequence[Claimed]) -> None:
-    """Returns claimed deliveries to the queue, because no part of them was sent."""
+    """Returns claimed deliveries to the queue, because they were not sent."""
     numbers = [each.number for each in claimed]
     _count("unclaim", {"ids": [each.id for each in claimed], "numbers": numbers})
 

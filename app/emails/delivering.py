@@ -56,7 +56,7 @@ class Sender:
         self.built: dict[int, smtp.Envelope | Result] = {}
 
     def send(self, ids: Sequence[int]) -> None:
-        """Sends the queued deliveries. After a fifth of the lease, requeues the deliveries that are left."""
+        """Sends the queued deliveries. Requeues those that are left after a fifth of the lease."""
         end = time.monotonic() + conf.SENDING_LEASE_SECONDS / 5
         rest = deque(ids)
         first = True

@@ -18,7 +18,7 @@ from emails.conf import conf
 from emails.smtp_replies import ACCEPTED, NothingSent, Result, classify_error, first_refusal
 from emails.states import State
 
-# Close a connection before the server does because of idle time or the number of messages.
+# Close a connection before the server closes it because of idle time or too many messages.
 IDLE_SECONDS = 20
 MESSAGES_PER_CONNECTION = 100
 

@@ -56,7 +56,7 @@ def other_files(inventory: Path, file: Path, names: Collection[str], vault: Vaul
                 text, _ = read(path, vault)
                 found = [name for name, _ in entries(text) if name in names]
             except (NotAdded, UnicodeDecodeError):
-                # Ansible has loaded all variables files, so this is none.
+                # Ansible has loaded all variables files, so this is not a variables file.
                 continue
             yield from ((name, path) for name in found)
 

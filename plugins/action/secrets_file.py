@@ -47,7 +47,7 @@ def top(text: str) -> yaml.MappingNode | None:
 
 
 def text_node(value: str) -> yaml.ScalarNode:
-    # A text of several lines is in quotes, so that each name has one line.
+    # A string with several lines is quoted, so that each name has one line.
     return yaml.ScalarNode("tag:yaml.org,2002:str", value, style='"' if "\n" in value else None)
 
 
@@ -89,7 +89,7 @@ def decrypted(content: bytes, vault: VaultLib) -> tuple[str, object, str | None]
 
 
 def changed(text: str, new: dict[str, str]) -> str:
-    """Return the text with other values of existing names. All else stays, also the comment after a value."""
+    """Return the text with other values of existing names. Everything else stays, including the comment after a value."""
     mapping = top(text)
     longer = text
     for key, value in reversed(mapping.value if mapping else []):

@@ -262,7 +262,8 @@ def common_variable_errors(values, inventory_dir, sources):
 
     A team that replaces application.yml can define its own variable names in that file.
     """
-    # Ansible loads the variables of every inventory after -i. In Molecule scenarios, the link and the hosts are in different ones.
+    # Ansible loads the variables of every inventory after -i. In Molecule scenarios, the link and the hosts are in different
+    # inventories.
     known = common_names([inventory_dir, *sources])
     if known is None:
         return [

@@ -20,7 +20,7 @@ from ansible_collections.django_celery.stack.plugins.module_utils.rabbitmq_versi
 
 Object = Mapping[str, Any]
 
-# The playbook for brokers that no upgrade can reach.
+# The playbook for brokers that can't be upgraded with their data.
 MIGRATE = "playbooks/ops/migrate_rabbitmq.yml"
 
 
@@ -149,7 +149,7 @@ def disabled_flags(flags: Iterable[Object]) -> list[str]:
     return sorted(flag["name"] for flag in flags if flag["state"] == "disabled" and flag["stability"] in ("stable", "required"))
 
 
-# What RabbitMQ's node says is the newest machine version of quorum queues that it has.
+# Prints the newest machine version of quorum queues that the node supports.
 MACHINE_VERSION = ["rabbitmqctl", "--quiet", "eval", "rabbit_fifo:version()."]
 
 

@@ -22,7 +22,7 @@ def complete_releases(directory: str, environments: str) -> list[str]:
 
 
 def used_releases(directory: str, proc: str = "/proc") -> set[str]:
-    """Return the paths of releases that a process uses as its working directory or maps a file of.
+    """Return the paths of releases in which a process works, or from which a process maps a file.
 
     Empty on hosts without /proc.
     """

@@ -129,7 +129,7 @@ class Units:
     def systemctl(self, *arguments: str, fail: bool = True) -> str:
         """Return the output of systemctl.
 
-        The call has no time limit, since units have their own limits and workers may need long to stop.
+        The call has no time limit, since units have their own limits and workers may take a long time to stop.
         """
         command = ["systemctl", "--no-ask-password", *arguments]
         try:

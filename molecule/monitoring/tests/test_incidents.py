@@ -1,4 +1,4 @@
-"""Provokes failures of docs/incidents.md: the alert fires, the status shows the text of the page, and its command is the repair."""
+"""Provokes failures of docs/incidents.md: the alert fires, the status shows the page's text, and the page's command repairs it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FAILURES = {
 }
 # During this failure, the web service accepts no email.
 REFUSES = {"WebDown"}
-# The alert ends long after the repair, because it looks back.
+# The alert ends long after the repair, because its expression covers the last minutes.
 LOOKS_BACK = {"ServiceRestarts"}
 
 
