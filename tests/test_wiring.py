@@ -115,7 +115,7 @@ def test_every_client_has_the_urls_of_all_brokers(tmp_path):
     hosts = wired(tmp_path, MANY | {"broker": brokers, "flower": ["mq2"], "database": ["db1"]}, seed="1")
     again = wired(tmp_path, MANY | {"broker": brokers, "flower": ["mq2"], "database": ["db1"]}, seed="2")
     assert hosts == again
-    # Only IPv4 addresses are listed; the inventory's names are resolved by the hosts.
+    # Only IPv4 addresses are listed; the hosts resolve the inventory's names.
     assert hosts["mq1"]["rabbitmq_nodes"] == [{"name": name, "address": ""} for name in brokers]
     assert hosts["mq1"]["rabbitmq_distribution_address"] == "0.0.0.0"  # noqa: S104 - a firewall closes the ports
     account = f"amqps://mailroom:{MARK}secretrabbitmqapppassword@"

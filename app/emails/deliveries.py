@@ -116,7 +116,8 @@ def is_waiting_for_worker() -> bool:
 
 
 def requeue_lost(queue_is_empty: bool) -> int:
-    """Makes deliveries due if RabbitMQ confirmed their message and lost it; returns how many."""
+    """Makes deliveries due if RabbitMQ confirmed their message and lost it; returns their
+    number."""
     values = {
         "queue_is_empty": queue_is_empty,
         "published_lease": PUBLISHED_LEASE,
@@ -213,13 +214,13 @@ def requeue(ids: Sequence[int]) -> None:
 
 
 def replay(ids: Sequence[int]) -> int:
-    """Queues failed and held deliveries again, with a new deadline; returns how many."""
+    """Queues failed and held deliveries again, with a new deadline; returns their number."""
     lifetime = timedelta(seconds=conf.DEADLINE_SECONDS)
     return _count("replay", {"ids": list(ids), "lifetime": lifetime})
 
 
 def cancel(ids: Sequence[int]) -> int:
-    """Cancels deliveries that no worker has started to send; returns how many."""
+    """Cancels deliveries that no worker has started to send; returns their number."""
     return _count("cancel", {"ids": list(ids)})
 
 

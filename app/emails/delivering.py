@@ -87,7 +87,7 @@ class Sender:
         return max(1, min(int(CHUNK_SECONDS / cls.pace), LARGEST_CHUNK))
 
     def attempt(self, claimed: Sequence[Claimed]) -> None:
-        """Sends the first of these deliveries. Later calls send the others."""
+        """Sends the first of these deliveries. The caller calls it again for the others."""
         delivery, started = claimed[0], time.monotonic()
         ids = {"request_id": delivery.request_id, "email_id": delivery.email_id}
         with context.bind(**ids, delivery_id=delivery.id):

@@ -164,7 +164,7 @@ def send_envelope(
             send_commands(backend.connection, envelope)
             replies = read_replies(backend.connection, envelope)
         if refusal := first_refusal(replies, sender, recipient):
-            if replies[-1][0] == 354:  # the server expects a message although it refused
+            if replies[-1][0] == 354:  # it expects a message although it refused
                 abort(backend)
             raise refusal
         begin_data()

@@ -300,7 +300,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Purge:
-    """What a purge may delete: all unlisted objects except this administrator, but only these virtual hosts."""
+    """The objects that a purge may delete: all unlisted objects except this administrator, and of the virtual hosts only these."""
 
     administrator: str
     vhosts: Collection[str] = ()

@@ -216,7 +216,7 @@ def test_each_activation_and_its_result_are_logged(run, log, project):
 
 
 def test_second_run_at_the_same_time_is_refused(run, on, eventually):
-    """The first run is killed, which releases its lock."""
+    """Killing the first run releases its lock."""
     lock = "/run/mailroom-deploy.lock"
     words = [Path(sys.executable).with_name("ansible-playbook"), "site.yml"]
     with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as first:
