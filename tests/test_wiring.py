@@ -190,7 +190,7 @@ def test_host_has_only_the_passwords_of_its_own_services(many):
 
 
 def test_broker_users_have_only_the_permissions_of_their_services(one):
-    """The scenario `attacks` tries what these permissions forbid."""
+    """The scenario `attacks` tries the actions that these permissions forbid."""
     users = {user["name"]: user for user in one["rabbitmq_users"]}
     writes = {
         name: [(entry["exchange"], entry.get("write", "")) for entry in users[name].get("topic_permissions", [])] for name in USERS

@@ -209,7 +209,7 @@ class DomainPace(models.Model):
 
 
 class Suppression(models.Model):
-    """An address to which no email of an owner is sent."""
+    """An address to which an owner's emails are not sent."""
 
     class Reason(models.TextChoices):
         MANUAL = "manual"

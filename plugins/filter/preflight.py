@@ -1,4 +1,4 @@
-"""Prepares playbooks/preflight.yml: what the module preflight must test on a host, and the report of all hosts."""
+"""Prepares playbooks/preflight.yml: the options of the module preflight, and the report of all hosts."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ def offline_refusal(
     required: Mapping[str, Sequence[str]],
     table: Sequence[Row],
 ) -> str:
-    """Return why RabbitMQ can't be installed or upgraded, from what is on the disk. Return an empty string if it can.
+    """Return why RabbitMQ can't be installed or upgraded, according to the data on the disk. Return an empty string if it can.
 
     `installed` is empty if the package is not installed.
     """
@@ -122,7 +122,8 @@ def offline_refusal(
 
 
 def is_upgrade(installed: str, wanted: str) -> bool:
-    """Return whether the role would replace the installed version. A wanted series accepts each of its releases."""
+    """Return whether the role would replace the installed version. If the wanted version is a series, each release of the series is
+    accepted."""
     return bool(installed) and not begins(installed, wanted)
 
 
