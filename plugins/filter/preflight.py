@@ -129,7 +129,7 @@ def platform_problems(facts, platform):
     version = facts["distribution_version" if facts["distribution"] == "Ubuntu" else "distribution_major_version"]
     name = {"RedHat": "el", "Darwin": "macos"}.get(family, facts["distribution"].lower())
     actual = name + ("" if family == "Darwin" else version.replace(".", ""))
-    # No value of host_platform stands for Debian testing.
+    # host_platform has no value for Debian testing.
     if actual == platform or "/" in version:
         return []
     return [f"The host has {facts['distribution']} {version}, and host_platform is {platform}. Set host_platform to {actual}."]
