@@ -1,4 +1,4 @@
-"""Makes the Python that imports this module report a Mac to Ansible's facts."""
+"""Lets the Python that imports it take its machine for a Mac, as far as Ansible's facts ask."""
 
 import builtins
 import io
@@ -9,6 +9,6 @@ platform.machine = lambda: "arm64"
 platform.release = lambda: "24.5.0"
 platform.mac_ver = lambda *_: ("15.5", ("", "", ""), "arm64")
 
-# The name of process 1. A Mac has no /proc, so Ansible calls ps there.
+# Which process is the first; a Mac has no /proc, there Ansible asks ps.
 _open = builtins.open
 builtins.open = lambda file, *words, **named: io.StringIO("launchd\n") if file == "/proc/1/comm" else _open(file, *words, **named)
