@@ -1,6 +1,7 @@
 """A hook of MkDocs: the site has all Markdown files of the repository, at the same paths as in the repository.
 
-Links between Markdown files and to pictures stay. A link to another file leads to the repository's web address in galaxy.yml.
+The hook does not change links between Markdown files and links to pictures. A link to another file points to the repository's web
+address from galaxy.yml.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Creates an environment: a directory in inventories/ with hosts, variables, and encrypted secrets. `make environment` runs it.
 
-At a terminal, it requests each value that is not on the command line. Files that exist are never changed, so it can be run again.
+In a terminal, it prompts for each value that is not on the command line. It never changes existing files, so it can be run again.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ def host_file(inventory: Path, host: str) -> Path:
 
 
 def host_variables(container: Container) -> dict[str, object]:
-    """Return the variables by which Ansible, testinfra and users reach a host."""
+    """Return the variables that Ansible, testinfra and users need to connect to a host."""
     return {
         "ansible_host": "127.0.0.1",
         "ansible_port": container.published[22],

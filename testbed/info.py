@@ -14,7 +14,7 @@ COLUMNS = ("url", "user", "password")
 
 
 def read(directory: Path) -> dict[str, dict[str, str]]:
-    """Return the inventory's `testbed_info`, templated: a mapping of texts for each service, in the inventory's order."""
+    """Return the inventory's `testbed_info`, templated: a mapping of strings for each service, in the inventory's order."""
     ansible = Path(sys.executable).parent / "ansible"
     show = ("--module-name", "ansible.builtin.debug", "--args", "var=testbed_info")
     done = subprocess.run(

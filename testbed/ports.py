@@ -23,8 +23,8 @@ def conflicts(
 ) -> list[str]:
     """Return one line for each declared port that is not available.
 
-    `held(host, port)` returns whether the host's running container already publishes the port; `holder(port)` returns what listens
-    on it, or None.
+    `held(host, port)` returns whether the host's running container already publishes the port; `holder(port)` describes the process
+    that listens on it, or returns None.
     """
     lines = []
     promised: dict[int, str] = {}

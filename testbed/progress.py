@@ -19,7 +19,7 @@ SILENCE = 5  # seconds between two lines of a running step
 
 def say(who: str, what: str) -> None:
     """Print one line about `who`."""
-    # The line is one write, because threads for several hosts print at the same time.
+    # The line is written with one call, because threads for several hosts print at the same time.
     sys.stdout.write(f"[{time.monotonic() - _start:6.1f} s] {who}: {what}\n")
     sys.stdout.flush()
 

@@ -149,7 +149,7 @@ def _create(inventory: Inventory, host: Host) -> None:
 
 
 def _state(container: Container) -> str:
-    """Return what may show why a container does not respond: its units and the end of its output."""
+    """Return details that may explain why a container does not respond: its units and the end of its output."""
     units = podman("exec", container.name, "systemctl", "--no-pager", "status", "ssh", check=False)
     jobs = podman("exec", container.name, "systemctl", "--no-pager", "list-jobs", check=False)
     log = podman("logs", "--tail", "15", container.name, check=False)

@@ -92,7 +92,7 @@ def test_root_is_refused(brew, monkeypatch):
     monkeypatch.setattr("os.geteuid", lambda: 0)
     with pytest.raises(SystemExit) as caught:
         brew("info", "--json=v2", "python@3.13")
-    # SystemExit with a text writes it to standard error and exits with 1.
+    # SystemExit with a string writes it to standard error and exits with 1.
     assert caught.value.code == AS_ROOT
 
 
@@ -122,7 +122,7 @@ def test_keg_is_linked_into_the_prefix(brew, tmp_path):
 
 
 def test_keg_only_formula_is_linked_by_its_version_only(brew, tmp_path, monkeypatch, capsys):
-    """Formula/p/postgresql@17.rb of homebrew-core: keg_only, and its post_install."""
+    """Formula/p/postgresql@17.rb in homebrew-core: keg_only and post_install."""
     name = "postgresql@17"
     keg = tmp_path / "Cellar" / name / "17.6"
     monkeypatch.setattr(brew.module, "stable", lambda _: keg.name)

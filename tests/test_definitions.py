@@ -423,7 +423,7 @@ def test_each_kind_is_imported_compared_and_deleted(kind):
     assert sent == entry
     exported = imported({}, found.to_import)
     assert not compare(exported, variables)
-    # Run a purge without the object in the variables. A permission is deleted separately only if its user stays.
+    # Run a purge without the object in the variables. A permission is deleted separately only if its user is kept.
     users = [{"name": "u", "password": "right"}] if "permissions" in kind else []
     kept = {**variables, "users": users} if users else {}
     purged = compare(exported, kept, Purge("admin", {"v/1"} if kind == "vhosts" else ()))

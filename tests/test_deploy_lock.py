@@ -90,7 +90,7 @@ def test_lock_that_no_run_can_get_is_an_error_with_its_cause(start, tmp_path):
 
 @pytest.fixture
 def plugin(tmp_path, monkeypatch):
-    """The plugin with a connection to this machine. Its lock ends with the process `run`."""
+    """The plugin with a connection to this machine. Its lock is released when the process `run` ends."""
     monkeypatch.setattr(ActionBase, "run", lambda self, tmp, task_vars: {})
     options = {"path": str(tmp_path / "lock")}
     monkeypatch.setattr(ActionBase, "validate_argument_spec", lambda self, spec: (None, options))

@@ -10,7 +10,7 @@ from helpers import ROLES, ROOT
 from test_repository import FILES, specs
 
 PAGES = [file for file in FILES if file.suffix == ".md" and not file.is_symlink()]
-# A changelog names what existed in a version.
+# A changelog may name files and variables that no longer exist.
 CURRENT = [page for page in PAGES if page.name != "CHANGELOG.md"]
 
 

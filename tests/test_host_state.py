@@ -161,7 +161,7 @@ def test_owner_may_be_a_number(tmp_path):
 
 @pytest.fixture
 def programs(tmp_path, monkeypatch):
-    """Replaces useradd and usermod by programs that write their arguments to a file."""
+    """Replaces useradd and usermod with programs that write their arguments to a file."""
     log = tmp_path / "log"
     for name in ("useradd", "usermod"):
         executable(

@@ -262,7 +262,7 @@ def test_missing_link_to_common_is_reported(tmp_path):
 
 
 def test_link_to_common_may_be_in_another_inventory(tmp_path):
-    """Ansible also loads the variables of the other directory."""
+    """Ansible also loads the variables of the other inventory's directory."""
     (tmp_path / "hosts").mkdir()
     other = inventory(tmp_path / "common", {})
     (tmp_path / "hosts/hosts.json").write_text(json.dumps({"all": {"children": groups_of("host.invalid")}}))

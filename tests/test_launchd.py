@@ -501,7 +501,7 @@ def test_stand_in_prints_a_job_that_could_not_be_started(mac, tmp_path):
 
 
 def test_stand_in_has_the_errors_of_the_records(mac, tmp_path):
-    """Compares texts and numbers."""
+    """Compares strings and numbers."""
     done = {}
     done["print a job that is not loaded"] = mac.call("print", f"{mac.domain}/nope")
     done["print a domain that does not exist"] = mac.call("print", "gui/99999")

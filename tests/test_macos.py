@@ -71,7 +71,7 @@ def services_of(role):
 
 
 def looked_for(found=None):
-    """What the role finds when it looks for a RabbitMQ job of `brew services`. `found` is the prefix of an existing job."""
+    """The result of the role's search for a RabbitMQ job of `brew services`. `found` is the prefix of an existing job."""
     labels = [f"/L/{label}.rabbitmq.plist" for label in BREW_LABELS]
     return {"results": [{"item": path, "stat": {"exists": f"/{found}." in path}} for path in labels]}
 

@@ -1,4 +1,4 @@
-"""Tests what playbooks/preflight.yml finds on a host, what it looks for per layer, and its report."""
+"""Tests the problems that playbooks/preflight.yml finds on a host, its tests per layer, and its report."""
 
 from __future__ import annotations
 

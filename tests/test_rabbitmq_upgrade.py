@@ -1,4 +1,4 @@
-"""Tests which upgrades of RabbitMQ are refused: by its version, by its data, and by the state of the running broker."""
+"""Tests which upgrades of RabbitMQ are refused because of its version, its data, or the state of the running broker."""
 
 from __future__ import annotations
 

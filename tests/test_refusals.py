@@ -2,7 +2,7 @@
 allowed values.
 
 One run of playbooks/validate.yml tests all cases, on hosts whose names do not resolve: a task that tried to connect would make the
-host unreachable. With the strategy `free`, each host fails with its own error. With the playbook's strategy, the first error ends
+host unreachable. With the strategy `free`, each host fails with its own error. With the playbook's strategy, the first error stops
 the run for all hosts; the last tests check this with site.yml.
 """
 

@@ -69,7 +69,7 @@ def test_spec_validates_all_variables_of_the_role(role):
 def test_every_public_variable_is_set_by_a_test(role):
     """If no test sets a variable, the variable may have no effect.
 
-    Scenarios set most variables. The host `alternative` of test_templates.py sets the others.
+    Scenarios set most variables. The host `alternative` of test_templates.py sets the other variables.
     """
     places = ("molecule", "tests", "inventories", "testbed")
     texts = [file.read_text() for file in FILES if file.parts[len(ROOT.parts)] in places and file.suffix in (".py", ".yml")]

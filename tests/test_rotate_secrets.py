@@ -244,7 +244,7 @@ def test_the_action_accepts_the_options_that_its_module_documents():
     assert validate.call_args.args == (documented,)
 
 
-# The playbook, with a stand-in for site.yml that writes what the roles would get
+# The playbook, with a stand-in for site.yml that writes the values that the roles would get
 
 
 @pytest.fixture

@@ -377,7 +377,7 @@ def test_a_service_with_every_option():
         ("ReadWritePaths", "/a /b"),
         ("NoExecPaths", "/tmp /var/tmp -/dev/shm /var/lib/shop /a /b"),  # noqa: S108 - a directive of a unit
     ]
-    # The last of two directives counts, so a service can override the sandbox.
+    # The last of two directives applies, so a service can override the sandbox.
     assert found["Service"][-1] == ("PrivateUsers", "no")
 
 

@@ -1,4 +1,4 @@
-"""Tests of the status of an environment: what a host reports, the findings, the table, the page and the exit code."""
+"""Tests the status of an environment: what a host reports, the findings, the table, the page and the exit code."""
 
 from __future__ import annotations
 

@@ -115,7 +115,7 @@ def test_every_client_has_the_urls_of_all_brokers(tmp_path):
     hosts = wired(tmp_path, MANY | {"broker": brokers, "flower": ["mq2"], "database": ["db1"]}, seed="1")
     again = wired(tmp_path, MANY | {"broker": brokers, "flower": ["mq2"], "database": ["db1"]}, seed="2")
     assert hosts == again
-    # Only IPv4 addresses are listed; the inventory's names are resolved by the hosts.
+    # Only IPv4 addresses are listed; the hosts resolve the inventory's names.
     assert hosts["mq1"]["rabbitmq_nodes"] == [{"name": name, "address": ""} for name in brokers]
     assert hosts["mq1"]["rabbitmq_distribution_address"] == "0.0.0.0"  # noqa: S104 - a firewall closes the ports
     account = f"amqps://mailroom:{MARK}secretrabbitmqapppassword@"
@@ -190,7 +190,7 @@ def test_host_has_only_the_passwords_of_its_own_services(many):
 
 
 def test_broker_users_have_only_the_permissions_of_their_services(one):
-    """The scenario `attacks` tries what these permissions forbid."""
+    """The scenario `attacks` tries the actions that these permissions forbid."""
     users = {user["name"]: user for user in one["rabbitmq_users"]}
     writes = {
         name: [(entry["exchange"], entry.get("write", "")) for entry in users[name].get("topic_permissions", [])] for name in USERS

@@ -23,9 +23,9 @@ SQL = load("deliveries.sql")
 
 # How long a published message may wait in the queue before the delivery is published again.
 PUBLISHED_LEASE = timedelta(minutes=10)
-# A publication is lost if the queue is empty and no worker received it within this time,
+# A publication counts as lost if the queue is empty and no worker received it within this time,
 LOST_AFTER = timedelta(seconds=30)
-# or if a worker received another publication that was sent this much later.
+# or if a worker received another publication that was sent at least this much later.
 OVERTAKEN_BY = timedelta(seconds=60)
 REQUEUE_BATCH = 1000
 BEGINNING_OF_TIME = datetime(1970, 1, 1, tzinfo=UTC)
@@ -116,7 +116,8 @@ def is_waiting_for_worker() -> bool:
 
 
 def requeue_lost(queue_is_empty: bool) -> int:
-    """Makes deliveries due if RabbitMQ confirmed their message and lost it; returns how many."""
+    """Makes deliveries due if RabbitMQ confirmed their message and lost it; returns their
+    number."""
     values = {
         "queue_is_empty": queue_is_empty,
         "published_lease": PUBLISHED_LEASE,
@@ -190,7 +191,7 @@ def record(ended: Sequence[Ended], begin: Sequence[Claimed] = ()) -> tuple[set[i
 
 
 def unclaim(claimed: Sequence[Claimed]) -> None:
-    """Returns claimed deliveries to the queue, because no part of them was sent."""
+    """Returns claimed deliveries to the queue, because they were not sent."""
     numbers = [each.number for each in claimed]
     _count("unclaim", {"ids": [each.id for each in claimed], "numbers": numbers})
 
@@ -213,13 +214,13 @@ def requeue(ids: Sequence[int]) -> None:
 
 
 def replay(ids: Sequence[int]) -> int:
-    """Queues failed and held deliveries again, with a new deadline; returns how many."""
+    """Queues failed and held deliveries again, with a new deadline; returns their number."""
     lifetime = timedelta(seconds=conf.DEADLINE_SECONDS)
     return _count("replay", {"ids": list(ids), "lifetime": lifetime})
 
 
 def cancel(ids: Sequence[int]) -> int:
-    """Cancels deliveries that no worker has started to send; returns how many."""
+    """Cancels deliveries that no worker has started to send; returns their number."""
     return _count("cancel", {"ids": list(ids)})
 
 

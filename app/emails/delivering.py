@@ -56,7 +56,7 @@ class Sender:
         self.built: dict[int, smtp.Envelope | Result] = {}
 
     def send(self, ids: Sequence[int]) -> None:
-        """Sends the queued deliveries. After a fifth of the lease, requeues the deliveries that are left."""
+        """Sends the queued deliveries. Requeues those that are left after a fifth of the lease."""
         end = time.monotonic() + conf.SENDING_LEASE_SECONDS / 5
         rest = deque(ids)
         first = True
@@ -87,7 +87,7 @@ class Sender:
         return max(1, min(int(CHUNK_SECONDS / cls.pace), LARGEST_CHUNK))
 
     def attempt(self, claimed: Sequence[Claimed]) -> None:
-        """Sends the first of these deliveries. Later calls send the others."""
+        """Sends the first of these deliveries. The caller calls it again for the others."""
         delivery, started = claimed[0], time.monotonic()
         ids = {"request_id": delivery.request_id, "email_id": delivery.email_id}
         with context.bind(**ids, delivery_id=delivery.id):

@@ -83,7 +83,7 @@ def is_utf8(content: bytes) -> bool:
 class ShortHeaders(Compat32):
     """Writes short ASCII headers without folding them.
 
-    Such headers need no folding. Folding takes a third of the time that a message needs.
+    Such headers need no folding. Folding takes a third of the time to build a message.
     """
 
     LONGEST = 76

@@ -1,4 +1,7 @@
-"""Metrics for Prometheus. The values come from the database, so every process returns the same."""
+"""Metrics for Prometheus.
+
+The values come from the database, so every process returns the same values.
+"""
 
 from collections import defaultdict
 from collections.abc import Iterator

@@ -113,11 +113,12 @@ class Delivery(models.Model):
     uncertain_attempts = models.PositiveIntegerField(default=0)
     # When the relay next processes the delivery: for an attempt, or when a lease ends. None: never.
     due_at = models.DateTimeField(null=True, blank=True)
-    # When the relay last leased the delivery. None: not since the delivery became due.
+    # When the relay last leased the delivery. None: the relay has not leased it since it became
+    # due.
     published_at = models.DateTimeField(null=True, blank=True, editable=False)
     # No attempt starts after this time.
     expires_at = models.DateTimeField()
-    # The last attempt: its start, and whether the server may have got the message.
+    # The last attempt: its start, and whether the server may have received the message.
     started_at = models.DateTimeField(null=True, blank=True)
     data_sent = models.BooleanField(default=False)
     sent_at = models.DateTimeField(null=True, blank=True)
@@ -184,7 +185,7 @@ class Counter(models.Model):
     Each event adds a row, so no transaction waits for another. The relay merges the rows.
     """
 
-    # Upper bounds of the histogram in seconds. 0 means more than the last one.
+    # Upper bounds of the histogram in seconds. 0 is the bucket for longer times.
     BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
     name = models.CharField(max_length=40)
@@ -208,7 +209,7 @@ class DomainPace(models.Model):
 
 
 class Suppression(models.Model):
-    """An address to which no email of an owner is sent."""
+    """An address to which an owner's emails are not sent."""
 
     class Reason(models.TextChoices):
         MANUAL = "manual"

@@ -1,4 +1,4 @@
-"""EMAILS_DOMAIN_LIMITS: how many emails a domain may get at a time, and how many per minute."""
+"""EMAILS_DOMAIN_LIMITS: the maximum number of emails to a domain at a time, and per minute."""
 
 from collections import Counter
 from collections.abc import Iterator

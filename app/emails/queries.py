@@ -32,8 +32,8 @@ def execute(statement: str, values: Any = None, *, prepare: bool | None = None) 
     try:
         cursor = _run(statement, values, prepare)
     except NotSupportedError:
-        # A migration has changed a column's type since the statement was planned, so it did not
-        # run.
+        # A migration has changed a column's type since the statement was planned, so the statement
+        # did not run.
         if connection.in_atomic_block:
             raise
         connection.close()

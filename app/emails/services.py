@@ -185,12 +185,12 @@ def notify_relay() -> None:
 
 
 def replay(chosen: QuerySet[Delivery]) -> int:
-    """Queues these deliveries again if they are failed or held; returns how many."""
+    """Queues these deliveries again if they are failed or held; returns their number."""
     count = deliveries.replay(list(chosen.order_by().values_list("pk", flat=True)))
     transaction.on_commit(notify_relay)
     return count
 
 
 def cancel(chosen: QuerySet[Delivery]) -> int:
-    """Cancels the deliveries that no worker has started to send; returns how many."""
+    """Cancels the deliveries that no worker has started to send; returns their number."""
     return deliveries.cancel(list(chosen.order_by().values_list("pk", flat=True)))

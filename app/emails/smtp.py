@@ -18,7 +18,7 @@ from emails.conf import conf
 from emails.smtp_replies import ACCEPTED, NothingSent, Result, classify_error, first_refusal
 from emails.states import State
 
-# Close a connection before the server does because of idle time or the number of messages.
+# Close a connection before the server closes it because of idle time or too many messages.
 IDLE_SECONDS = 20
 MESSAGES_PER_CONNECTION = 100
 
@@ -164,7 +164,7 @@ def send_envelope(
             send_commands(backend.connection, envelope)
             replies = read_replies(backend.connection, envelope)
         if refusal := first_refusal(replies, sender, recipient):
-            if replies[-1][0] == 354:  # the server expects a message although it refused
+            if replies[-1][0] == 354:  # it expects a message although it refused
                 abort(backend)
             raise refusal
         begin_data()

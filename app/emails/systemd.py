@@ -10,7 +10,7 @@ def notify(state: str) -> None:
         return
     if address.startswith("@"):
         address = "\0" + address[1:]
-    # Do not repeat the state if systemd does not listen now: later, it would be outdated.
+    # Do not retry if systemd does not listen now: a later notification would be outdated.
     with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
         channel.connect(address)
         channel.sendall(state.encode())

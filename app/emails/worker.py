@@ -53,8 +53,8 @@ def prepare(app: Celery) -> None:
     for name in set(Panel.data) - CONTROL_COMMANDS:
         del Panel.data[name]
     inspect_command(name="conf")(shown_settings)
-    # Gossip and Mingle need the command "hello", which can revoke tasks, and accept tasks from
-    # anybody who may publish an event.
+    # Gossip and Mingle need the command "hello", which can revoke tasks. They also accept tasks
+    # from anybody who may publish an event.
     for step in (Gossip, Mingle):
         step.compatible_transports = frozenset()
     bound_decompression()

@@ -165,7 +165,8 @@ DATABASE["OPTIONS"] = {
     "keepalives_count": 3,
 } | DATABASE.get("OPTIONS", {})
 if PREPARED_STATEMENTS:
-    # The number of executions before a statement is prepared. The ORM's statements are never prepared.
+    # The number of executions before a statement is prepared. The ORM's statements are never
+    # prepared.
     DATABASE["OPTIONS"].setdefault("prepare_threshold", 5)
 DATABASES = {"default": DATABASE}
 
@@ -202,7 +203,8 @@ EMAILS_MAX_RECIPIENTS = number("MAX_RECIPIENTS", 50)
 EMAILS_MAX_ATTACHMENTS = number("MAX_ATTACHMENTS", 50, minimum=0)
 EMAILS_MAX_EMAIL_BYTES = number("MAX_EMAIL_BYTES", 10 * 1024**2)
 EMAILS_MAX_BATCH = number("MAX_BATCH", 500)
-# JSON bodies contain attachments in base64. The fields of the web form need less.
+# JSON bodies contain attachments in base64. The fields of the web form are smaller than such a
+# body.
 DATA_UPLOAD_MAX_MEMORY_SIZE = EMAILS_MAX_EMAIL_BYTES * 2 + 65536
 EMAILS_RECIPIENTS_PER_HOUR = number("RECIPIENTS_PER_HOUR", 0, minimum=0)
 EMAILS_DEADLINE_SECONDS = number("DEADLINE_SECONDS", 86400)

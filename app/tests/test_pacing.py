@@ -42,7 +42,7 @@ def test_concurrent_emails_per_domain_are_limited(accept_to, settings):
     assert lease() == {"slow.example": 2, "fast.example": 3}
     assert lease() == {}
     assert due().count() == 2
-    # A sent email frees a place. An email that is being sent does not.
+    # A sent email frees a slot. An email that is being sent does not.
     first, second = Delivery.objects.filter(domain="slow.example", published_at__isnull=False)
     claim(second)
     assert lease() == {}

@@ -112,7 +112,7 @@ def test_with_the_policy_hold_only_the_sent_delivery_is_marked(
 def test_marked_deliveries_that_were_not_sent_are_requeued(several, mailbox, chunks_of, settings):
     """There is time for one email.
 
-    The others in its chunk are queued again, and never uncertain.
+    The other deliveries in its chunk are queued again, and never become uncertain.
     """
     chunks_of(3)
     settings.EMAILS_SENDING_LEASE_SECONDS = 0

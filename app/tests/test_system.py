@@ -405,7 +405,8 @@ def test_malformed_messages_are_dead_lettered_and_do_not_block_mail(system, mail
             return time.monotonic() - began
 
         for name, message in MALFORMED.items():
-            # Two retries, because the machine may be busy. A blocking message blocks each time.
+            # Two retries, because the machine may be busy. A message that blocks the worker blocks
+            # it in each attempt.
             assert any(seconds_of_other_mail(message) < 1 for _ in range(3)), name
             try:
                 eventually(

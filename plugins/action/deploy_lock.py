@@ -1,8 +1,8 @@
 """Holds a lock on a host until the run of Ansible ends, even if the run fails or is killed.
 
-Ansible runs no task after a failed or killed run, so no task could release the lock. Instead, a process on the host has the lock,
-and a process on the controller keeps the connection to it for as long as the run exists. The kernel releases the lock with the
-process.
+Ansible runs no task after a failed or killed run, so no task could release the lock. Instead, a process on the host holds the lock,
+and a process on the controller keeps the connection to it until the run ends. When the process on the host ends, the kernel
+releases the lock.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class ActionModule(ActionBase):
                 return self.refused(os.waitstatus_to_exitcode(status), found, os.fdopen(errors).read())
             if found.get("run") == record["run"]:
                 os.close(errors)
-                # The run does not report a change, since the lock ends with the run.
+                # The task does not report a change, since the lock is released when the run ends.
                 return {**result, "changed": False, "holder": record}
             time.sleep(0.3)
 

@@ -33,8 +33,8 @@ def values(text: str) -> dict[str, str]:
 def rotated(text: str, names: Collection[str], emergency: bool, make: Callable[[], str] = random_secret) -> tuple[str, list[str]]:
     """Return the text with new values, and the names that got one.
 
-    The old value stays in the text as NAME_old. Without an emergency, a name with an old value gets no new one, because an earlier
-    run has replaced it. Somebody may have killed that run.
+    The old value stays in the text as NAME_old. Without an emergency, a secret that has an old value is not replaced again: an
+    earlier run, which may have been killed, has replaced it.
     """
     known = values(text)
     new = {name: make() for name in names if emergency or name + OLD not in known}
@@ -56,7 +56,7 @@ def other_files(inventory: Path, file: Path, names: Collection[str], vault: Vaul
                 text, _ = read(path, vault)
                 found = [name for name, _ in entries(text) if name in names]
             except (NotAdded, UnicodeDecodeError):
-                # Ansible has loaded all variables files, so this is none.
+                # Ansible has loaded all variables files, so this is not a variables file.
                 continue
             yield from ((name, path) for name in found)
 

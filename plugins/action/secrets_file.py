@@ -27,7 +27,8 @@ class NotAdded(Exception):
 
 
 def entries(text: str) -> list[tuple[str, str]]:
-    """Return the top-level names in a YAML text, each with its value as YAML. Tags such as !vault stay; nothing is decrypted."""
+    """Return the top-level names in a YAML text, each with its value as YAML. Tags such as !vault are kept; nothing is
+    decrypted."""
     mapping = top(text)
     return [(key.value, yaml.serialize(value)) for key, value in mapping.value] if mapping else []
 
@@ -47,7 +48,7 @@ def top(text: str) -> yaml.MappingNode | None:
 
 
 def text_node(value: str) -> yaml.ScalarNode:
-    # A text of several lines is in quotes, so that each name has one line.
+    # A string with several lines is quoted, so that each name has one line.
     return yaml.ScalarNode("tag:yaml.org,2002:str", value, style='"' if "\n" in value else None)
 
 
@@ -56,7 +57,7 @@ def yaml_text(value: str) -> str:
 
 
 def added(text: str, new: dict[str, str]) -> str:
-    """Return the text with the new names at its end. Existing names, comments and their order stay."""
+    """Return the text with the new names at its end. Existing names, comments and their order do not change."""
     if not new:
         return text
     mapping = top(text)
@@ -89,7 +90,7 @@ def decrypted(content: bytes, vault: VaultLib) -> tuple[str, object, str | None]
 
 
 def changed(text: str, new: dict[str, str]) -> str:
-    """Return the text with other values of existing names. All else stays, also the comment after a value."""
+    """Return the text with new values for existing names. Everything else is kept, including the comment after a value."""
     mapping = top(text)
     longer = text
     for key, value in reversed(mapping.value if mapping else []):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-# Seconds that a worker has to stop its pool and close its connections after its longest task.
+# Seconds that a worker may take to stop its pool and close its connections after its longest task.
 STOP_SECONDS = 30
 
 

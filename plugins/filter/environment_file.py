@@ -34,7 +34,7 @@ def environment_file(variables):
 
 
 def environment_errors(variables):
-    """Return an error for each variable that an environment file can't have. No error shows a value."""
+    """Return an error for each variable that an environment file can't contain. No error shows a value."""
     errors = []
     for name, value in sorted(variables.items()):
         items = value if isinstance(value, (list, tuple)) else [value]

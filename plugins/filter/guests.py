@@ -41,7 +41,7 @@ def guest_databases(guests):
 
 
 def guest_database_clients(guests):
-    """Return which guest logs in to its database from which address. Each guest can log in from the database's host."""
+    """Return the addresses from which each guest can log in to its database. Each guest can log in from the database's host."""
     return [
         {"database": guest["name"], "user": guest["name"], "address": address}
         for guest in with_database(guests)

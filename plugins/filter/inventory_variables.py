@@ -20,7 +20,7 @@ from jinja2 import UndefinedError, pass_context
 COLLECTION = Path(__file__).resolve().parents[2]
 REQUIRED_GROUPS = ("app", "web", "workers")
 OPTIONAL_GROUPS = ("broker", "database", "cache", "flower", "proxy", "monitoring")
-# The roles that validate.yml checks, by the inventory group whose hosts run them.
+# The roles that validate.yml checks, per inventory group whose hosts run them.
 ROLES = {
     "all": ("offline_packages", "ca_certificates", "certificates", "firewall", "monitoring"),
     "broker": ("erlang", "rabbitmq", "backups"),
@@ -262,7 +262,8 @@ def common_variable_errors(values, inventory_dir, sources):
 
     A team that replaces application.yml can define its own variable names in that file.
     """
-    # Ansible loads the variables of every inventory after -i. In Molecule scenarios, the link and the hosts are in different ones.
+    # Ansible loads the variables of every inventory after -i. In Molecule scenarios, the link and the hosts are in different
+    # inventories.
     known = common_names([inventory_dir, *sources])
     if known is None:
         return [

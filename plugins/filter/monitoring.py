@@ -72,7 +72,7 @@ def token_files(entries, name, directory):
 
 
 def own_scrapes(host, address, login):
-    """Return the scrape configurations by which Prometheus scrapes itself and its Alertmanager."""
+    """Return the scrape configurations for Prometheus itself and its Alertmanager."""
     return [
         {
             "job_name": job,

@@ -1,4 +1,4 @@
-"""Prepares playbooks/preflight.yml: what the module preflight must test on a host, and the report of all hosts."""
+"""Prepares playbooks/preflight.yml: the options of the module preflight, and the report of all hosts."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def platform_problems(facts, platform):
     version = facts["distribution_version" if facts["distribution"] == "Ubuntu" else "distribution_major_version"]
     name = {"RedHat": "el", "Darwin": "macos"}.get(family, facts["distribution"].lower())
     actual = name + ("" if family == "Darwin" else version.replace(".", ""))
-    # No value of host_platform stands for Debian testing.
+    # host_platform has no value for Debian testing.
     if actual == platform or "/" in version:
         return []
     return [f"The host has {facts['distribution']} {version}, and host_platform is {platform}. Set host_platform to {actual}."]

@@ -1,7 +1,7 @@
 """Finds errors in a role's variables: names, missing variables, types and choices.
 
 The check replaces validate_argument_spec, which costs a task per role. That module does not report misspelt names. It accepts the
-text '5672' for a number and 'a,b' for a list, and does not convert the variable.
+string '5672' for a number and 'a,b' for a list, and does not convert the variable.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Prepares playbooks/ops/status.yml: what the module host_status must read on a host, and the report of all hosts."""
+"""Prepares playbooks/ops/status.yml: the options of the module host_status, and the report of all hosts."""
 
 from __future__ import annotations
 

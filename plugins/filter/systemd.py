@@ -96,7 +96,7 @@ def _service(service, app, user, after, standby=False):
     """Return the unit of a service, or of its second instance, which uses the service's socket."""
     socket = f"{service['name']}.socket" if "listen" in service else None
     state_directory = service.get("state_directory")
-    # A timer starts the service. If the service fails, systemd waits for the next time of the timer.
+    # A timer starts the service. If the service fails, systemd waits for the timer's next scheduled time.
     scheduled = "schedule" in service
     unit = [
         ("Description", f"{service['description']}, during a restart" if standby else service["description"]),

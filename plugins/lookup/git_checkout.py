@@ -29,7 +29,7 @@ options:
     description: The repository, as an SSH address, a URL without a password, or a path.
     required: true
   version:
-    description: A branch, a tag, or the full hash of a commit, if the server permits to fetch it.
+    description: A branch, a tag, or the full hash of a commit, if the server allows clients to fetch it.
     type: str
     required: true
   key_file:

@@ -26,7 +26,7 @@ description:
 options:
   _terms: {description: The folder., required: true}
   exclude: {description: "Names to exclude, as shell patterns.", type: list, elements: str, default: []}
-  salt: {description: Text that is part of the hash. With another text, the same content gets another name., type: str, default: ""}
+  salt: {description: A string that is part of the hash and so of the name., type: str, default: ""}
 author: The maintainers of this bundle (@django-celery)
 """
 

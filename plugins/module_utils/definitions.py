@@ -40,7 +40,7 @@ def pick(entry: Object, fields: Mapping[str, Any]) -> Object:
 
 
 def as_text(key: Object) -> dict[str, str]:
-    """Convert the parts of a key to texts, so that keys with mappings can be looked up and printed."""
+    """Convert the parts of a key to strings, so that keys with mappings can be looked up and printed."""
     return {name: value if isinstance(value, str) else json.dumps(value, sort_keys=True) for name, value in key.items()}
 
 
@@ -147,7 +147,7 @@ def import_vhost(wanted: Object, actual: Optional[Object]) -> Object:
 
 
 def user_tags(user: Object) -> list[str]:
-    """Return the sorted tags of a broker's user. Older brokers export the tags as one text, separated by commas."""
+    """Return the sorted tags of a broker's user. Older brokers export the tags as one string, separated by commas."""
     tags = user.get("tags") or []
     return sorted(tags.split(",")) if isinstance(tags, str) else sorted(tags)
 
@@ -300,7 +300,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Purge:
-    """What a purge may delete: all unlisted objects except this administrator, but only these virtual hosts."""
+    """The objects that a purge may delete: all unlisted objects except this administrator, and of the virtual hosts only these."""
 
     administrator: str
     vhosts: Collection[str] = ()

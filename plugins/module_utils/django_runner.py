@@ -146,7 +146,7 @@ def healthy_response(request: str) -> None:
         sys.exit(f"{wanted['path']} with the Host {wanted['host']} returns {response.status_code}, {text}")
 
 
-# An action can return a note about what it did not do.
+# An action can return a note that explains why it did nothing.
 Action = Callable[[str], Optional[str]]
 ACTIONS: dict[str, Action] = {
     "wsgi": import_wsgi,

@@ -127,7 +127,7 @@ class HostState:
             )
 
     def changes(self, path: str, before: object, after: object) -> None:
-        """Add a diff entry. Ansible prints values other than texts as JSON."""
+        """Add a diff entry. Ansible prints values other than strings as JSON."""
         self.result["changed"] = True
         self.diff.append({"before_header": path, "after_header": path, "before": before, "after": after})
 

@@ -234,7 +234,7 @@ def workers(app: str, options: Optional[dict[str, Any]]) -> list[dict[str, Any]]
 
 
 def application(app: str, command: str) -> dict[str, Any]:
-    """Return what a management command of the project prints as JSON."""
+    """Return the JSON that a management command of the project prints."""
     if not command:
         return {}
     done = run(f"/usr/local/bin/{app}-manage", *command.split())
@@ -263,7 +263,7 @@ def backups(options: Optional[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def replication(options: Optional[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return what the primary knows about each of its standbys. A standby that is not connected has the state `missing`."""
+    """Return the state of each standby, as the primary reports it. A standby that is not connected has the state `missing`."""
     if not options or not options["standbys"]:
         return []
     psql = ["psql", "--no-psqlrc", "--tuples-only", "--no-align", f"--port={options['port']}", "--dbname=postgres", "--command"]

@@ -74,7 +74,7 @@ def runs(state: State) -> int:
 
 
 def is_stale(job: Job, state: State) -> bool:
-    """Return whether one of the job's files is newer than the job's process. Without a recorded start, the process is stale."""
+    """Return whether one of the job's files is newer than the job's process. A process without a recorded start counts as stale."""
     pid = process(state)
     if pid is None or not job["restart_on"]:
         return False

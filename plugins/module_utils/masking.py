@@ -11,7 +11,7 @@ PASSWORD_IN_URI = re.compile(r"(?<=://)([^/@\s:]*):([^\s\"',]+)(?=@)")
 
 
 def uri_passwords(value: Any) -> set[str]:
-    """Return the passwords in URIs in a text, or in all texts of nested lists and mappings."""
+    """Return the passwords in URIs in a string, or in all strings of nested lists and mappings."""
     if isinstance(value, dict):
         return {password for item in value.values() for password in uri_passwords(item)}
     if isinstance(value, list):

@@ -13,7 +13,7 @@ ALGORITHMS = {NEW_HASHES: hashlib.sha256, "rabbit_password_hashing_sha512": hash
 
 
 def password_hash(password: str) -> str:
-    """Return a hash of the password with a random salt, by the algorithm NEW_HASHES."""
+    """Return a hash of the password with a random salt, with the algorithm NEW_HASHES."""
     salt = os.urandom(4)
     return base64.b64encode(salt + hashlib.sha256(salt + password.encode()).digest()).decode()
 

@@ -88,7 +88,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 def package_source_problems() -> Iterator[str]:
-    """Query the package sources as the package manager does, for example through its proxy, but without a change of its cache."""
+    """Query the package sources as the package manager does, for example through its proxy, but without changing its cache."""
     with tempfile.TemporaryDirectory() as folder:
         if shutil.which("apt-get"):
             for url in sorted(set(run(*APT_TARGETS).stdout.split())):

@@ -20,7 +20,7 @@ from ansible_collections.django_celery.stack.plugins.module_utils.rabbitmq_versi
 
 Object = Mapping[str, Any]
 
-# The playbook for brokers that no upgrade can reach.
+# The playbook for brokers that can't be upgraded with their data.
 MIGRATE = "playbooks/ops/migrate_rabbitmq.yml"
 
 
@@ -105,7 +105,7 @@ def offline_refusal(
     required: Mapping[str, Sequence[str]],
     table: Sequence[Row],
 ) -> str:
-    """Return why RabbitMQ can't be installed or upgraded, from what is on the disk. Return an empty string if it can.
+    """Return why RabbitMQ can't be installed or upgraded, according to the data on the disk. Return an empty string if it can.
 
     `installed` is empty if the package is not installed.
     """
@@ -122,7 +122,8 @@ def offline_refusal(
 
 
 def is_upgrade(installed: str, wanted: str) -> bool:
-    """Return whether the role would replace the installed version. A wanted series accepts each of its releases."""
+    """Return whether the role would replace the installed version. If the wanted version is a series, each release of the series is
+    accepted."""
     return bool(installed) and not begins(installed, wanted)
 
 
@@ -149,7 +150,7 @@ def disabled_flags(flags: Iterable[Object]) -> list[str]:
     return sorted(flag["name"] for flag in flags if flag["state"] == "disabled" and flag["stability"] in ("stable", "required"))
 
 
-# What RabbitMQ's node says is the newest machine version of quorum queues that it has.
+# Prints the newest machine version of quorum queues that the node supports.
 MACHINE_VERSION = ["rabbitmqctl", "--quiet", "eval", "rabbit_fifo:version()."]
 
 

@@ -22,7 +22,7 @@ def complete_releases(directory: str, environments: str) -> list[str]:
 
 
 def used_releases(directory: str, proc: str = "/proc") -> set[str]:
-    """Return the paths of releases that a process uses as its working directory or maps a file of.
+    """Return the paths of releases in which a process works, or from which a process maps a file.
 
     Empty on hosts without /proc.
     """
@@ -44,9 +44,9 @@ def used_releases(directory: str, proc: str = "/proc") -> set[str]:
 def remove_old(directory: str, environments: str, current: str, kept: int, check: bool) -> dict[str, Any]:
     """Remove all releases except the current one, those in use and the last activated ones, `kept` in total.
 
-    Incomplete releases are not counted, and are removed. In `environments`, only the files of the remaining releases stay, and the
-    previous versions of the current files. A run returns to those versions if the workers fail.
-    Return the removed and the complete releases by name.
+    Incomplete releases are not counted, and are removed. In `environments`, keep only the files of the remaining releases, and the
+    previous versions of the current files. A run returns to those versions if the workers fail. Return the removed and the complete
+    releases by name.
     """
     complete = complete_releases(directory, environments)
     stay = [current, *(path for path in complete if path != current)][:kept]

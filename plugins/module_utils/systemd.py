@@ -49,7 +49,7 @@ def unit_files(directory: str) -> list[str]:
 
 
 def time_of(properties: Properties, *names: str) -> Optional[float]:
-    """Return the first of these times that is set, in seconds since the epoch by the current clock, or None."""
+    """Return the first of these times that is set, in seconds since the epoch according to the current clock, or None."""
     for name in names:
         stamp = properties.get(name) or "0"
         if stamp != "0":
@@ -129,7 +129,7 @@ class Units:
     def systemctl(self, *arguments: str, fail: bool = True) -> str:
         """Return the output of systemctl.
 
-        The call has no time limit, since units have their own limits and workers may need long to stop.
+        The call has no time limit, since units have their own limits and workers may take a long time to stop.
         """
         command = ["systemctl", "--no-ask-password", *arguments]
         try:
@@ -227,7 +227,7 @@ class Units:
         names = [unit["name"] for unit in acted]
         if of_sockets:
             self.systemctl("stop", "--", *of_sockets, fail=False)
-        # `reset-failed` resets the start limit and the count of restarts. `settle` detects by this count that a unit died.
+        # `reset-failed` resets the start limit and the count of restarts. `settle` uses this count to detect that a unit died.
         self.systemctl("reset-failed", "--", *names, fail=False)
         # For a unit that systemd is already restarting, systemd would count a start as another automatic restart.
         activating = [name for name in self.started if states.get(name, {}).get("ActiveState") == "activating"]

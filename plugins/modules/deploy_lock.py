@@ -6,8 +6,8 @@ short_description: Hold a lock on a host until the run ends
 version_added: 0.1.0
 description:
   - Fails if another run of Ansible has the lock, and names its user, its controller and the time of its start.
-  - The lock ends with the run, even if the run fails or is killed. A process on the host has the lock only while its connection to
-    the controller exists. Ansible must connect by SSH or locally.
+  - The lock is released when the run ends, even if the run fails or is killed. A process on the host holds the lock only while its
+    connection to the controller exists. Ansible must connect by SSH or locally.
   - Does nothing in check mode.
 options:
   path: {description: The lock file on the host., type: path, required: true}

@@ -20,7 +20,7 @@ description:
     older property list than the one on disk. If a run is killed in between, the job is not loaded, and the next run loads it.
   - A restart is a boot-out and a load, not C(kickstart -k), which is documented to kill the job. At a boot-out, the job has its
     C(ExitTimeOut) to stop.
-  - Waits to see that every started job keeps running. If a job exits, the module fails with the end of the job's log.
+  - Checks that every started job keeps running. If a job exits, the module fails with the end of the job's log.
 options:
   owner:
     description: The owner of the jobs. Other jobs with this owner are booted out and removed.

@@ -97,7 +97,7 @@ refusal:
   returned: always
   sample: "The node rabbit@mq1 has a memory alarm."
 migration:
-  description: Whether the playbook migrate_rabbitmq.yml is a way to the wanted version.
+  description: Whether the playbook migrate_rabbitmq.yml can move the broker to the wanted version.
   type: bool
   returned: always
 unreadable:

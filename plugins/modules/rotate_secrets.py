@@ -46,6 +46,6 @@ RETURN = r"""
 names: {description: Names of the secrets that were replaced or whose old value was removed., type: list, returned: always}
 earlier: {description: Names of the secrets that an earlier run replaced., type: list, returned: always}
 certificates: {description: Whether I(rotate) includes the certificates of services., type: bool, returned: always}
-stops: {description: "What the old values no longer do, one sentence per secret.", type: list, returned: always}
-stays: {description: "What the old values still do, one sentence per secret.", type: list, returned: always}
+stops: {description: "The effects when the old values become invalid, one sentence per secret.", type: list, returned: always}
+stays: {description: "What still works with the old values, one sentence per secret.", type: list, returned: always}
 """

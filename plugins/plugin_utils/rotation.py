@@ -10,13 +10,13 @@ OLD = "_old"
 
 
 class Refused(Exception):
-    """The request can't be done. The text explains why."""
+    """The requested rotation is not possible. The text explains why."""
 
 
 @dataclass(frozen=True)
 class Secret:
     kind: str
-    # What the old value no longer does.
+    # The effect when the old value becomes invalid.
     stops: str
     # What works with the old value until the rotation is finished, if the application accepts both values.
     stays: str = "the application accepts the old value"
@@ -100,7 +100,7 @@ def kinds() -> dict[str, list[str]]:
 
 
 def request(words: Iterable[str], known: Collection[str], groups: Collection[str], emergency: bool, path: str) -> Request:
-    """Return the secrets that the words of the variable `rotate` mean. `groups` are the inventory's groups that have hosts."""
+    """Return the secrets that the words in the variable `rotate` select. `groups` are the inventory's groups that have hosts."""
     rotatable = [name for name in known if name not in ELSEWHERE]
     used = [name for name in rotatable if SECRETS.get(name, OTHER).group in ("", *groups)]
     words = list(words)
@@ -128,10 +128,10 @@ def request(words: Iterable[str], known: Collection[str], groups: Collection[str
 
 
 def before(names: Iterable[str], overlapping: Collection[str]) -> list[str]:
-    """Return what the rotation stops, for the person who runs it. The old values of the overlapping secrets stay valid."""
+    """Return the effects of the rotation, for the person who runs it. The old values of the overlapping secrets stay valid."""
     return [f"{name}: {SECRETS.get(name, OTHER).stops}" for name in names if name not in overlapping]
 
 
 def after(names: Iterable[str], overlapping: Collection[str]) -> list[str]:
-    """Return what the old values still do."""
+    """Return what still works with the old values."""
     return [f"{name}: {SECRETS.get(name, OTHER).stays}" for name in names if name in overlapping]

@@ -25,7 +25,7 @@ DUE_FAULT = 60  # seconds
 UNSENT_WARNING = 600  # seconds
 QUEUE_WARNING = 10_000  # messages
 CLOCK_WARNING = 30  # seconds
-REPLICATION_BYTES, REPLICATION_SECONDS = 100_000_000, 60  # a fault: a promotion would lose this much, or take long
+REPLICATION_BYTES, REPLICATION_SECONDS = 100_000_000, 60  # a fault: a promotion would lose this much data, or take this long
 
 # Queues that Celery declares: messages with a countdown, which no worker consumes, and remote control.
 CELERY_QUEUE = re.compile(r"celery_delayed_\d+|.*\.celery\.pidbox")

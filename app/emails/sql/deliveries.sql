@@ -80,7 +80,7 @@ RETURNING d.id, d.attempts, d.recipient, d.email_id,
   EXISTS (SELECT FROM emails_attachment AS a WHERE a.email_id = e.id)
 
 -- name: unclaim
--- Queues claimed deliveries again if no part of them was sent.
+-- Queues claimed deliveries again if they were not sent.
 UPDATE emails_delivery AS d
 SET state = 'queued', attempts = attempts - 1, data_sent = false, published_at = NULL,
   due_at = statement_timestamp()

@@ -245,7 +245,7 @@ def test_name_that_the_acme_server_refuses_ends_the_run(ask, serial, converge):
     before = serial("proxy1")
     code, said = converge("proxy1", nginx_server_names=[NAME, "unknown.example.org"])
     assert code != 0
-    # The cause is the text of the ACME server.
+    # The error contains the ACME server's reason.
     assert "certbot says:" in said
     assert "unknown.example.org" in said.split("certbot says:")[1]
     assert serial("proxy1") == before

@@ -20,7 +20,7 @@ SKIPPED = {"proc", "sys", "dev"}
 
 
 def files_with(forms):
-    """Returns the files that contain one of the texts. grep searches the whole host within seconds."""
+    """Returns the files that contain one of the strings. grep searches the whole host within seconds."""
     places = [f"/{name}" for name in os.listdir("/") if name not in SKIPPED]
     command = ["grep", "-rlaFZ", "--devices=skip", "--file=-", *places]
     found = subprocess.run(command, input=b"\n".join(forms), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)

@@ -12,7 +12,7 @@ NAMES = {"\n": "LF", "\r": "CR", "\r\n": "CRLF", "\n\r": "LFCR", "\r\n\r\n": "tw
 
 
 def line(field, text):
-    """A value for a field, with a text in it that would begin a header."""
+    """A value for a field that contains a string that would begin a header."""
     return {
         "subject": {"subject": f"x{text}Bcc: {EVIL}"},
         "sender": {"from": f"news@example.org{text}Bcc: {EVIL}"},

@@ -12,7 +12,7 @@ from urllib.parse import quote
 import pytest
 
 SEARCH = Path(__file__).parents[1] / "files/search.yml"
-# What each process of the application needs.
+# The secrets that each process of the application needs.
 APPLICATION = {"secret_django_key", "secret_app_metrics_token", "secret_postgresql_app_password"}
 # The files that may contain a secret: which secrets, and the users who may read them besides root.
 PERMITTED = [

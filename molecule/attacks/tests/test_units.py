@@ -21,7 +21,7 @@ UNITS = [
     "postgresql@17-main",
     "nginx",
 ]
-# Directives that differ in the copy. All others are those of the unit.
+# Directives that differ in the copy. All other directives are those of the unit.
 RUN = """
 [Service]
 ExecCondition=
@@ -44,7 +44,7 @@ RuntimeDirectoryPreserve=yes
 Environment=ATTACK_DIRECTORY={directory}
 {user}
 """
-# What a unit may do, and why.
+# The actions that a unit permits, and the reasons.
 ALLOWED = {
     # The broker reads the memory of the host, and Erlang its network interfaces.
     "rabbitmq-server": {"netlink socket", "read /proc/meminfo", "read /proc/cpuinfo"},

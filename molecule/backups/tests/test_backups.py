@@ -203,7 +203,7 @@ def test_restore_into_an_empty_environment(root, backup, send, eventually, play,
     assert backup().rc == 0
     stored = [each["id"] for each in snapshots()]
 
-    # Lose the data, and everything that the role knows about earlier runs.
+    # Delete the data, and all files that the role has written in earlier runs.
     root("systemctl stop mailroom.target")
     assert root("runuser -u postgres -- dropdb --force mailroom && rabbitmqctl delete_vhost mailroom").rc == 0
     root("rm -rf /var/lib/mailroom-backups /etc/mailroom/backups.* /usr/local/bin/mailroom-backup /usr/local/bin/mailroom-restic")

@@ -147,7 +147,7 @@ def test_beat_that_hangs_is_restarted(host, eventually):
     assert shown(host, "mailroom-beat", "WatchdogUSec") == "2min"
     try:
         with host.sudo():
-            # Two minutes would be a long test.
+            # With the configured two minutes, the test would take too long.
             host.check_output(f"mkdir -p $(dirname {drop_in}) && printf '[Service]\\nWatchdogSec=4\\n' >{drop_in}")
             host.check_output("systemctl daemon-reload && systemctl restart mailroom-beat")
         before = shown(host, "mailroom-beat", "MainPID")

@@ -1,4 +1,4 @@
-"""Tests that a release or an environment that does not work changes nothing, and the return to an earlier release.
+"""Tests that a release or an environment that does not work changes nothing, and tests rollbacks.
 
 The tests run on one host, since each builds a release and runs a playbook.
 """
@@ -126,7 +126,7 @@ def test_deployment_and_rollback_drop_no_request(host, run_playbook, project, tr
 
 
 def test_release_whose_service_does_not_start_gets_no_request(host, run_playbook, traffic):
-    """The environment works for commands, and stops gunicorn. The old process keeps running until the new one works."""
+    """Commands work with this environment, but gunicorn does not start. The old process keeps running until the new one works."""
     before = web_state(host)
     broken = {"app_environment": {"GUNICORN_CMD_ARGS": "--no-such-option"}, "app_environment_names": []}
     with traffic(8000) as (durations, errors):

@@ -91,7 +91,7 @@ HEALTHY = {
 
 
 def of(name, more=""):
-    """The name of the only healthy series of a metric that contains a text."""
+    """The name of the only healthy series of a metric that contains a string."""
     (found,) = [series for series in HEALTHY if series.startswith(f"{name}{{") and more in series]
     return found
 

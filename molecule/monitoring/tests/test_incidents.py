@@ -1,4 +1,5 @@
-"""Provokes failures of docs/incidents.md: the alert fires, the status shows the text of the page, and its command is the repair."""
+"""Causes the failures in docs/incidents.md: the alert fires, the status shows the page's text, and the page's command repairs
+it."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ ROWS = {
         re.MULTILINE,
     )
 }
-# Per alert: the command that provokes the failure.
+# Per alert: the command that causes the failure.
 FAILURES = {
     "ServiceDown": "systemctl stop mailroom-beat",
     "ServiceRestarts": "for _ in 1 2 3 4 5; do systemctl kill --signal=KILL mailroom-beat; sleep 5; done",
@@ -30,7 +31,7 @@ FAILURES = {
 }
 # During this failure, the web service accepts no email.
 REFUSES = {"WebDown"}
-# The alert ends long after the repair, because it looks back.
+# The alert ends long after the repair, because its expression covers the last minutes.
 LOOKS_BACK = {"ServiceRestarts"}
 
 

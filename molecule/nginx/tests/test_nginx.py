@@ -264,7 +264,7 @@ def test_certificate_from_a_variable(host, run_playbook, ask, certificate, event
         ask("/", trusted=certificate)
     with host.sudo():
         assert host.check_output("stat --format '%a %U' /etc/nginx/tls /etc/nginx/tls/*").split("\n") == ["700 root", "600 root"]
-    # The key of another certificate.
+    # This key belongs to another certificate.
     with host.sudo():
         other = host.check_output("cat /etc/ssl/example.crt")
     done = run_playbook("playbooks/proxy.yml", nginx_certificate=other, nginx_certificate_key=texts["key"])

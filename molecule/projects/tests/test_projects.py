@@ -67,7 +67,7 @@ class Deployment:
         self.variables = {}
 
     def create(self, tools):
-        """Creates the project with the commands and files of the page."""
+        """Creates the project with the commands and files from the page."""
         shape = PROJECTS[self.section]
         if shape:
             shutil.copytree(SHAPES / shape, self.project)

@@ -157,7 +157,8 @@ def test_new_broker_has_the_definitions_and_the_old_data_is_kept(migrate, root, 
     assert code == 0, output
     assert "policies mirrored in shop" in output
     assert api("overview")["rabbitmq_version"].startswith("4.0.")
-    # A queue without a type gets the default type of the node, which its client's declaration also gets.
+    # A queue without a type gets the node's default type. If a client declares the queue without a type, RabbitMQ uses the same
+    # default.
     assert {queue["name"]: queue["type"] for queue in api("queues/shop")} == dict.fromkeys(QUEUES, "quorum")
     connect().channel().queue_declare("orders.classic", durable=True, auto_delete=False)
     policies = [policy["definition"] for policy in api("policies/shop")]

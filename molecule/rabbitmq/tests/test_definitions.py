@@ -119,7 +119,7 @@ def test_all_kinds_are_imported_and_a_second_run_changes_nothing(role, api):
     assert first.get("diff") == checked["diff"], first
     assert first["diff"]["after"].keys() == ALL
     assert not role(**data)["changed"]
-    # A limit and a permission are removed; all other objects stay.
+    # A limit and a permission are removed; all other objects are kept.
     less = {**CLERK, "limits": {"max-channels": 5}, "topic_permissions": CLERK["topic_permissions"][:1]}
     data |= {"rabbitmq_vhosts": [{**LIMITED, "limits": {}}], "rabbitmq_users": [less]}
     assert role(**data, rabbitmq_purge=True)["removed"] == ["topic permissions of clerk on amq.topic in shop/eu"]

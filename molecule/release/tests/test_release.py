@@ -83,7 +83,7 @@ def test_unhealthy_release_is_switched_back_on_all_hosts_and_gets_no_request(run
     assert [state(name)[:2] for name in HOSTS] == [[release, environment] for release, environment, _ in before]
     assert errors == []
     if host_name == "web1":
-        # The next host never gets the release of the first one.
+        # The next host does not get the release that failed on the first host.
         assert state("web2") == before[1]
 
 
@@ -136,7 +136,7 @@ def require_stable_workers(on):
     look = f"systemctl show --property ActiveState --property NRestarts --value {units} | xargs"
 
     def check():
-        # While the release was broken, systemd has restarted some of them.
+        # While the broken release was active, systemd restarted some of them.
         before = on("hub", look)
         time.sleep(10)
         assert on("hub", look) == before
@@ -185,7 +185,7 @@ def test_environment_with_which_no_worker_answers_is_switched_back(run, state, r
 
 
 def test_command_after_the_switch_runs_until_it_succeeds_once(run, on, project):
-    """The command prints the release that is active, and fails before a file exists."""
+    """The command prints the active release, and fails until a file exists."""
     code = "import os, sys; os.system('readlink /opt/mailroom/current >> /tmp/after'); sys.exit(not os.path.exists('/tmp/ready'))"
     command = {"command": f'shell -c "{code}"', "after_switch": True}
     source = project("mailroom/other.py", "# A release with a command after the switch.\n")
@@ -216,7 +216,7 @@ def test_each_activation_and_its_result_are_logged(run, log, project):
 
 
 def test_second_run_at_the_same_time_is_refused(run, on, eventually):
-    """The first run is killed, and its lock ends."""
+    """Killing the first run releases its lock."""
     lock = "/run/mailroom-deploy.lock"
     words = [Path(sys.executable).with_name("ansible-playbook"), "site.yml"]
     with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as first:

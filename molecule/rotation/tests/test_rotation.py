@@ -174,7 +174,7 @@ def test_rotation_under_load_refuses_and_loses_nothing(site, manage, signed_in, 
     assert len(load.ids) > 100
     assert "End them with -e rotate=finish" in output
     new = stored()
-    # The playbook does not rotate the first two. The environment has no cache and no monitoring.
+    # The playbook never rotates the first two secrets in this set. The environment has no cache and no monitoring.
     assert {name for name in old if new[name] == old[name]} == {
         "secret_backups_password",
         "secret_certificate_authority",
@@ -189,7 +189,7 @@ def test_rotation_under_load_refuses_and_loses_nothing(site, manage, signed_in, 
 def test_old_api_key_and_database_password_are_still_valid(site, database):
     old, new = before_rotation(), stored()
     assert [api_status(site, values["secret_app_api_key"]) for values in (old, new)] == [404, 404]
-    # Objects that a migration creates belong to the same owner, whichever user logs in.
+    # Objects that a migration creates belong to the same owner, regardless of the user who logs in.
     assert database("mailroom", old["secret_postgresql_app_password"]) == "mailroom"
     assert database("mailroom-next", new["secret_postgresql_app_password"]) == "mailroom"
 

@@ -53,7 +53,7 @@ def run():
 
 
 def said(done):
-    """The output with the words of Ansible's wrapped lines."""
+    """The output, with Ansible's wrapped lines joined."""
     return " ".join((done.stdout + done.stderr).split())
 
 
@@ -197,7 +197,7 @@ def test_killed_clone_is_repaired(run, on, eventually, streams):
     done = run("site.yml", "--tags=postgresql", postgresql_synchronous=False)
     on("db2", "systemctl stop killer")
     assert done.returncode != 0 and "Copy the primary's data" in said(done)
-    # What a run leaves that is killed in the copy.
+    # The files that remain if a run is killed during the copy.
     on("db2", f"test -e {DATA}.clone || install -d -o postgres -g postgres -m 0700 {DATA}.clone && touch {DATA}.clone/PG_VERSION")
     done = run("site.yml", "--tags=postgresql")
     assert done.returncode == 0, said(done)
