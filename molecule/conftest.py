@@ -64,15 +64,14 @@ def tunnel(host, variables, port):
     words += ["-o", "ExitOnForwardFailure=yes", "-N", "-L", f"127.0.0.1:{free}:127.0.0.1:{port}"]
     with subprocess.Popen(["ssh", *words, variables.get("ansible_host", host.backend.get_hostname())]) as process:
         try:
-            for _ in range(300):
+            for _ in range(100):
                 with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", free)):
                     break
                 assert process.poll() is None, "ssh ended"
                 time.sleep(0.1)
             else:
-                pytest.fail(f"ssh forwards no port to {port} after 30 s")
+                pytest.fail(f"ssh forwards no port to {port} after 10 s")
             yield free
-            assert process.poll() is None, "ssh ended during the tests"
         finally:
             process.terminate()
 
