@@ -62,7 +62,7 @@ def test_second_run_is_refused_and_names_the_first(start, tmp_path):
     record = wait_for_record(tmp_path / "lock")
     output, _ = start(0).communicate(timeout=60)
     output = " ".join(output.split())
-    assert f"Another run deploys this environment: {record['user']}@{record['controller']} since {record['since']}" in output
+    assert f"Another run is deploying this environment: {record['user']}@{record['controller']} since {record['since']}" in output
     assert "failed=1" in output
 
 

@@ -95,8 +95,8 @@ def test_database_has_one_standby():
     assert [host_count_errors(host, {"database": ["a", "b"]}, values) for host in ("a", "b", "web1")] == [[], [], []]
     (sentence,) = host_count_errors("b", {"database": ["a", "b", "c"]}, values)
     assert sentence == (
-        "The group database has the hosts a, b, c; allowed: one, or two, of which one is a standby, or several if each host is a "
-        "separate environment, with wiring_database set to the host's name and wiring_standbys to []."
+        "The group database has the hosts a, b, c; allowed: one host; two hosts, if one is a standby; or several hosts, if each "
+        "one is a separate environment with wiring_database set to its name and wiring_standbys set to []."
     )
     assert host_count_errors("b", {"database": ["a", "b", "c"]}, {"wiring_database": "b", "wiring_standbys": []}) == []
 

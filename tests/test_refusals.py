@@ -49,7 +49,7 @@ NO_VHOST = (
     "rabbitmq_users, policies, parameters, exchanges, queues or bindings name the virtual host {}, which rabbitmq_vhosts does "
     "not list."
 )
-LATE = "celery_workers has a soft_time_limit that is not below the time_limit, for mail."
+LATE = "celery_workers has a soft_time_limit that is not less than the time_limit, for mail."
 
 
 def versions(rabbitmq, erlang):
@@ -138,11 +138,11 @@ REFUSED = {
         ),
         (
             {"certificates_authority": "/nowhere.pem"},
-            "/nowhere.pem is not a certificate; allowed: a text in PEM format, or the path of such a file on the controller.",
+            "/nowhere.pem is not a certificate; allowed: a string in PEM format, or the path of such a file on the controller.",
         ),
         (
             {"certificates_authority_key": MARK},
-            "certificates_authority_key or the key of a service is not a private key; allowed: a text in PEM format, or the path",
+            "certificates_authority_key or the key of a service is not a private key; allowed: a string in PEM format, or the path",
         ),
         (
             {"certificates_services": [{"name": "cache", "directory": "/etc/ssl/cache", "group": "redis", "names": []}]},
@@ -592,7 +592,8 @@ REFUSED |= {
         ({"nginx_certificate": "/c.pem"}, "nginx_certificate and nginx_certificate_key must both be set, or both be empty."),
         (
             {"nginx_certificate": "-----BEGIN CERTIFICATE-----", "nginx_certificate_key": f"/{MARK}"},
-            "nginx_certificate and nginx_certificate_key must both be texts in PEM format, or both be absolute paths on the host.",
+            "nginx_certificate and nginx_certificate_key must both be strings in PEM format, or both be absolute paths on the "
+            "host.",
         ),
         (
             {"nginx_closed_paths": ["metrics", "/"], "nginx_static_directories": []},
@@ -788,7 +789,7 @@ REFUSED |= {
         ),
         (
             {"backups_broker_url": f"http://admin:{MARK}/127.0.0.1"},
-            "backups_broker_url has no such form; allowed: http://user:password@host:port, https, or an empty string.",
+            "backups_broker_url has a wrong format; allowed: http://user:password@host:port, https, or an empty string.",
         ),
         (
             {"backups_snapshot": "yesterday"},
@@ -1024,13 +1025,13 @@ def test_one_wrong_value_ends_the_whole_site(tmp_path):
 
 NO_DATABASE = (
     "The application has no database: the group database has no host, and app_database_url is empty. Put a host into the group "
-    "database, or set app_database_url to a server elsewhere, such as postgresql://user:password@host:5432/name."
+    "database, or set app_database_url to the URL of another server, such as postgresql://user:password@host:5432/name."
 )
 
 
 NO_BROKER = (
     "The application has no broker: the group broker has no host, and app_broker_url is empty. Put a host into the group broker, "
-    "or set app_broker_url to a broker elsewhere, such as amqps://user:password@host:5671/vhost."
+    "or set app_broker_url to the URL of another broker, such as amqps://user:password@host:5671/vhost."
 )
 
 

@@ -75,8 +75,8 @@ def test_kinds_and_names_are_allowed_together_and_once():
         (["secret_certificate_authority"], {}, "every client must trust the new authority"),
         (["vault_password"], {}, "ansible-vault rekey --new-vault-password-file NEW_FILE 91-secrets.yml"),
         (["database"], {"groups": ("all",)}, "no host in the group database. Change secret_postgresql_app_password where"),
-        (["finish", "django"], {}, "allowed only alone"),
-        (["finish"], {"emergency": True}, "without rotate_emergency"),
+        (["finish", "django"], {}, "can't be combined"),
+        (["finish"], {"emergency": True}, "or with rotate_emergency"),
     ],
 )
 def test_other_requests_are_refused(words, options, sentence):
@@ -324,7 +324,7 @@ def test_playbook_gives_new_values_to_later_plays_and_shows_no_secret(inventory,
     assert f"//mailroom-next:{new['secret_postgresql_app_password']}@" in found["environment"]["DATABASE_URL"]
     assert found["replace"] is True
     assert "The old values still work: secret_postgresql_app_password: " in done.stdout
-    assert "secret_django_key: sessions that the old key signed are valid" in done.stdout
+    assert "secret_django_key: sessions that the old key signed stay valid" in done.stdout
 
     # Ansible hides the content of encrypted files by itself, so the second run uses a plain file.
     file.write_text(text)
@@ -351,7 +351,7 @@ def refusal(done, inventory, before):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ([], "rotate is not set; set it to what to rotate, such as -e rotate=all"),
+        ([], "rotate is not set; set it to the secrets to rotate, such as -e rotate=all"),
         (["-e", "rotate=all", "--limit", "host1.invalid"], "--limit is set. The hosts of an environment share its secrets"),
         (["-e", "rotate=djanga"], "rotate has djanga; allowed: all, finish,"),
     ],

@@ -123,8 +123,8 @@ AXES_CLIENT_IP_CALLABLE = "mailroom.middleware.client_address"
 AXES_SENSITIVE_PARAMETERS: list[str] = []
 # Successful sign-ins are not stored; Django stores the last one of each user.
 AXES_DISABLE_ACCESS_LOG = True
-# Proxies on other hosts. For a request from one of them or from this host, the client's address
-# is the last one in the X-Forwarded-For header.
+# Proxies on other hosts. For a request from one of them or from this host, the client's address is
+# the last address in the X-Forwarded-For header.
 PROXIES = networks("PROXIES")
 
 STATIC_URL = "/static/"

@@ -110,4 +110,6 @@ class ActionModule(ActionBase):
         if code != REFUSED:
             raise AnsibleActionFail(f"Can't take the lock: {error.strip()}")
         who = f"{found.get('user')}@{found.get('controller')} since {found.get('since')}"
-        raise AnsibleActionFail(f"Another run deploys this environment: {who}. Its lock ends with that run, even if it is killed.")
+        raise AnsibleActionFail(
+            f"Another run is deploying this environment: {who}. Its lock is released when that run ends, even if it is killed."
+        )

@@ -117,8 +117,9 @@ def database_errors(host, databases, values):
         sentences.append(f"wiring_database is '{primary}'; allowed: a host of the group database, {' or '.join(databases)}.")
     elif len(databases) > 2:
         sentences.append(
-            f"The group database has the hosts {', '.join(databases)}; allowed: one, or two, of which one is a standby, or "
-            "several if each host is a separate environment, with wiring_database set to the host's name and wiring_standbys to []."
+            f"The group database has the hosts {', '.join(databases)}; allowed: one host; two hosts, if one is a standby; "
+            "or several hosts, if each one is a separate environment with wiring_database set to its name and wiring_standbys set "
+            "to []."
         )
     if str(values.get("host_platform", "")).startswith("macos"):
         sentences.append(

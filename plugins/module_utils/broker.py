@@ -129,9 +129,9 @@ class Broker:
         while old := old_queues(quorum_statuses(self.api), current):
             if time.monotonic() > until:
                 raise Failure(
-                    f"The feature flags {', '.join(flags)} are not enabled, because quorum queues have a member with an old "
-                    f"machine version or without an answer: {', '.join(old)}. Restart the node of each queue's leader, and run the "
-                    "playbook again."
+                    f"The feature flags {', '.join(flags)} are not enabled, because quorum queues have a member that has an "
+                    f"old machine version or does not answer: {', '.join(old)}. Restart the node of each queue's leader, and run "
+                    "the playbook again."
                 )
             time.sleep(1)
 

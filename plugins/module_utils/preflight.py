@@ -47,7 +47,7 @@ def clock_problems(controller: float, seconds: float) -> Iterator[str]:
     if abs(difference) > seconds:
         yield (
             f"The clock differs from the controller's by {difference:.1f} s; allowed: {seconds:g} s. Synchronize both with NTP, "
-            "such as by systemd-timesyncd or chrony."
+            "for example with systemd-timesyncd or chrony."
         )
 
 

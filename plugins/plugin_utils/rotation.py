@@ -29,7 +29,7 @@ SECRETS = {
     "secret_rabbitmq_erlang_cookie": Secret("erlang_cookie", "the brokers restart, one after another", group="broker"),
     "secret_rabbitmq_app_password": Secret(
         "broker",
-        "RabbitMQ refuses new connections with the old password; open ones stay until the services restart",
+        "RabbitMQ refuses new connections with the old password; open connections stay open until the services restart",
         group="broker",
     ),
     "secret_rabbitmq_worker_password": Secret("broker", "the workers restart with the new password", group="broker"),
@@ -51,10 +51,10 @@ SECRETS = {
     ),
     "secret_django_key": Secret(
         "django",
-        "sessions and links that the old key signed end: everybody must log in again",
-        stays="sessions that the old key signed are valid",
+        "sessions and links that the old key signed become invalid: everybody must log in again",
+        stays="sessions that the old key signed stay valid",
     ),
-    "secret_app_admin_password": Secret("admin", "sessions of the first administrator end"),
+    "secret_app_admin_password": Secret("admin", "the first administrator must log in again"),
     "secret_app_api_key": Secret(
         "api_keys", "requests with the old API key get 401", stays="requests with the old API key are accepted"
     ),
@@ -67,7 +67,7 @@ SECRETS = {
     ),
 }
 # Another project can have other secrets.
-OTHER = Secret("", "the old value ends when the hosts have the new one")
+OTHER = Secret("", "the old value becomes invalid when the hosts have the new one")
 # Secrets with a different procedure.
 ELSEWHERE = {
     "secret_certificate_authority": (
@@ -106,7 +106,7 @@ def request(words: Iterable[str], known: Collection[str], groups: Collection[str
     words = list(words)
     if "finish" in words:
         if len(words) > 1 or emergency:
-            raise Refused("rotate=finish is allowed only alone, without rotate_emergency.")
+            raise Refused("rotate=finish can't be combined with other values, or with rotate_emergency.")
         return Request((), finish=True)
     names: list[str] = []
     for word in words:

@@ -134,7 +134,7 @@ def test_consumers_receive_messages_while_publishers_are_blocked(migrate, root, 
 def test_next_step_is_said_if_the_package_is_still_old(migrate):
     code, output = migrate(confirm="yes")
     assert code != 0
-    assert "the broker is stopped. Install RabbitMQ 4.0, on Debian by an upgrade of the distribution" in output
+    assert "the broker is stopped. Install RabbitMQ 4.0, on Debian with a distribution upgrade" in output
 
 
 def test_old_data_is_recognised_after_the_upgrade(root, site, migrate):

@@ -226,7 +226,8 @@ def test_second_run_at_the_same_time_is_refused(run, on, eventually):
         finally:
             first.kill()
     assert done.returncode != 0
-    assert f"Another run deploys this environment: {record['user']}@{record['controller']} since {record['since']}" in flat(done)
+    who = f"{record['user']}@{record['controller']} since {record['since']}"
+    assert f"Another run is deploying this environment: {who}" in flat(done)
     eventually(lambda: on("web1", f"flock -n {lock} echo free || true") == "free")
 
 

@@ -172,7 +172,7 @@ def test_rotation_under_load_refuses_and_loses_nothing(site, manage, signed_in, 
     print(f"{len(load.durations)} requests, {len(load.ids)} emails, longest {max(load.durations):.2f} s")
     assert load.errors == []
     assert len(load.ids) > 100
-    assert "End them with -e rotate=finish" in output
+    assert "Remove the old values with -e rotate=finish" in output
     new = stored()
     # The playbook never rotates the first two secrets in this set. The environment has no cache and no monitoring.
     assert {name for name in old if new[name] == old[name]} == {
