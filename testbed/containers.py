@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from testbed import build, machine
+from testbed import build, machine, ports
 from testbed.inventory import CLONE, MAIL, Host
 from testbed.machine import podman
 
@@ -93,7 +93,7 @@ def run_words(stack: str, inventory: Path, host: Host) -> list[str]:
     for key, value in labels.items():
         words += ["--label", f"{LABEL}.{key}={value}"]
     for inside, outside in sorted(host.ports.items()):
-        words += ["--publish", f"127.0.0.1:{outside or ''}:{inside}"]
+        words += ["--publish", f"127.0.0.1:{outside or ports.choose()}:{inside}"]
     words += [*_options(host), str(made_of["image"])]
     return words + ([] if host.name == MAIL else list(machine.INIT))
 

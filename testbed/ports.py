@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import re
+import secrets
 import shutil
 import socket
 import subprocess
 from collections.abc import Callable, Iterable
 
 from testbed.inventory import MAIL, Host
+
+# Below the ports that Linux and macOS give to programs that bind port 0. Podman redirects a published port before it
+# finds out that a program listens there, and that program's clients are refused meanwhile.
+PUBLISHED = range(20000, 32768)
 
 
 def variable(host: Host) -> str:
@@ -41,6 +46,13 @@ def conflicts(
                     lines.append(f"{asked}, but {user} uses it; free the port or set another one (0 = any)")
             promised.setdefault(outside, host.name)
     return lines
+
+
+def choose() -> int:
+    """Return a free port of PUBLISHED, chosen at random because other processes choose at the same time."""
+    while not is_free(port := secrets.choice(PUBLISHED)):
+        pass
+    return port
 
 
 def is_free(port: int) -> bool:

@@ -160,13 +160,11 @@ def _run(inventory: Inventory, host: Host) -> Container:
     """Start a new container for `host`; remove an old one of the same name."""
     stack = inventory.stack
     name = f"{stack}-{host.name}"
-    words = podmans.run_words(stack, inventory.directory, host)
-    podmans.remove(name)
-    done = podman(*words, check=False)
-    if done.returncode and "address already in use" in done.stderr:
-        # Another process has taken the free port that Podman chose.
+    for _ in range(3):
         podmans.remove(name)
-        done = podman(*words, check=False)
+        done = podman(*podmans.run_words(stack, inventory.directory, host), check=False)
+        if "address already in use" not in done.stderr:  # Another process may take a port before Podman does.
+            break
     if done.returncode:
         podmans.remove(name)
         raise TestbedError(f"{host.name}: podman run failed: {done.stderr.strip()}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import socket
 import sys
@@ -171,6 +172,17 @@ def test_listening_ports_are_not_free():
     assert ports.is_free(port)
 
 
+def test_chosen_ports_are_free_and_never_the_ones_that_programs_get_for_port_0(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        given = server.getsockname()[1]
+    assert given not in ports.PUBLISHED
+    with socket.create_server(("127.0.0.1", ports.choose())) as server:
+        taken = server.getsockname()[1]
+        assert taken in ports.PUBLISHED
+        monkeypatch.setattr(ports, "PUBLISHED", range(taken, taken + 2))
+        assert ports.choose() == taken + 1
+
+
 # Podman
 
 
@@ -181,7 +193,7 @@ def test_podman_run_arguments():
     assert words[0] == "run"
     assert "--name tb-x-sandbox-node1" in text
     assert "--network tb-x-sandbox --network-alias node1" in text
-    assert "--publish 127.0.0.1::22" in text
+    assert re.search(r"--publish 127\.0\.0\.1:[23]\d{4}:22 ", text)
     assert "--publish 127.0.0.1:8000:8000" in text
     for capability in ("SYS_ADMIN", "NET_ADMIN", "SYS_PTRACE"):
         assert f"--cap-add {capability}" in text
