@@ -4,6 +4,7 @@ it."""
 from __future__ import annotations
 
 import re
+import shlex
 import time
 from pathlib import Path
 
@@ -19,6 +20,12 @@ ROWS = {
         re.MULTILINE,
     )
 }
+# Publishes a message that is no Celery task to the worker's queue.
+MALFORMED = """
+from mailroom.celery import app
+with app.connection_for_write() as connection:
+    connection.Producer().publish("no task", routing_key="mail.v1", delivery_mode=2)
+"""
 # Per alert: the command that causes the failure.
 FAILURES = {
     "ServiceDown": "systemctl stop mailroom-beat",
@@ -28,9 +35,15 @@ FAILURES = {
     "WorkerMissing": "systemctl stop mailroom-worker@mail",
     "FlowerDown": "systemctl stop mailroom-flower",
     "RabbitMQNodeDown": "systemctl stop rabbitmq-server",
+    # The limit rises instead of the space that is used, so that the test does not fill the machine's disk.
+    "RabbitMQDiskAlarm": "rabbitmqctl set_disk_free_limit 1000TB",
+    "RabbitMQMemoryAlarm": "rabbitmqctl set_vm_memory_high_watermark absolute 1MB",
+    "PostgreSQLDown": "systemctl stop postgresql@17-main",
+    "MessagesDeadLettered": f"mailroom-manage shell -c {shlex.quote(MALFORMED)}",
+    "RabbitMQQueueWithoutConsumers": "systemctl stop mailroom-worker@mail",
 }
-# During this failure, the web service accepts no email.
-REFUSES = {"WebDown"}
+# During these failures, the web service accepts no email.
+REFUSES = {"WebDown", "PostgreSQLDown"}
 # The alert ends long after the repair, because its expression covers the last minutes.
 LOOKS_BACK = {"ServiceRestarts"}
 
