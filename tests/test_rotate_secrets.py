@@ -49,7 +49,11 @@ def test_every_secret_of_wiring_has_a_description_or_another_procedure():
 
 
 def test_all_means_every_secret_that_has_no_other_procedure():
-    assert set(request("all").names) == set(KNOWN) - {"secret_certificate_authority", "secret_backups_password"}
+    assert set(request("all").names) == set(KNOWN) - {
+        "secret_certificate_authority",
+        "secret_backups_password",
+        "secret_postgresql_archive_password",
+    }
     assert request("all").certificates
 
 
@@ -306,6 +310,7 @@ def test_playbook_gives_new_values_to_later_plays_and_shows_no_secret(inventory,
     assert {name for name in old if new[name] == old[name]} == {
         "secret_certificate_authority",
         "secret_backups_password",
+        "secret_postgresql_archive_password",
         # No host runs Flower, the cache or the monitoring.
         "secret_valkey_password",
         "secret_flower_password",

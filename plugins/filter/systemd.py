@@ -86,10 +86,10 @@ def _socket(service, app):
 
 
 def _timer(service, app):
-    unit = [("Description", f"Schedule of {service['description']}"), ("PartOf", f"{app}.target")]
+    unit = [("Description", f"Schedule of {service['description']}"), ("PartOf", f"{app}.target" if app else None)]
     # If the host was down at the scheduled time, the command runs after the next boot.
     events = [("OnCalendar", service["schedule"]), ("Persistent", "yes")]
-    return _file({"Unit": _lines(unit), "Timer": _lines(events), "Install": [f"WantedBy={app}.target"]})
+    return _file({"Unit": _lines(unit), "Timer": _lines(events), "Install": [f"WantedBy={app or 'timers'}.target"]})
 
 
 def _service(service, app, user, after, standby=False):
@@ -100,7 +100,7 @@ def _service(service, app, user, after, standby=False):
     scheduled = "schedule" in service
     unit = [
         ("Description", f"{service['description']}, during a restart" if standby else service["description"]),
-        ("PartOf", f"{app}.target"),
+        ("PartOf", f"{app}.target" if app else None),
         # After= sets only the order. It does not require these units, since they can run on other hosts.
         ("After", " ".join(["network-online.target", *after])),
         ("Wants", "network-online.target"),
@@ -157,8 +157,8 @@ def _packaged_unit(service):
 def systemd_units(services, app, user, after):
     """Return the units of services for the module systemd_units.
 
-    `services` is services_list with all defaults. `app` is empty if all services are packaged. `user` is the user and the
-    group of the services. `after` lists units that start before them.
+    `services` is services_list with all defaults. `app` is empty if all services are packaged or have a schedule. `user` is the
+    user and the group of the services. `after` lists units that start before them.
     """
     units = [{"name": f"{app}.target", "content": _target(app), "shared": True}] if app else []
     for service in services:

@@ -78,6 +78,10 @@ ELSEWHERE = {
         "secret_backups_password is not rotated, because it opens the existing backups. Change it with restic's command "
         "`key passwd` on each host that makes backups, and then in {path}."
     ),
+    "secret_postgresql_archive_password": (
+        "secret_postgresql_archive_password is not rotated, because it opens the existing backups and WAL, and pgBackRest "
+        "can't change it. To change it in {path}, also set a new postgresql_archive_repository."
+    ),
     "vault_password": (
         "The vault's password is on no host, so ansible-vault changes it: "
         "ansible-vault rekey --new-vault-password-file NEW_FILE {path}"

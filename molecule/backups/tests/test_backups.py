@@ -32,18 +32,6 @@ def snapshots(root):
 
 
 @pytest.fixture
-def play(run_playbook):
-    """Runs a playbook on all hosts; returns its output. Requires success unless the test expects a failure."""
-
-    def run(name, fails=False, **variables):
-        done = run_playbook(f"playbooks/{name}.yml", "--limit", "all", **variables)
-        assert (done.returncode != 0) == fails, done.stdout
-        return done.stdout
-
-    return run
-
-
-@pytest.fixture
 def status(run_playbook, tmp_path):
     def read():
         done = run_playbook("playbooks/ops/status.yml", "--limit", "all", status_directory=str(tmp_path))
