@@ -319,6 +319,29 @@ REFUSED = {
             "the host with the certificate authority of the primary.",
         ),
         (
+            {"postgresql_archive_repository": "archive"},
+            "postgresql_archive_repository is 'archive'; allowed: an absolute path of letters, digits,",
+        ),
+        (
+            {"postgresql_archive_repository": "/srv/archive", "postgresql_archive_password": MARK[:11]},
+            "postgresql_archive_password is too short or has other characters; allowed with postgresql_archive_repository:",
+        ),
+        (
+            {"postgresql_archive_options": {"repo1-s3-key": f"{MARK}\nrepo1-path=/tmp"}},
+            "postgresql_archive_options has the names repo1-s3-key; allowed: names of pgBackRest's options, such as repo1-type, "
+            "with values of one line.",
+        ),
+        (
+            {"postgresql_archive_options": {"repo1-path": "/srv/archive"}},
+            "postgresql_archive_options has repo1-path, which the role sets; allowed: other options.",
+        ),
+        ({"postgresql_archive_days": 0}, "postgresql_archive_days is 0; allowed: 1 or more."),
+        ({"postgresql_base_backup_time": "24:00"}, "postgresql_base_backup_time is '24:00'; allowed: a time such as 03:30."),
+        (
+            {"postgresql_restore_time": "2026-11-28 10:00:00"},
+            "postgresql_restore_time is '2026-11-28 10:00:00'; allowed: a time with its offset from UTC, such as",
+        ),
+        (
             {"postgresql_users": [{**DATABASE_USER, "password": MARK[:11]}], **NO_DATABASES},
             "postgresql_users has a password of fewer than 12 characters for orders.",
         ),

@@ -311,6 +311,13 @@ def test_a_schedule_becomes_a_timer_and_a_service_that_only_the_timer_starts():
     }
 
 
+def test_schedule_of_a_package_belongs_to_no_application():
+    service, timer = units({"schedule": "Mon 04:30"}, app="")
+    assert "PartOf" not in dict(sections(service["content"])["Unit"])
+    assert "PartOf" not in dict(sections(timer["content"])["Unit"])
+    assert sections(timer["content"])["Install"] == [("WantedBy", "timers.target")]
+
+
 @pytest.mark.parametrize("directive", HARDENING, ids="=".join)
 def test_every_service_has_each_directive_of_the_sandbox(directive):
     assert directive in service_unit()["Service"]
