@@ -85,7 +85,7 @@ def test_lock_that_no_run_can_get_is_an_error_with_its_cause(start, tmp_path):
     assert "Is a directory" in output
 
 
-# The plugin in this process
+# Tests that call the plugin directly, without ansible-playbook
 
 
 @pytest.fixture

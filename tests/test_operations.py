@@ -46,8 +46,12 @@ GROUPS = {"broker": ["mq1"], "web": ["web1", "web2"], "workers": ["web1"]}
     [
         (GROUPS, {}, "host is not set; set it to the host to drain, such as -e host=web1."),
         (GROUPS, {"host": "mq1"}, "host is mq1; allowed: a host of the group app (web1, web2)."),
-        (GROUPS, {"host": "web1"}, "web1 is the only host of workers, which would stop. Add a host, or set drain_last=true."),
-        ({**GROUPS, "web": ["web1"]}, {"host": "web1"}, "web1 is the only host of web and workers, which would stop."),
+        (
+            GROUPS,
+            {"host": "web1"},
+            "web1 is the only host of workers, so draining it would stop this service. Add a host, or set drain_last=true.",
+        ),
+        ({**GROUPS, "web": ["web1"]}, {"host": "web1"}, "web1 is the only host of web and workers, so draining it would stop"),
     ],
 )
 def test_drain_refuses_a_host(inventory, groups, extra, text):

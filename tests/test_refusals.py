@@ -866,7 +866,7 @@ ACCEPTED = {
         ({"celery_requirements": "{{ lock_5_5 }}", "rabbitmq_permitted_deprecated_features": ["transient_nonexcl_queues"]}, ""),
         (
             {"celery_requirements": "{{ lock_5_6 }}"},
-            "WARNING: Celery 5.6.0 starts on such a broker only with control_queue_durable",
+            "WARNING: Celery 5.6.0 starts on a broker that denies transient non-exclusive queues only if the project sets",
         ),
     ],
     "flower accepted": [({}, "")],

@@ -145,7 +145,7 @@ def test_code_that_a_compromised_service_planted_is_not_run(host, run_playbook):
     assert done.returncode == 0, done.stdout
     with host.sudo():
         assert not host.file("/var/lib/mailroom/planted").exists
-        # The file works if Python reads it: HOME is the planted directory.
+        # The planted file works: Python runs it if HOME is the directory that contains the file.
         host.check_output("cd / && runuser -u mailroom -- env HOME=/var/lib/mailroom python3 -c ''")
         assert host.file("/var/lib/mailroom/planted").exists
         host.check_output("rm -r /var/lib/mailroom/planted /var/lib/mailroom/.local")

@@ -26,7 +26,7 @@ NEW, REQUIREMENTS, COOKIECUTTER = "A new project", "A project with requirements.
 ASGI, PACKAGE = "ASGI, a `src` directory, no manage.py", "A package from an index"
 # This section has no separate project. The project with requirements.txt is deployed from git.
 GIT = "From a git repository"
-# The folder with the project, unless the page creates the project.
+# Per section: the directory with its project. None if the section's commands create the project.
 PROJECTS = {NEW: None, REQUIREMENTS: "example", COOKIECUTTER: "cookiecutter", ASGI: "src", PACKAGE: None}
 # The projects of each scenario. The projects of projects-built need minutes for a compiler, or for many packages.
 SCENARIOS = {"projects": (NEW, REQUIREMENTS, ASGI), "projects-built": (COOKIECUTTER, PACKAGE)}
