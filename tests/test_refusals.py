@@ -244,6 +244,13 @@ REFUSED = {
         ),
         ({"rabbitmq_stop_wait": -1}, "rabbitmq_stop_wait is -1; allowed: 0 to 86400 seconds."),
         ({"rabbitmq_plugins": []}, "rabbitmq_plugins must list rabbitmq_management: the role uses its API."),
+        *(
+            (
+                {"rabbitmq_memory_max": limit},
+                f"rabbitmq_memory_max is '{limit}'; allowed: a size such as 2G, or a share of the host's memory such as 50%.",
+            )
+            for limit in ("2 GB", "0", "101%", "infinity", "0.8")
+        ),
         ({"rabbitmq_memory_high_watermark": 2}, "rabbitmq_memory_high_watermark is 2; allowed: 0.1 to 0.9."),
         (
             {"rabbitmq_disk_free_limit": "2 gigs"},

@@ -79,11 +79,16 @@ def test_cookie_is_long(root):
     assert int(root("stat --format %s /var/lib/rabbitmq/.erlang.cookie")) >= 20
 
 
-def test_watermarks(environment, ask):
+def test_watermarks(environment, ask, root):
     relative = float(re.search(r"{vm_memory_high_watermark,([0-9.]+)}", environment)[1])
     assert 0.4 <= relative <= 0.7
     assert "{vm_memory_calculation_strategy,rss}" in environment
     memory = int(ask("vm_memory_monitor:get_memory_limit()."))
+    # The scenario limits the broker to 70 % of the host's memory. The watermark is 60 % of this limit.
+    total = int(root("awk '/MemTotal/ {print $2 * 1024}' /proc/meminfo"))
+    limit = int(root("systemctl show --property=MemoryMax --value rabbitmq-server"))
+    assert limit == pytest.approx(0.7 * total, rel=0.001)
+    assert memory == pytest.approx(0.6 * limit, rel=0.001)
     # The broker may have to write all of its memory to the disk. Both limits are rounded fractions of the same memory.
     assert int(ask("rabbit_disk_monitor:get_disk_free_limit().")) >= memory * 0.99
 
