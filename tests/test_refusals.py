@@ -251,6 +251,10 @@ REFUSED = {
             )
             for limit in ("2 GB", "0", "101%", "infinity", "0.8")
         ),
+        (
+            {"rabbitmq_allowed_addresses": ["192.0.2.1", "mq1"]},
+            "rabbitmq_allowed_addresses has mq1; allowed: addresses and networks, such as 192.0.2.1 and 192.0.2.0/24.",
+        ),
         ({"rabbitmq_memory_high_watermark": 2}, "rabbitmq_memory_high_watermark is 2; allowed: 0.1 to 0.9."),
         (
             {"rabbitmq_disk_free_limit": "2 gigs"},
@@ -295,6 +299,10 @@ REFUSED = {
         ),
     ],
     "postgresql": [
+        (
+            {"postgresql_allowed_addresses": ["192.0.2.1", "db2"]},
+            "postgresql_allowed_addresses has db2; allowed: addresses and networks, such as 192.0.2.1 and 192.0.2.0/24.",
+        ),
         ({"postgresql_port": 0}, "postgresql_port is 0; allowed: 1 to 65535."),
         ({"postgresql_memory": 95}, "postgresql_memory is 95; allowed: 0.1 to 0.9."),
         ({"postgresql_max_connections": 5}, "postgresql_max_connections is 5; allowed: 10 or more."),

@@ -38,6 +38,7 @@ HOSTS = {
         "rabbitmq_distribution_address": "192.0.2.1",
         "rabbitmq_disk_free_limit": "2GB",
         "rabbitmq_memory_max": "2G",
+        "rabbitmq_allowed_addresses": ["192.0.2.0/24"],
         "rabbitmq_memory_high_watermark": 0.5,
         "django_web_listen": ["[::1]:8001", "/run/other.sock"],
         "django_web_timeout": 60,
@@ -256,7 +257,8 @@ def test_a_node_on_the_loopback_resolves_its_name_to_the_loopback(rendered):
     assert usual["epmd.socket"].endswith("ListenStream=\nListenStream=127.0.0.1:4369\n")
     assert settings(other["rabbitmq-env.conf"]) == [("ERL_MAX_PORTS", "100000")]
     assert "host" not in other["erl_inetrc"].splitlines()[-1]
-    assert other["epmd.socket"].endswith("ListenStream=\nListenStream=4369\n")
+    limit = "IPAddressDeny=any\nIPAddressAllow=localhost 192.0.2.0/24\n"
+    assert other["epmd.socket"].endswith(f"ListenStream=\nListenStream=4369\n{limit}")
 
 
 def test_node_of_a_cluster_lists_the_other_nodes(rendered):
@@ -389,13 +391,21 @@ def test_the_packaged_broker_gets_the_sandbox_and_its_exceptions(rendered):
         *sandbox,
         ("ReadWritePaths", "/var/lib/rabbitmq /var/log/rabbitmq"),
         ("NoExecPaths", "/tmp /var/tmp -/dev/shm /var/lib/rabbitmq /var/log/rabbitmq"),  # noqa: S108 - a directive of a unit
+        ("IPAddressDeny", "any"),
+        ("IPAddressAllow", "localhost 192.0.2.0/24"),
         ("LimitNOFILE", "100000"),
         ("MemoryMax", "2G"),
         ("ProcSubset", "all"),
         ("RestrictAddressFamilies", "AF_NETLINK"),
     ]
     without_programs = ("NoExecPaths", "/tmp /var/tmp -/dev/shm")  # noqa: S108 - a directive of a unit
-    assert sections(rendered["other"]["epmd.service"]) == {"Service": [*sandbox, without_programs]}
+    limit = [("IPAddressDeny", "any"), ("IPAddressAllow", "localhost 192.0.2.0/24")]
+    assert sections(rendered["other"]["epmd.service"]) == {"Service": [*sandbox, without_programs, *limit]}
+
+
+def test_packaged_units_accept_all_addresses_by_default(rendered):
+    for name in ("rabbitmq-server.service", "epmd.service", "epmd.socket"):
+        assert "IPAddress" not in rendered["usual"][name]
 
 
 def test_systemd_analyze_accepts_the_units(rendered, tmp_path):

@@ -183,6 +183,19 @@ def test_metrics_are_available(root):
     assert "rabbitmq_identity_info" in metrics
 
 
+def test_other_addresses_are_denied(root, is_el):
+    """The test hosts' kernel does not enforce this limit."""
+    expected = {
+        "IPAddressAllow": {"127.0.0.0/8", "::1/128", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16"},
+        "IPAddressDeny": {"0.0.0.0/0", "::/0"},
+    }
+    # Only Debian's package has the socket of the port mapper.
+    for unit in ["rabbitmq-server.service"] if is_el else ["rabbitmq-server.service", "epmd.service", "epmd.socket"]:
+        shown = root(f"systemctl show --property=IPAddressDeny,IPAddressAllow {unit}")
+        found = {name: set(addresses.split()) for name, addresses in (line.split("=") for line in shown.splitlines())}
+        assert found == expected, unit
+
+
 # Feature flags and deprecated features
 
 
