@@ -579,6 +579,10 @@ REFUSED |= {
     ],
     "nginx": [
         (
+            {"nginx_login_paths": ["/login/", "sign in"]},
+            "nginx_login_paths has sign in; allowed: paths that begin with /, such as /login/.",
+        ),
+        (
             {"nginx_name": "My Shop"},
             "nginx_name is 'My Shop'; allowed: a lower-case word of at most 24 letters, digits and hyphens.",
         ),
