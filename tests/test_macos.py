@@ -95,6 +95,7 @@ def answers(tmp_path_factory):
     }
     files = ["services/vars/main", "django/vars/main", "celery/vars/main/main", "flower/vars/main", "python_environment/vars/main"]
     files += ["postgresql/vars/main", "rabbitmq/vars/main/main", "rabbitmq/vars/main/compatibility", "rabbitmq/vars/main/services"]
+    files += ["rabbitmq/vars/main/checklist"]
     tasks = [{"set_fact": {**set_facts, "cacheable": True}, "vars": {"known": json.loads(known)}}]
     tasks += [
         {"include_vars": f"{ROOT}/roles/{role}/vars/Darwin.yml"}
@@ -124,6 +125,8 @@ def answers(tmp_path_factory):
         ]
         there = looked_for()
         show(case, value, __rabbitmq_info=said, rabbitmq_erlang_version=erlang, __rabbitmq_brew_services=there)
+    for memory_max in ("80%", "2G"):
+        show(f"watermark with {memory_max}", "{{ __rabbitmq_watermark }}", rabbitmq_memory_max=memory_max)
     show("brew jobs", "{{ __rabbitmq_brew_jobs }}")
     for label in BREW_LABELS:
         value = ["{{ (__rabbitmq_formula_rules | first).that }}", "{{ (__rabbitmq_formula_rules | first).fail_msg }}"]
@@ -385,3 +388,9 @@ def test_stopping_the_job_waits_for_a_fast_shutdown(plists, tmp_path):
 def test_a_job_ends_with_its_server(plists, tmp_path):
     _, shell = launched(plists["agents"]["postgresql"], tmp_path, "dies")
     assert shell.wait(20) == 5
+
+
+@pytest.mark.parametrize("memory_max", ["80%", "2G"])
+def test_memory_watermark_is_a_share_of_the_hosts_memory(answers, memory_max):
+    """A Mac has no memory limit for the broker."""
+    assert answers["agents"][f"watermark with {memory_max}"] == {"vm_memory_high_watermark.relative": 0.6}

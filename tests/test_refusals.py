@@ -244,6 +244,17 @@ REFUSED = {
         ),
         ({"rabbitmq_stop_wait": -1}, "rabbitmq_stop_wait is -1; allowed: 0 to 86400 seconds."),
         ({"rabbitmq_plugins": []}, "rabbitmq_plugins must list rabbitmq_management: the role uses its API."),
+        *(
+            (
+                {"rabbitmq_memory_max": limit},
+                f"rabbitmq_memory_max is '{limit}'; allowed: a size such as 2G, or a share of the host's memory such as 50%.",
+            )
+            for limit in ("2 GB", "0", "101%", "infinity", "0.8")
+        ),
+        (
+            {"rabbitmq_allowed_addresses": ["192.0.2.1", "mq1"]},
+            "rabbitmq_allowed_addresses has mq1; allowed: addresses and networks, such as 192.0.2.1 and 192.0.2.0/24.",
+        ),
         ({"rabbitmq_memory_high_watermark": 2}, "rabbitmq_memory_high_watermark is 2; allowed: 0.1 to 0.9."),
         (
             {"rabbitmq_disk_free_limit": "2 gigs"},
@@ -288,6 +299,10 @@ REFUSED = {
         ),
     ],
     "postgresql": [
+        (
+            {"postgresql_allowed_addresses": ["192.0.2.1", "db2"]},
+            "postgresql_allowed_addresses has db2; allowed: addresses and networks, such as 192.0.2.1 and 192.0.2.0/24.",
+        ),
         ({"postgresql_port": 0}, "postgresql_port is 0; allowed: 1 to 65535."),
         ({"postgresql_memory": 95}, "postgresql_memory is 95; allowed: 0.1 to 0.9."),
         ({"postgresql_max_connections": 5}, "postgresql_max_connections is 5; allowed: 10 or more."),
@@ -586,6 +601,10 @@ REFUSED |= {
         ({"nginx_upstream": []}, "nginx_upstream is not a variable of the role nginx, did you mean nginx_upstreams?"),
     ],
     "nginx": [
+        (
+            {"nginx_login_paths": ["/login/", "sign in"]},
+            "nginx_login_paths has sign in; allowed: paths that begin with /, such as /login/.",
+        ),
         (
             {"nginx_name": "My Shop"},
             "nginx_name is 'My Shop'; allowed: a lower-case word of at most 24 letters, digits and hyphens.",

@@ -388,6 +388,18 @@ def test_a_service_with_every_option():
     assert found["Service"][-1] == ("PrivateUsers", "no")
 
 
+def test_addresses_limit_a_service_and_its_socket():
+    limit = [("IPAddressDeny", "any"), ("IPAddressAllow", "localhost 192.0.2.1 2001:db8::/32")]
+    addresses = {"allowed_addresses": ["192.0.2.1", "2001:db8::/32"]}
+    assert [each for each in service_unit(**addresses)["Service"] if each[0].startswith("IPAddress")] == limit
+    packaged = {"packaged": True, **addresses}
+    service, socket = units({**packaged, "sandbox": True}, {**packaged, "listen": ["4369"]}, app="")
+    assert [each for each in sections(service["content"])["Service"] if each[0].startswith("IPAddress")] == limit
+    assert sections(socket["content"])["Socket"][-2:] == limit
+    own_socket = units({"listen": ["8000"], **addresses})[1]
+    assert sections(own_socket["content"])["Socket"][-2:] == limit
+
+
 def test_an_application_has_a_target_and_its_services_are_restarted_for_their_files():
     target, web, relay = units({"restart_on": ["/a"]}, {"name": "relay"})
     assert (target["name"], target["shared"]) == ("shop.target", True)

@@ -37,6 +37,9 @@ HOSTS = {
         "rabbitmq_open_files": 100000,
         "rabbitmq_distribution_address": "192.0.2.1",
         "rabbitmq_disk_free_limit": "2GB",
+        "rabbitmq_memory_max": "2G",
+        "rabbitmq_allowed_addresses": ["192.0.2.0/24"],
+        "rabbitmq_memory_high_watermark": 0.5,
         "django_web_listen": ["[::1]:8001", "/run/other.sock"],
         "django_web_timeout": 60,
         "django_processes": [
@@ -73,6 +76,7 @@ HOSTS = {
         "rabbitmq_node_name": "mq2.example",
         "rabbitmq_distribution_address": "0.0.0.0",  # noqa: S104 - a firewall closes the ports
         "rabbitmq_stop_wait": 60,
+        "rabbitmq_memory_max": "50%",
     },
     "tls": {
         "rabbitmq_tls": True,
@@ -229,6 +233,23 @@ def test_broker_configuration_with_other_variables(rendered):
     assert found["ssl_options.verify"] == "verify_peer"
 
 
+@pytest.mark.parametrize(
+    ("host", "memory_max", "watermark"),
+    [
+        # 0.6 of the memory limit, by default.
+        ("usual", "80%", {"relative": "0.48"}),
+        ("cluster", "50%", {"relative": "0.3"}),
+        # 0.5 of 2 GiB, in bytes.
+        ("other", "2G", {"absolute": "1073741824"}),
+    ],
+)
+def test_memory_watermark_follows_the_memory_limit(rendered, host, memory_max, watermark):
+    found = dict(settings(rendered[host]["rabbitmq.conf"]))
+    prefix = "vm_memory_high_watermark."
+    assert {name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)} == watermark
+    assert ("MemoryMax", memory_max) in sections(rendered[host]["rabbitmq-server.service"])["Service"]
+
+
 def test_a_node_on_the_loopback_resolves_its_name_to_the_loopback(rendered):
     usual, other = (rendered[host] for host in ("usual", "other"))
     assert dict(settings(usual["rabbitmq-env.conf"]))["ERL_EPMD_ADDRESS"] == "127.0.0.1"
@@ -236,7 +257,8 @@ def test_a_node_on_the_loopback_resolves_its_name_to_the_loopback(rendered):
     assert usual["epmd.socket"].endswith("ListenStream=\nListenStream=127.0.0.1:4369\n")
     assert settings(other["rabbitmq-env.conf"]) == [("ERL_MAX_PORTS", "100000")]
     assert "host" not in other["erl_inetrc"].splitlines()[-1]
-    assert other["epmd.socket"].endswith("ListenStream=\nListenStream=4369\n")
+    limit = "IPAddressDeny=any\nIPAddressAllow=localhost 192.0.2.0/24\n"
+    assert other["epmd.socket"].endswith(f"ListenStream=\nListenStream=4369\n{limit}")
 
 
 def test_node_of_a_cluster_lists_the_other_nodes(rendered):
@@ -369,12 +391,21 @@ def test_the_packaged_broker_gets_the_sandbox_and_its_exceptions(rendered):
         *sandbox,
         ("ReadWritePaths", "/var/lib/rabbitmq /var/log/rabbitmq"),
         ("NoExecPaths", "/tmp /var/tmp -/dev/shm /var/lib/rabbitmq /var/log/rabbitmq"),  # noqa: S108 - a directive of a unit
+        ("IPAddressDeny", "any"),
+        ("IPAddressAllow", "localhost 192.0.2.0/24"),
         ("LimitNOFILE", "100000"),
+        ("MemoryMax", "2G"),
         ("ProcSubset", "all"),
         ("RestrictAddressFamilies", "AF_NETLINK"),
     ]
     without_programs = ("NoExecPaths", "/tmp /var/tmp -/dev/shm")  # noqa: S108 - a directive of a unit
-    assert sections(rendered["other"]["epmd.service"]) == {"Service": [*sandbox, without_programs]}
+    limit = [("IPAddressDeny", "any"), ("IPAddressAllow", "localhost 192.0.2.0/24")]
+    assert sections(rendered["other"]["epmd.service"]) == {"Service": [*sandbox, without_programs, *limit]}
+
+
+def test_packaged_units_accept_all_addresses_by_default(rendered):
+    for name in ("rabbitmq-server.service", "epmd.service", "epmd.socket"):
+        assert "IPAddress" not in rendered["usual"][name]
 
 
 def test_systemd_analyze_accepts_the_units(rendered, tmp_path):

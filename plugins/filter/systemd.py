@@ -70,6 +70,12 @@ def _writable(service, state):
     return [("ReadWritePaths", " ".join(service["writable"]) or None), ("NoExecPaths", " ".join(without_programs))]
 
 
+def _network(service):
+    """Return the directives that limit a unit's connections to the loopback addresses and `allowed_addresses`."""
+    addresses = service["allowed_addresses"]
+    return [("IPAddressDeny", "any"), ("IPAddressAllow", " ".join(["localhost", *addresses]))] if addresses else []
+
+
 def _target(app):
     return _file({"Unit": [f"Description=All services of {app}"], "Install": ["WantedBy=multi-user.target"]})
 
@@ -81,6 +87,7 @@ def _socket(service, app):
         # A socket on [::] accepts no IPv4 connections, regardless of the kernel's default.
         ("BindIPv6Only", "ipv6-only"),
         ("Backlog", 2048),
+        *_network(service),
     ]
     return _file({"Unit": _lines(unit), "Socket": _lines(listeners), "Install": [f"WantedBy={app}.target"]})
 
@@ -137,7 +144,7 @@ def _service(service, app, user, after, standby=False):
         ("StateDirectoryMode", "0750" if state_directory else None),
     ]
     writable = _writable(service, [f"/var/lib/{state_directory}"] if state_directory else [])
-    lines = [*_lines(process), "", *_lines([*SANDBOX, *writable]), *service["directives"]]
+    lines = [*_lines(process), "", *_lines([*SANDBOX, *writable, *_network(service)]), *service["directives"]]
     install = {} if standby or scheduled else {"Install": [f"WantedBy={app}.target"]}
     return _file({"Unit": _lines(unit), "Service": lines, **install})
 
@@ -145,11 +152,12 @@ def _service(service, app, user, after, standby=False):
 def _packaged_unit(service):
     """Return the drop-in of a unit that a package installs."""
     if "listen" in service:
-        listeners = _lines(("ListenStream", address) for address in service["listen"])
+        # The limit of a service does not apply to the sockets that it gets from systemd.
+        listeners = _lines([*(("ListenStream", address) for address in service["listen"]), *_network(service)])
         content = _file({"Socket": ["# The empty value removes the package's addresses.", "ListenStream=", *listeners]})
         return {"name": f"{service['name']}.socket", "content": content, "packaged": True}
-    hardening = _lines([*SANDBOX, *_writable(service, [])])
-    content = _file({"Service": [*(hardening if service["sandbox"] else []), *service["directives"]]})
+    hardening = [*SANDBOX, *_writable(service, [])] if service["sandbox"] else []
+    content = _file({"Service": [*_lines([*hardening, *_network(service)]), *service["directives"]]})
     files = {name: service[name] for name in ("restart_on", "reload_on")}
     return {"name": f"{service['name']}.service", "content": content, "packaged": True, **files}
 

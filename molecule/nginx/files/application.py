@@ -17,7 +17,7 @@ class Handler(BaseHTTPRequestHandler):
             time.sleep(25)
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         seen = {"path": self.path, "headers": dict(self.headers), "length": len(body), "server": self.server.name}
-        self.send_response(200)
+        self.send_response(401 if self.path.startswith("/other/refused") else 200)
         self.send_header("Content-Type", "application/json")
         self.send_header("X-Application", "yes")
         self.end_headers()

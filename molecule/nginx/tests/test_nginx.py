@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import http.client
 import ipaddress
 import json
+import re
 import socket
 import ssl
 import threading
@@ -294,6 +296,69 @@ def test_changed_configuration_is_repaired(host, run_playbook, ask, eventually):
     done = run_playbook("playbooks/proxy.yml")
     assert done.returncode == 0, done.stdout
     eventually(lambda: ask("/metrics")[0] == 404)
+
+
+# fail2ban
+
+
+@pytest.fixture
+def banned(host, is_el):
+    """Returns the addresses that fail2ban bans. Afterwards, no address is banned."""
+    if is_el:
+        pytest.skip("The Red Hat family does not package fail2ban.")
+
+    def addresses():
+        with host.sudo():
+            return host.check_output("fail2ban-client get nginx-sign-in banip").split()
+
+    yield addresses
+    with host.sudo():
+        host.check_output("fail2ban-client unban --all")
+
+
+def failures(host):
+    """The number of failed logins that fail2ban has counted since its start."""
+    with host.sudo():
+        return int(re.search(r"Total failed:\t(\d+)", host.check_output("fail2ban-client status nginx-sign-in"))[1])
+
+
+def test_ten_failed_logins_ban_an_address(host, ask, banned, eventually):
+    before = failures(host)
+    for _ in range(8):
+        assert ask("/sign-in/?next=/", "POST", body=b"password=wrong")[0] == 200
+    # Neither a page nor a request without a password is a failed login.
+    for _ in range(10):
+        assert ask("/sign-in/")[0] == 200
+        assert ask("/other/refused")[0] == 401
+    name = "Basic " + base64.b64encode(b"flo [x] wer:wrong").decode()
+    assert ask("/other/refused", headers={"Authorization": name})[0] == 401
+    eventually(lambda: failures(host) == before + 9)
+    assert banned() == []
+    assert ask("/other/refused", headers={"Authorization": name})[0] == 401
+    eventually(lambda: len(banned()) == 1)
+    with pytest.raises(OSError):
+        ask("/")
+
+
+def test_fail2ban_is_refused_without_a_package_of_the_distribution(host, run_playbook, is_el):
+    if not is_el:
+        pytest.skip("Debian packages fail2ban.")
+    before = state(host)
+    done = run_playbook("playbooks/proxy.yml", nginx_fail2ban=True)
+    assert done.returncode != 0
+    assert "which does not package fail2ban. Debian and Ubuntu do. On the Red Hat family, only EPEL has it" in " ".join(
+        done.stdout.split()
+    )
+    assert state(host) == before
+
+
+def test_jail_is_removed_and_created_again(host, run_playbook, banned):
+    for wanted in (False, True):
+        done = run_playbook("playbooks/proxy.yml", nginx_fail2ban=wanted)
+        assert done.returncode == 0, done.stdout + done.stderr
+        with host.sudo():
+            assert ("nginx-sign-in" in host.check_output("fail2ban-client status")) == wanted
+    assert banned() == []
 
 
 # The service

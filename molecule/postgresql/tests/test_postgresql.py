@@ -192,6 +192,17 @@ def test_killed_server_restarts_with_committed_data(host, connect, eventually):
     assert eventually(answers, seconds=60) == [(1, "committed")]
 
 
+def test_other_addresses_are_denied(host, is_el):
+    """The test hosts' kernel does not enforce this limit."""
+    unit = "postgresql" if is_el else host.check_output("basename /etc/postgresql/*").join(["postgresql@", "-main"])
+    shown = host.check_output(f"systemctl show --property=IPAddressDeny,IPAddressAllow {unit}")
+    found = {name: set(addresses.split()) for name, addresses in (line.split("=") for line in shown.splitlines())}
+    assert found == {
+        "IPAddressAllow": {"127.0.0.0/8", "::1/128", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16"},
+        "IPAddressDeny": {"0.0.0.0/0", "::/0"},
+    }
+
+
 def test_server_is_confined_and_stops_in_order(host, exposure, inside, is_el, eventually):
     unit = "postgresql" if is_el else host.check_output("basename /etc/postgresql/*").join(["postgresql@", "-main"])
     # A server that was killed answers before its unit is active again.

@@ -79,11 +79,16 @@ def test_cookie_is_long(root):
     assert int(root("stat --format %s /var/lib/rabbitmq/.erlang.cookie")) >= 20
 
 
-def test_watermarks(environment, ask):
+def test_watermarks(environment, ask, root):
     relative = float(re.search(r"{vm_memory_high_watermark,([0-9.]+)}", environment)[1])
     assert 0.4 <= relative <= 0.7
     assert "{vm_memory_calculation_strategy,rss}" in environment
     memory = int(ask("vm_memory_monitor:get_memory_limit()."))
+    # The scenario limits the broker to 70 % of the host's memory. The watermark is 60 % of this limit.
+    total = int(root("awk '/MemTotal/ {print $2 * 1024}' /proc/meminfo"))
+    limit = int(root("systemctl show --property=MemoryMax --value rabbitmq-server"))
+    assert limit == pytest.approx(0.7 * total, rel=0.001)
+    assert memory == pytest.approx(0.6 * limit, rel=0.001)
     # The broker may have to write all of its memory to the disk. Both limits are rounded fractions of the same memory.
     assert int(ask("rabbit_disk_monitor:get_disk_free_limit().")) >= memory * 0.99
 
@@ -176,6 +181,19 @@ def test_node_name_resolves_to_the_loopback_for_erlang_only(root):
 def test_metrics_are_available(root):
     metrics = root("python3 -c \"import urllib.request as r; print(r.urlopen('http://127.0.0.1:15692/metrics').read().decode())\"")
     assert "rabbitmq_identity_info" in metrics
+
+
+def test_other_addresses_are_denied(root, is_el):
+    """The test hosts' kernel does not enforce this limit."""
+    expected = {
+        "IPAddressAllow": {"127.0.0.0/8", "::1/128", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16"},
+        "IPAddressDeny": {"0.0.0.0/0", "::/0"},
+    }
+    # Only Debian's package has the socket of the port mapper.
+    for unit in ["rabbitmq-server.service"] if is_el else ["rabbitmq-server.service", "epmd.service", "epmd.socket"]:
+        shown = root(f"systemctl show --property=IPAddressDeny,IPAddressAllow {unit}")
+        found = {name: set(addresses.split()) for name, addresses in (line.split("=") for line in shown.splitlines())}
+        assert found == expected, unit
 
 
 # Feature flags and deprecated features
