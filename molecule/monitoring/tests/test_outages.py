@@ -1,10 +1,11 @@
-"""Causes the failures in docs/incidents.md: the alert fires, the status shows the page's text, and the page's command repairs
-it."""
+"""Causes the failures in docs/incidents.md, after the tests of a healthy environment.
+
+The alert fires, the status shows the page's text, and the page's command repairs the failure.
+"""
 
 from __future__ import annotations
 
 import re
-import shlex
 import time
 from pathlib import Path
 
@@ -20,11 +21,14 @@ ROWS = {
         re.MULTILINE,
     )
 }
-# Publishes a message that is no Celery task to the worker's queue.
+# Publishes a message that is no Celery task to the worker's queue, as the broker's user of the web service.
 MALFORMED = """
+set -a && . /opt/mailroom/current/environment && . /opt/mailroom/current/environment.web && set +a
+cd /opt/mailroom/current && venv/bin/python -c '
 from mailroom.celery import app
 with app.connection_for_write() as connection:
     connection.Producer().publish("no task", routing_key="mail.v1", delivery_mode=2)
+'
 """
 # Per alert: the command that causes the failure.
 FAILURES = {
@@ -36,10 +40,10 @@ FAILURES = {
     "FlowerDown": "systemctl stop mailroom-flower",
     "RabbitMQNodeDown": "systemctl stop rabbitmq-server",
     # The limit rises instead of the space that is used, so that the test does not fill the machine's disk.
-    "RabbitMQDiskAlarm": "rabbitmqctl set_disk_free_limit 1000TB",
+    "RabbitMQDiskAlarm": "rabbitmqctl set_disk_free_limit mem_relative 100",
     "RabbitMQMemoryAlarm": "rabbitmqctl set_vm_memory_high_watermark absolute 1MB",
     "PostgreSQLDown": "systemctl stop postgresql@17-main",
-    "MessagesDeadLettered": f"mailroom-manage shell -c {shlex.quote(MALFORMED)}",
+    "MessagesDeadLettered": MALFORMED,
     "RabbitMQQueueWithoutConsumers": "systemctl stop mailroom-worker@mail",
 }
 # During these failures, the web service accepts no email.
