@@ -213,6 +213,16 @@ def test_broker_configuration_by_default(rendered):
     assert "true" not in [value for name, value in found.items() if name.startswith("deprecated_features")]
 
 
+def test_cluster_does_not_deny_a_feature_whose_check_needs_the_queues(rendered):
+    found = dict(settings(rendered["cluster"]["rabbitmq.conf"]))
+    denied = {name for name, value in found.items() if name.startswith("deprecated_features") and value == "false"}
+    assert "deprecated_features.permit.transient_nonexcl_queues" not in found
+    assert denied == {
+        f"deprecated_features.permit.{name}"
+        for name in ("amqp_address_v1", "amqp_filter_set_bug", "global_qos", "queue_master_locator")
+    }
+
+
 def test_broker_configuration_with_other_variables(rendered):
     text = rendered["other"]["rabbitmq.conf"]
     found = dict(settings(text))
