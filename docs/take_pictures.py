@@ -1,8 +1,7 @@
 """Takes the pictures of the README in docs/pictures: `make pictures`.
 
 Reads the addresses and logins of a running sandbox from standard input, as `make -s sandbox-info` prints them. Takes the page of
-the application and status/sandbox/status.html, and draws the memory of the sandbox's services. Also draws the rates in
-docs/measurements/mail_compare.json, the last line of the output of bench/mail_compare.
+the application and status/sandbox/status.html, and draws the memory of the sandbox's services.
 """
 
 from __future__ import annotations
@@ -36,8 +35,6 @@ for folder in glob.glob("/proc/[0-9]*"):
 print(json.dumps(sizes))
 """
 PREFIXES = ("mailroom", "rabbitmq", "postgresql")
-MEASURED = ROOT / "docs/measurements/mail_compare.json"
-SENDERS = {"ours": "this application", "delay": "Celery's .delay(), not stored", "post_office": "django-post-office"}
 
 
 def send_emails(web: dict[str, str]) -> None:
@@ -74,12 +71,6 @@ def memory() -> dict[str, float]:
     return {name: size for name, size in json.loads(done.stdout).items() if name.startswith(PREFIXES)}
 
 
-def rates() -> dict[str, float]:
-    """Returns the emails per second of each sender, to the mail server in C."""
-    found = json.loads(MEASURED.read_text())["emails_per_second"]["c_sink"]
-    return {SENDERS[name]: rate for name, rate in found.items()}
-
-
 def plot(title: str, values: dict[str, float]) -> str:
     """Returns an SVG with one bar per value, the longest first."""
     scale = 380 / max(values.values())
@@ -108,7 +99,6 @@ def main() -> None:
         take_page(page, web)
         take_status(page)
         browser.close()
-    (PICTURES / "rates.svg").write_text(plot("Emails per second, with two worker processes each", rates()))
     (PICTURES / "memory.svg").write_text(plot("Memory of each service in the sandbox, in megabytes", memory()))
 
 
