@@ -51,7 +51,7 @@ $(APP_VENV)/.complete: app/requirements-dev.txt
 
 .PHONY: sandbox sandbox-info sandbox-down cluster cluster-info cluster-down
 sandbox: $(VENV)/.complete ## Start the whole stack in a container on this machine
-cluster: $(VENV)/.complete ## Start an environment with three brokers, a standby and a proxy, in ten containers
+cluster: $(VENV)/.complete ## Start an environment with three brokers and a proxy, in nine containers on this machine
 sandbox cluster:
 	@testbed/install
 	@$(TESTBED) up --inventory inventories/$@
